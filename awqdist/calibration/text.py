@@ -1,0 +1,123 @@
+"""From text to calibration samples: (N, L) token ids, no padding.
+
+Samples are taken evenly over the whole text, so that a long file is covered and only what is needed is tokenized. Each sample begins
+with the special tokens that the tokenizer puts in front of a text (BOS, for most models): some models behave quite differently without.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from awqdist.errors import CalibrationError
+
+_CHARACTERS_PER_TOKEN = 16  # generous: a sample's piece of text is cut to this before it is tokenized
+
+
+def load_calibration(source: Any, tokenizer: Any, num_samples: int, sequence_length: int, seed: int = 0) -> Tensor:
+    """Token ids (num_samples, sequence_length), int64.
+
+    source: path of a text file (.txt and the like; .jsonl with a "text" field), a hub dataset "NAME", "NAME:CONFIG" or "NAME:CONFIG:SPLIT",
+    a datasets.Dataset, a list of texts, or a list of token-id lists. Raises CalibrationError if it is missing, empty or too short.
+    """
+    if isinstance(source, str | Path):
+        text = _read_file(Path(source)) if Path(source).exists() else "\n\n".join(_hub_texts(str(source), num_samples))
+        return samples_of_text(text, tokenizer, num_samples, sequence_length, seed=seed, where=str(source))
+    rows = source if isinstance(source, list | tuple) else _column(source)
+    if rows and not isinstance(rows[0], str):
+        return _samples_of_ids(rows, num_samples, sequence_length)
+    return samples_of_text("\n\n".join(rows), tokenizer, num_samples, sequence_length, seed=seed, where="the calibration dataset")
+
+
+def samples_of_text(
+    text: str, tokenizer: Any, num_samples: int, sequence_length: int, *, seed: int = 0, where: str = "the calibration text"
+) -> Tensor:
+    """Samples taken evenly over `text`; `seed` moves the places. See `load_calibration`."""
+    if not text.strip():
+        raise CalibrationError(f"{where} is empty; give a text of at least {num_samples * sequence_length} tokens")
+    prefix = _prefix(tokenizer)
+    wanted = sequence_length - len(prefix)
+    if seed:
+        turn = random.Random(seed).randrange(len(text))
+        text = f"{text[turn:]}\n{text[:turn]}"
+    spacing = len(text) // num_samples
+    pieces = [text[i * spacing : i * spacing + min(spacing, wanted * _CHARACTERS_PER_TOKEN)] for i in range(num_samples)]
+    samples = [ids[:wanted] for ids in _tokenize(tokenizer, pieces)]
+    if any(len(ids) < wanted for ids in samples):  # a short text: tokenize it whole
+        ids = _tokenize(tokenizer, [text])[0]
+        if len(ids) < num_samples * wanted:
+            raise CalibrationError(
+                f"{where} is too short: it has {len(ids)} tokens, {num_samples} samples of {sequence_length} need"
+                f" {num_samples * wanted}; give more text, or lower --num-samples or --seq-len"
+            )
+        samples = [ids[i * wanted : (i + 1) * wanted] for i in range(num_samples)]
+    return torch.tensor([prefix + ids for ids in samples], dtype=torch.long)
+
+
+def _samples_of_ids(rows: Iterable[Sequence[int]], num_samples: int, sequence_length: int) -> Tensor:
+    """Joins token-id lists and cuts them anew; lists of just the right length stay as they are."""
+    stream = torch.tensor([token for row in rows for token in row], dtype=torch.long)
+    needed = num_samples * sequence_length
+    if stream.numel() < needed:
+        raise CalibrationError(
+            f"the calibration dataset is too short: {stream.numel()} tokens, {num_samples} samples of {sequence_length}"
+            f" need {needed}; give more, or lower num_calibration_samples or max_seq_length"
+        )
+    return stream[:needed].view(num_samples, sequence_length)
+
+
+def _prefix(tokenizer: Any) -> list[int]:
+    """Special tokens that the tokenizer puts in front of every text."""
+    ids = tokenizer("")["input_ids"]
+    return [i for i in ids if i != tokenizer.eos_token_id or i == tokenizer.bos_token_id]
+
+
+def _tokenize(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    encoded: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    return encoded
+
+
+def _read_file(file: Path) -> str:
+    if file.is_dir():
+        raise CalibrationError(f"{file} is a folder; give a text file or a hub dataset")
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CalibrationError(f"cannot read calibration text {file}: {error}") from None
+    if file.suffix != ".jsonl":
+        return text
+    try:
+        return "\n\n".join(json.loads(line)["text"] for line in text.splitlines() if line.strip())
+    except (ValueError, KeyError, TypeError) as error:
+        raise CalibrationError(f'{file}: every line must be a JSON object with a "text" field ({error!r})') from None
+
+
+def _hub_texts(name: str, num_samples: int) -> list[str]:
+    """Texts of a hub dataset, streamed: eight per sample, which leaves room for short ones."""
+    from datasets import load_dataset
+
+    identifier, _, rest = name.partition(":")
+    config, _, split = rest.partition(":")
+    try:
+        dataset = load_dataset(identifier, config or None, split=split or "train", streaming=True)
+        return [row["text"] for row in dataset.take(8 * num_samples)]
+    except Exception as error:  # the hub client raises many kinds: offline, not found, gated, no such split
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CalibrationError(
+            f"calibration {name!r} is neither a file here nor a dataset that the hub gives ({reason}); give a text file"
+        ) from None
+
+
+def _column(dataset: Any) -> list[Any]:
+    """The "input_ids" or "text" column of a datasets.Dataset."""
+    names = getattr(dataset, "column_names", None) or []
+    column = next((name for name in ("input_ids", "text") if name in names), None)
+    if column is None:
+        raise CalibrationError(f'the calibration dataset needs a column "text" or "input_ids"; it has {names}')
+    return list(dataset[column])

@@ -1,0 +1,122 @@
+"""Writes files that are whole or not there: temporary name, write, fsync, mode by umask, rename, fsync of the folder.
+
+safetensors' own save_file neither syncs nor honours the umask, and needs every tensor in memory at once; this writer streams.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from awqdist.checkpoint.reader import DTYPES
+from awqdist.errors import OutputError
+
+_FORMAT_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+TEMPORARY_SUFFIX = ".partial"
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenFile:
+    """What is known of a finished file."""
+
+    name: str
+    num_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class LazyTensor:
+    """A tensor that is read only when its turn to be written comes."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    num_bytes: int
+    load: Callable[[], Tensor]
+
+
+def write_safetensors(file: Path, tensors: dict[str, Tensor]) -> WrittenFile:
+    """Writes `tensors` durably, sorted by name, so that equal tensors give equal bytes."""
+
+    def lazy(name: str, tensor: Tensor) -> LazyTensor:
+        num_bytes = tensor.numel() * tensor.element_size()
+        return LazyTensor(name, _FORMAT_NAMES[tensor.dtype], tuple(tensor.shape), num_bytes, lambda: tensor)
+
+    return stream_safetensors(file, [lazy(name, tensors[name]) for name in sorted(tensors)])
+
+
+def stream_safetensors(file: Path, tensors: Sequence[LazyTensor]) -> WrittenFile:
+    """Writes tensors durably in the given order, one in memory at a time. Raises OutputError."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for tensor in tensors:
+        span = [offset, offset + tensor.num_bytes]
+        header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": span}
+        offset += tensor.num_bytes
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    parts = (_bytes_of(tensor.load()) for tensor in tensors)
+    return _write(file, [struct.pack("<Q", len(encoded)) + encoded], parts)
+
+
+def write_bytes(file: Path, data: bytes) -> WrittenFile:
+    """Writes a small file durably. Raises OutputError."""
+    return _write(file, [data], ())
+
+
+def write_json(file: Path, data: object) -> WrittenFile:
+    """Writes indented JSON with a final newline, durably."""
+    return write_bytes(file, (json.dumps(data, indent=2) + "\n").encode())
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames within `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def output_error(file: Path, error: OSError) -> OutputError:
+    """The clear form of an operating-system error while writing `file`."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return OutputError(f"no space left on the disk while writing {file}; free some and run the same command again to resume")
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return OutputError(f"cannot write {file}: {error.strerror}; choose a folder that you may write to")
+    return OutputError(f"cannot write {file}: {error.strerror or error}")
+
+
+def _write(file: Path, head: Iterable[bytes], parts: Iterable[memoryview]) -> WrittenFile:
+    temporary = file.with_name(file.name + TEMPORARY_SUFFIX)
+    digest, num_bytes = hashlib.sha256(), 0
+    try:
+        # open() creates files by the umask, where tempfile would leave mode 0600
+        with temporary.open("wb") as stream:
+            for source in (head, parts):
+                for part in source:
+                    stream.write(part)
+                    digest.update(part)
+                    num_bytes += len(part)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.rename(file)
+        sync_folder(file.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise output_error(file, error) from error
+    return WrittenFile(file.name, num_bytes, digest.hexdigest())
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy())

@@ -1,0 +1,192 @@
+"""How well a model predicts a text, and how far a quantized model's predictions are from the float model's.
+
+Perplexity is exp of the mean next-token loss. At 4 bit it is a blunt measure: the float model is itself often wrong,
+and a quantized one may be wrong in another, luckier way. The divergence of the whole predicted distribution is not:
+
+    KL(float ‖ quantized) = mean over positions of  Σ_v p_float(v) · (log p_float(v) − log p_quantized(v))
+
+It is 0 only where both predict the same, and it tells methods apart whose perplexities are equal to four digits.
+
+The text is cut into windows that do not overlap, each read by itself, so that the first token of a window is context
+only and `window − 1` tokens of it are predicted. No special token is added. Both models lie in memory together and read
+the same windows in turn, a few at a time: distributions over a large vocabulary are never kept.
+
+Weights are loaded as float32 whatever the checkpoint stores. In bfloat16 the rounding of activations alone costs a KL
+of about 1e-4, as much as good 4-bit quantization does: one would measure the arithmetic, not the weights.
+
+This is not a benchmark of abilities (no tasks, no prompts), and it is no measure of speed: packed weights are unpacked
+by the transformers library and run as float32.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from awqdist.errors import AwqdistError, CheckpointError, NumericalError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+WINDOWS_PER_BATCH = 8
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")  # `owner/name`, or a bare `name`
+
+
+class EvaluationError(AwqdistError):
+    """A text that cannot be evaluated on, or two models that cannot be compared."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    perplexity: float
+    kl: float | None  # nats per predicted token; None when there was no model to compare with
+    against_perplexity: float | None
+    num_tokens: int  # read; (window − 1) / window of them were predicted
+    window: int
+    seconds: float
+
+
+def evaluate(
+    model: str,
+    text: Path,
+    *,
+    against: str | None = None,
+    max_tokens: int = 16384,
+    window: int = 256,
+    device: str = "auto",
+) -> Evaluation:
+    """Perplexity of `model` on the first `max_tokens` tokens of `text`; with `against`, KL(against ‖ model) too.
+
+    `model` and `against` are folders or hub ids of anything that transformers loads, quantized or not. `device` is a
+    device of torch, or `auto`: the first CUDA device, else the CPU.
+    """
+    started = time.perf_counter()
+    if not 2 <= window <= max_tokens:
+        raise EvaluationError(f"window is {window} and max_tokens {max_tokens}: expected 2 <= window <= max_tokens")
+    content = _read(text)
+    names = [model] if against is None else [model, against]
+    tokenizers = [_load_tokenizer(name) for name in names]
+    _refuse_different_vocabularies(names, tokenizers)
+    windows = _windows(tokenizers[0], content, text, max_tokens=max_tokens, window=window)
+    models = [_load_model(name, device) for name in names]
+    losses, divergence = _mean_scores(models, windows)
+    for name, loss in zip(names, losses, strict=True):
+        if not math.isfinite(loss):
+            raise NumericalError(f"model {name}: its loss on {text} is {loss}; look for damaged weights")
+    return Evaluation(
+        perplexity=_perplexity(losses[0]),
+        kl=divergence,
+        against_perplexity=None if against is None else _perplexity(losses[1]),
+        num_tokens=windows.numel(),
+        window=window,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _read(text: Path) -> str:
+    try:
+        content = text.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise EvaluationError(f"text {text}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise EvaluationError(f"text {text}: not a readable UTF-8 text file ({error})") from None
+    if not content.strip():
+        raise EvaluationError(f"text {text}: the file is empty; give a text to measure on")
+    return content
+
+
+def _windows(tokenizer: Any, content: str, text: Path, *, max_tokens: int, window: int) -> Tensor:
+    """The first tokens of the text as windows: (num_windows, window) int64, CPU. What fills no window is left out."""
+    import torch
+
+    ids = tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"][:max_tokens]
+    num_windows = len(ids) // window
+    if num_windows == 0:
+        raise EvaluationError(
+            f"text {text}: {len(ids)} tokens, too few for one window of {window}; "
+            "give a longer text or a smaller window"
+        )
+    return torch.tensor(ids[: num_windows * window]).view(num_windows, window)
+
+
+def _mean_scores(models: list[Any], windows: Tensor) -> tuple[list[float], float | None]:
+    """Mean loss per predicted token of each model and, with two models, the mean KL(second ‖ first).
+
+    windows: (num_windows, window) int64, CPU. Sums are float64, distributions float32 and of one window at a time.
+    """
+    import torch
+
+    losses = [0.0 for _ in models]
+    divergence = 0.0
+    with torch.no_grad():
+        for batch in windows.split(WINDOWS_PER_BATCH):
+            logits = [model(batch.to(model.device), use_cache=False).logits for model in models]  # each (B, window, V)
+            for row, ids in enumerate(batch):
+                log_probs = [logit[row, :-1].float().log_softmax(-1) for logit in logits]  # each (window − 1, V)
+                for index, log_prob in enumerate(log_probs):
+                    chosen = log_prob.gather(-1, ids[1:, None].to(log_prob.device))  # (window − 1, 1)
+                    losses[index] -= chosen.sum(dtype=torch.float64).item()
+                if len(models) == 2:
+                    quantized, full = log_probs
+                    divergence += (full.exp() * (full - quantized)).sum(dtype=torch.float64).item()
+    num_predicted = windows.shape[0] * (windows.shape[1] - 1)
+    means = [loss / num_predicted for loss in losses]
+    return means, divergence / num_predicted if len(models) == 2 else None
+
+
+def _perplexity(mean_loss: float) -> float:
+    """exp(mean_loss), or infinity where that is no number: a broken model may be off by more than e^709."""
+    return math.exp(mean_loss) if mean_loss < 709 else math.inf
+
+
+def _refuse_different_vocabularies(names: list[str], tokenizers: list[Any]) -> None:
+    """KL compares probabilities of the same token at the same place: both models must cut text into the same tokens."""
+    first, *others = [tokenizer.get_vocab() for tokenizer in tokenizers]
+    for name, vocabulary in zip(names[1:], others, strict=True):
+        if vocabulary != first:
+            token = min(token for token, _ in first.items() ^ vocabulary.items())
+            raise EvaluationError(
+                f"vocabularies differ: {names[0]} has {len(first)} tokens and {name} {len(vocabulary)}, and "
+                f"{token!r} is number {first.get(token)} in the one and {vocabulary.get(token)} in the other; "
+                "compare models that share a vocabulary"
+            )
+
+
+def _load_tokenizer(name: str) -> Any:
+    from transformers import AutoTokenizer
+
+    if not Path(name).is_dir() and not HUB_ID.fullmatch(name):
+        raise CheckpointError(f"model {name}: no such folder")
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"model {name}: no tokenizer could be loaded: {_first_line(error)}") from None
+
+
+def _load_model(name: str, device: str) -> Any:
+    """The model in float32 on the device, ready to run. Refuses a checkpoint that leaves weights unset."""
+    import torch
+    from safetensors import SafetensorError
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        config = AutoConfig.from_pretrained(name)
+        text_only = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING  # Mistral3 is not: it sees, but reads text all the same
+        loader: Any = AutoModelForCausalLM if text_only else AutoModelForImageTextToText
+        model, loaded = loader.from_pretrained(name, config=config, dtype=torch.float32, output_loading_info=True)
+        missing = sorted(loaded["missing_keys"])
+        if missing:  # transformers would go on with random numbers in their place
+            raise CheckpointError(f"model {name}: the checkpoint lacks {len(missing)} tensors, first {missing[0]}")
+        return model.to(device).eval()
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"model {name}: could not be loaded: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]

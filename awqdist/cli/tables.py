@@ -1,0 +1,238 @@
+"""The figures of a finished run as people read them: rows aggregated over layers, and the table at the end of a run.
+
+A model of 126 layers has some 500 mappings, a mixture of experts many thousands. What one wants to know is which *kind*
+of mapping helped and which linear came out worst. So the index of the layer and of the expert is replaced by `*`
+(`pattern_of`), and everything that shares a pattern becomes one row.
+
+The row functions are pure and know nothing of rich; the report draws the same rows.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from statistics import median
+from typing import TYPE_CHECKING
+
+from awqdist.run.records import LinearRecord, MappingRecord, RunSummary
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+
+# `layers.3.mlp` and `layer 3`, but neither `1.5` nor the last part of `mlp.0`, which names a linear of its own.
+INDEX = re.compile(r"(?<=[A-Za-z_]\.)\d+(?=\.[A-Za-z_])|(?<=\blayer )\d+")
+
+
+@dataclass(frozen=True, slots=True)
+class MappingRow:
+    """All mappings of one pattern, or those of a single layer."""
+
+    pattern: str
+    layers: tuple[int, ...]
+    num_mappings: int
+    num_identity: int  # searches in which no smoothing was best
+    num_nonfinite_candidates: int
+    ratio: float | None  # median over the mappings that were smoothed
+    error_before: float  # sums
+    error_after: float
+
+    @property
+    def reduction(self) -> float | None:
+        """Share of the error that smoothing removed."""
+        if self.error_before > 0 and math.isfinite(self.error_before) and math.isfinite(self.error_after):
+            return 1 - self.error_after / self.error_before
+        return None
+
+
+def pattern_of(text: str) -> str:
+    """A name, or a sentence with names in it, without the indices of layer and expert."""
+    return INDEX.sub("*", text)
+
+
+def short_labels(patterns: Iterable[str]) -> dict[str, str]:
+    """Pattern -> its shortest ending that no other pattern shares: `up_proj`, or `experts.*.up_proj` where need be."""
+    parts = {pattern: pattern.split(".") for pattern in patterns}
+    longest = max(map(len, parts.values()), default=0)
+    taken = {length: _count_endings(parts.values(), length) for length in range(1, longest)}
+
+    def shortest(pattern: str) -> str:
+        for length in range(1, len(parts[pattern])):
+            ending = parts[pattern][-length:]
+            if ending[0] != "*" and taken[length][".".join(ending)] == 1:
+                return ".".join(ending)
+        return pattern
+
+    return {pattern: shortest(pattern) for pattern in parts}
+
+
+def _count_endings(names: Iterable[list[str]], length: int) -> dict[str, int]:
+    count: dict[str, int] = defaultdict(int)
+    for name in names:
+        count[".".join(name[-length:])] += 1
+    return count
+
+
+def run_labels(summary: RunSummary) -> dict[str, str]:
+    """Short labels of every module that the run names, by pattern."""
+    patterns = {pattern_of(item.name): None for record in summary.layers for item in record.linears}
+    for record in summary.layers:
+        for item in record.mappings:
+            patterns.update((pattern_of(name), None) for name in (item.smooth_layer, *item.balance_layers))
+    return short_labels(patterns)
+
+
+def mapping_label(mapping: MappingRecord, labels: dict[str, str]) -> str:
+    """`input_layernorm → q_proj, k_proj, v_proj`; many experts are named once."""
+    balance = dict.fromkeys(labels.get(pattern_of(name), pattern_of(name)) for name in mapping.balance_layers)
+    smooth = pattern_of(mapping.smooth_layer)
+    return f"{labels.get(smooth, smooth)} → {', '.join(balance)}"
+
+
+def mapping_rows(summary: RunSummary, *, by_layer: bool = False) -> list[MappingRow]:
+    """One row per pattern in the order of first appearance, or with `by_layer` one per layer and pattern."""
+    labels = run_labels(summary)
+    groups: dict[tuple[str, int | None], list[tuple[int, MappingRecord]]] = defaultdict(list)
+    for record in summary.layers:
+        for mapping in record.mappings:
+            key = (mapping_label(mapping, labels), record.layer if by_layer else None)
+            groups[key].append((record.layer, mapping))
+    return [_mapping_row(pattern, members) for (pattern, _), members in groups.items()]
+
+
+def _mapping_row(pattern: str, members: list[tuple[int, MappingRecord]]) -> MappingRow:
+    return MappingRow(
+        pattern=pattern,
+        layers=tuple(dict.fromkeys(layer for layer, _ in members)),
+        num_mappings=len(members),
+        num_identity=sum(m.ratio is None for _, m in members),
+        num_nonfinite_candidates=sum(m.num_nonfinite_candidates for _, m in members),
+        ratio=finite_median(m.ratio for _, m in members),
+        error_before=math.fsum(m.error_before for _, m in members),
+        error_after=math.fsum(m.error_after for _, m in members),
+    )
+
+
+def finite_median(values: Iterable[float | None]) -> float | None:
+    finite = [value for value in values if value is not None and math.isfinite(value)]
+    return median(finite) if finite else None
+
+
+def worst_linears(summary: RunSummary, count: int) -> list[LinearRecord]:
+    """The linears that lost most, by relative error of what was written; not-a-number is worst of all."""
+    linears = [linear for record in summary.layers for linear in record.linears]
+    return sorted(linears, key=lambda x: (math.isfinite(x.relative_error), -x.relative_error))[:count]
+
+
+def skipped_rows(summary: RunSummary) -> list[tuple[str, str, tuple[int, ...]]]:
+    """(mapping, reason, layers), layers that share mapping and reason in one row."""
+    rows: dict[tuple[str, str], dict[int, None]] = defaultdict(dict)
+    for record in summary.layers:
+        for skipped in record.skipped:
+            rows[pattern_of(skipped.mapping), pattern_of(skipped.reason)][record.layer] = None
+    return [(mapping, reason, tuple(layers)) for (mapping, reason), layers in rows.items()]
+
+
+def floor_factor(summary: RunSummary) -> float | None:
+    """Total time over the time that no method can do without."""
+    total = summary.seconds.get("total")
+    return total / summary.floor_seconds if total is not None and summary.floor_seconds > 0 else None
+
+
+def show_number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}"
+
+
+def show_percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.1f} %"
+
+
+def show_seconds(value: float | None) -> str:
+    if value is None or not math.isfinite(value):
+        return "–"
+    if value < 9.995:
+        return f"{value:.2f} s"
+    if value < 59.95:
+        return f"{value:.1f} s"
+    if value < 3600:
+        return f"{int(value // 60)} min {int(value % 60)} s"
+    return f"{int(value // 3600)} h {int(value % 3600 // 60):02d} min"
+
+
+def show_bytes(num_bytes: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(num_bytes) < 1024:
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.1f} TiB"
+
+
+def show_layers(layers: Iterable[int]) -> str:
+    """`0-2, 5`."""
+    runs: list[list[int]] = []
+    for layer in sorted(layers):
+        if runs and layer == runs[-1][1] + 1:
+            runs[-1][1] = layer
+        else:
+            runs.append([layer, layer])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def summary_table(summary: RunSummary, *, layers: bool = False) -> RenderableType:
+    """What a person wants to read at the end of a run; with `layers` every layer's mappings have a row of their own."""
+    from rich.console import Group
+    from rich.text import Text
+
+    parts: list[RenderableType] = [_mapping_table(mapping_rows(summary), "Smoothing by kind of mapping", layers=False)]
+    if layers:
+        parts.append(_mapping_table(mapping_rows(summary, by_layer=True), "Smoothing by layer", layers=True))
+    worst = _table("Linears that lost most", "linear", "nearest", "written", left=1)
+    for linear in worst_linears(summary, 5):
+        _add(worst, linear.name, show_number(linear.relative_error_nearest), show_number(linear.relative_error))
+    parts.append(worst)
+    if skipped := skipped_rows(summary):
+        table = _table("Mappings not applied", "mapping", "reason", "layers", left=3)
+        for mapping, reason, where in skipped:
+            _add(table, mapping, reason, show_layers(where))
+        parts.append(table)
+    factor = floor_factor(summary)
+    over = "" if factor is None else f", {factor:.2f} times the floor of {show_seconds(summary.floor_seconds)}"
+    parts.append(Text(f"\n{len(summary.layers)} layers in {show_seconds(summary.seconds.get('total'))}{over}"))
+    sizes = f"{show_bytes(summary.source_bytes)} read, {show_bytes(summary.output_bytes)} written"
+    parts.append(Text(f"{sizes} to {summary.output}"))
+    parts += [Text(f"warning: {message}", style="yellow") for message in summary.warnings]
+    return Group(*parts)
+
+
+def _mapping_table(rows: list[MappingRow], title: str, *, layers: bool) -> Table:
+    count = "layer" if layers else "identity"
+    table = _table(title, "mapping", count, "ratio", "error before", "after", "less", left=1)
+    for row in rows:
+        first = show_layers(row.layers) if layers else f"{row.num_identity} of {row.num_mappings}"
+        ratio = "identity" if row.ratio is None else f"{row.ratio:.2f}"
+        errors = (show_number(row.error_before), show_number(row.error_after), show_percent(row.reduction))
+        _add(table, row.pattern, first, ratio, *errors)
+    return table
+
+
+def _table(title: str, *columns: str, left: int) -> Table:
+    """An empty table whose first `left` columns hold text and whose others hold figures."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for number, column in enumerate(columns):
+        if number < left:
+            table.add_column(column, overflow="fold")
+        else:
+            table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
+def _add(table: Table, *cells: str) -> None:
+    from rich.text import Text
+
+    table.add_row(*(Text(cell) for cell in cells))  # Text: a name with [brackets] is no markup

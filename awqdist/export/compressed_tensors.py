@@ -1,0 +1,72 @@
+"""The compressed-tensors `pack-quantized` format, by the compressed-tensors package itself. vLLM, SGLang and transformers read it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
+from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme, QuantizationStatus
+from torch import Tensor
+
+from awqdist.quant.grid import QuantizedWeight
+from awqdist.recipe import Recipe, WeightScheme
+
+_FORMAT = "pack-quantized"
+
+
+class CompressedTensorsFormat:
+    """Per linear (O, I): weight_packed int32 (O, ceil(I·b/32)), weight_scale (O, G), weight_shape int64 (2,), and for asymmetric
+    schemes weight_zero_point int32 (ceil(O·b/32), G), packed along the rows."""
+
+    name = "compressed-tensors"
+
+    def check(self, recipe: Recipe) -> None:
+        """Every scheme that a recipe can hold fits."""
+
+    def pack(self, weight: QuantizedWeight) -> dict[str, Tensor]:
+        bits = weight.scheme.num_bits
+        tensors = {
+            "weight_packed": pack_to_int32(_signed(weight.codes, bits), bits),
+            "weight_scale": weight.weight_scale.contiguous(),
+            "weight_shape": torch.tensor(weight.codes.shape, dtype=torch.int64),
+        }
+        if not weight.scheme.symmetric:
+            tensors["weight_zero_point"] = pack_to_int32(_signed(weight.zero_point, bits), bits, packed_dim=0)
+        return tensors
+
+    def unpack(self, tensors: dict[str, Tensor], scheme: WeightScheme) -> QuantizedWeight:
+        shape = torch.Size(tensors["weight_shape"].tolist())
+        bits, weight_scale = scheme.num_bits, tensors["weight_scale"]
+        codes = _unsigned(unpack_from_int32(tensors["weight_packed"], bits, shape), bits)
+        if scheme.symmetric:
+            zero_point = torch.full(weight_scale.shape, 1 << (bits - 1), dtype=torch.uint8)
+        else:
+            grid = torch.Size((shape[0], weight_scale.shape[1]))
+            zero_point = _unsigned(unpack_from_int32(tensors["weight_zero_point"], bits, grid, packed_dim=0), bits)
+        return QuantizedWeight(codes, weight_scale, zero_point, scheme)
+
+    def config(self, recipe: Recipe, ignored: Sequence[str]) -> dict[str, Any]:
+        groups = {group.name: QuantizationScheme(**json.loads(group.definition)) for group in recipe.groups}
+        for scheme in groups.values():
+            scheme.format = _FORMAT
+        config = QuantizationConfig(
+            config_groups=groups,
+            format=_FORMAT,
+            quantization_status=QuantizationStatus.COMPRESSED,
+            ignore=list(ignored),
+        )
+        described: dict[str, Any] = config.model_dump(mode="json", exclude={"moe_sparsity_config"})
+        # empty entries and the version are what llm-compressor writes beside the package's own fields
+        return {**described, "sparsity_config": {}, "transform_config": {}, "version": version("compressed-tensors")}
+
+
+def _signed(unsigned: Tensor, bits: int) -> Tensor:
+    return (unsigned.to(torch.int16) - (1 << (bits - 1))).to(torch.int8)
+
+
+def _unsigned(signed: Tensor, bits: int) -> Tensor:
+    return (signed.to(torch.int16) + (1 << (bits - 1))).to(torch.uint8)

@@ -1,0 +1,132 @@
+"""Runs the decoder one layer at a time, with parameters handed in and nothing modified.
+
+`record_calls` runs the model's own forward with every decoder layer replaced by a recorder: out come the first layer's input and, for every
+layer, the further arguments that the model gives it (rotary embeddings, the mask of its kind). `forward_layer` then runs one layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_flatten, tree_map
+
+from awqdist.model.skeleton import Skeleton
+
+Parameters = Mapping[str, Tensor]
+Watch = Callable[[Tensor], None]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCall:
+    """The arguments of one decoder layer beside its hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def cast(self, device: torch.device, dtype: torch.dtype, batch: int | None = None) -> LayerCall:
+        """On `device`, floating tensors in `dtype`; with `batch`, per-sequence tensors cut to the first sequences."""
+
+        def convert(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            if batch is not None and value.ndim > 1 and value.shape[0] > batch:
+                value = value[:batch]
+            return value.to(device, dtype if value.is_floating_point() else None)
+
+        return LayerCall(tree_map(convert, self.args), tree_map(convert, self.kwargs))
+
+    def equals(self, other: LayerCall) -> bool:
+        ours, our_spec = tree_flatten((self.args, self.kwargs))
+        theirs, their_spec = tree_flatten((other.args, other.kwargs))
+        return our_spec == their_spec and all(
+            (isinstance(b, Tensor) and torch.equal(a, b)) if isinstance(a, Tensor) else (a is b or a == b)
+            for a, b in zip(ours, theirs, strict=True)
+        )
+
+
+class _AllLayersSeen(Exception):
+    """Ends the recording run before the final norm, whose weight is not needed."""
+
+
+def record_calls(skeleton: Skeleton, outside: Parameters, input_ids: Tensor) -> tuple[Tensor, list[LayerCall]]:
+    """First hidden states (B, L, H) of input_ids (B, L), and the call of every layer.
+
+    outside: parameters and buffers of the decoder that are in no layer, by their names in the decoder.
+    """
+    calls: list[LayerCall] = []
+    first: list[Tensor] = []
+
+    unpacks: list[bool] = []  # some models take output[0] of what a layer returns: then a bare tensor loses its batch dimension
+
+    def recorder(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not calls:
+            first.append(hidden_states)
+        calls.append(LayerCall(args, kwargs))
+        if len(calls) == skeleton.num_layers:
+            raise _AllLayersSeen
+        if hidden_states.ndim < first[0].ndim:
+            unpacks.append(True)
+        return (first[0],) if unpacks else first[0]
+
+    with ExitStack() as stack, torch.no_grad():
+        for layer in skeleton.layers:
+            layer.forward = recorder  # an attribute of the instance hides the method until it is deleted
+            stack.callback(delattr, layer, "forward")
+        try:
+            functional_call(skeleton.decoder, dict(outside), (input_ids,), {"use_cache": False})
+        except _AllLayersSeen:
+            pass
+    return first[0], calls
+
+
+def forward_layer(
+    layer: nn.Module,
+    parameters: Parameters,
+    hidden: Tensor,
+    call: LayerCall,
+    watches: Mapping[str, Watch] | None = None,
+) -> Tensor:
+    """Output hidden states of one layer.
+
+    hidden: (B, L, H) in the dtype of `parameters`; watches: module path within the layer -> function that is given the input of
+    that module.
+    """
+    with ExitStack() as stack, torch.no_grad():
+        for path, watch in (watches or {}).items():
+            stack.callback(layer.get_submodule(path).register_forward_pre_hook(_tell(watch)).remove)
+        output = functional_call(layer, dict(parameters), (hidden, *call.args), call.kwargs)
+    return output[0] if isinstance(output, tuple) else output
+
+
+def with_buffers(module: nn.Module, parameters: Parameters, device: torch.device) -> dict[str, Tensor]:
+    """`parameters` and the module's own buffers, which no checkpoint holds, on `device`."""
+    buffers = {name: buffer.to(device) for name, buffer in module.named_buffers() if buffer.device.type != "meta"}
+    return {**buffers, **parameters}
+
+
+def _tell(watch: Watch) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        watch(args[0])
+
+    return hook
+
+
+
+def head_inputs(skeleton: Skeleton, outside: Parameters, input_ids: Tensor, hidden: Tensor) -> Tensor:
+    """What lm_head reads: the decoder's own forward with all layers passed over and `hidden` (B, L, H) as the output of the last."""
+
+    def passed_over(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return hidden
+
+    with ExitStack() as stack, torch.no_grad():
+        for layer in skeleton.layers:
+            layer.forward = passed_over
+            stack.callback(delattr, layer, "forward")
+        output = functional_call(skeleton.decoder, dict(outside), (input_ids,), {"use_cache": False})
+    return output[0]  # type: ignore[no-any-return]

@@ -1,0 +1,151 @@
+"""The model's structure without its weights: a transformers model on the meta device, and the names of its parts on disk.
+
+The skeleton is never filled and never modified: layers run through `torch.func.functional_call` with parameters handed in. Buffers
+(rotary frequencies, embedding multipliers) are computed for real, since no checkpoint holds them.
+
+transformers' private loading API (how on-disk names map to module names) is used in this file only.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from awqdist.errors import CheckpointError, ModelError
+
+
+@dataclass(frozen=True, slots=True)
+class Skeleton:
+    """model: on meta; decoder: its text stack; layers: the decoder layers; prefix: their ModuleList's name in `model`."""
+
+    model: PreTrainedModel
+    decoder: nn.Module
+    layers: nn.ModuleList
+    prefix: str
+    on_disk: dict[str, str]  # parameter or buffer name in `model` -> name on disk
+    unknown: tuple[str, ...]  # on-disk names that `model` does not have
+
+    @property
+    def architecture(self) -> str:
+        return type(self.model).__name__
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    def layer_names(self, layer: int) -> dict[str, str]:
+        """Parameter name within decoder layer `layer` -> on-disk name."""
+        start = f"{self.prefix}.{layer}."
+        return {name.removeprefix(start): disk for name, disk in self.on_disk.items() if name.startswith(start)}
+
+    def outside_names(self) -> dict[str, str]:
+        """Parameter name within the decoder -> on-disk name, for everything in the decoder that is not in a layer."""
+        start = self.prefix.rpartition(".")[0]
+        start = f"{start}." if start else ""
+        return {
+            name.removeprefix(start): disk
+            for name, disk in self.on_disk.items()
+            if name.startswith(start) and not name.startswith(f"{self.prefix}.")
+        }
+
+    def linear_names(self) -> dict[str, tuple[int, int]]:
+        """On-disk module names of all linears of the model, lm_head included, with their (O, I)."""
+        return {
+            self.on_disk[f"{name}.weight"].removesuffix(".weight"): (module.out_features, module.in_features)
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.Linear) and f"{name}.weight" in self.on_disk
+        }
+
+
+def read_config(folder: Path) -> PretrainedConfig:
+    """The model's configuration. Raises CheckpointError if there is none or transformers does not know it."""
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} has no config.json; give the folder of a model")
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (ValueError, KeyError, OSError) as error:
+        raise CheckpointError(f"{folder / 'config.json'}: transformers cannot read it: {first_line(error)}") from None
+    if getattr(config, "quantization_config", None):
+        raise CheckpointError(f"{folder} is already quantized (config.json has a quantization_config); give the original")
+    return config
+
+
+def build_skeleton(config: PretrainedConfig, disk_names: Iterable[str]) -> Skeleton:
+    """Builds the meta model of `config` and ties the checkpoint's names to it.
+
+    Raises ModelError if the decoder layers cannot be found, and CheckpointError if the checkpoint lacks a parameter.
+    """
+    model = _empty_model(config)
+    decoder = model.get_decoder()
+    num_layers = config.get_text_config(decoder=True).num_hidden_layers
+    found = [m for m in decoder.modules() if isinstance(m, nn.ModuleList) and len(m) == num_layers]
+    if not found:
+        raise ModelError(f"{type(model).__name__}: no list of {num_layers} decoder layers found in its text model")
+    prefix = next(name for name, module in model.named_modules() if module is found[0])
+    on_disk, unknown = _match_names(model, disk_names)
+    missing = [n for n in _required(model) if n not in on_disk]
+    if missing:
+        raise CheckpointError(f"the checkpoint lacks the tensor for {missing[0]} ({len(missing)} missing in all)")
+    return Skeleton(model, decoder, found[0], prefix, on_disk, unknown)
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _empty_model(config: PretrainedConfig) -> PreTrainedModel:
+    names = getattr(config, "architectures", None) or []
+    kind: Any = next((getattr(transformers, n) for n in names if hasattr(transformers, n)), AutoModelForCausalLM)
+    dtype = getattr(config, "dtype", None) or config.get_text_config(decoder=True).dtype or torch.float32
+    build = getattr(kind, "_from_config", None) or kind.from_config
+    try:
+        with init_empty_weights(include_buffers=False), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return build(config, dtype=dtype).eval()  # type: ignore[no-any-return]
+    except (ValueError, KeyError, AttributeError, ImportError) as error:
+        raise ModelError(f"transformers cannot build {', '.join(names) or config.model_type}: {first_line(error)}") from None
+
+
+def _match_names(model: PreTrainedModel, disk_names: Iterable[str]) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Module name -> on-disk name through transformers' own renamings, and the on-disk names that match nothing."""
+    conversions = get_model_conversion_mapping(model)
+    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    state = model.state_dict()
+    on_disk: dict[str, str] = {}
+    unknown = []
+    for disk in disk_names:
+        name, converted = rename_source_key(disk, renamings, converters, model.base_model_prefix, state)
+        if name not in state and disk in state:
+            name, converted = disk, None
+        if converted is not None:
+            raise ModelError(
+                f"{type(model).__name__}: tensor {disk} is stored in another layout than transformers computes with"
+                f" ({name}); mixture-of-experts checkpoints are not supported yet"
+            )
+        if name in state:
+            on_disk[name] = disk
+        else:
+            unknown.append(disk)
+    return on_disk, tuple(unknown)
+
+
+def _required(model: PreTrainedModel) -> list[str]:
+    """Parameters that a checkpoint must hold: all but those tied to another."""
+    tied = model.all_tied_weights_keys
+    return [name for name, _ in model.named_parameters(remove_duplicate=False) if name not in tied]

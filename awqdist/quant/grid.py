@@ -1,0 +1,109 @@
+"""The integer grid: group ranges, scales, zero points, codes and back.
+
+    scale = (hi - lo) / (2^b - 1)      zero = round(clamp(-lo/scale, 0, 2^b - 1))      code = round(clamp(w/scale + zero, 0, 2^b - 1))
+
+with lo = min(w_min, 0) and hi = max(w_max, 0) of a group of `group_size` inputs in one row. Codes and zero points are unsigned
+here; only exporters shift them. What is stored comes from compressed-tensors' own functions (`calculate_qparams`, `quantize`), in
+the checkpoint's dtype, so that any reader of that format computes the same numbers; the search evaluates thousands of candidate
+grids and uses the float32 twin `rounding_difference`, which the tests hold against the library.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy
+from compressed_tensors.quantization.lifecycle.forward import quantize
+from compressed_tensors.quantization.utils import calculate_qparams
+from torch import Tensor
+
+from awqdist.recipe import WeightScheme
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedWeight:
+    """One linear on its grid.
+
+    codes: (O, I) uint8; weight_scale: (O, G) in the checkpoint's dtype; zero_point: (O, G) uint8, on the unsigned grid.
+    """
+
+    codes: Tensor
+    weight_scale: Tensor
+    zero_point: Tensor
+    scheme: WeightScheme
+
+    def dequantize(self) -> Tensor:
+        """(O, I) float32: what a reader of the checkpoint computes, before it rounds to its own dtype."""
+        num_groups = self.weight_scale.shape[1]
+        codes = self.codes.float().unflatten(1, (num_groups, -1))  # (O, G, g)
+        centred = codes - self.zero_point.float().unsqueeze(-1)
+        return (centred * self.weight_scale.float().unsqueeze(-1)).flatten(1)
+
+
+def scheme_args(scheme: WeightScheme) -> QuantizationArgs:
+    """The compressed-tensors arguments of a weight scheme."""
+    grouped = scheme.group_size > 0
+    return QuantizationArgs(
+        num_bits=scheme.num_bits,
+        symmetric=scheme.symmetric,
+        strategy=QuantizationStrategy.GROUP if grouped else QuantizationStrategy.CHANNEL,
+        group_size=scheme.group_size if grouped else None,
+    )
+
+
+def grouped(weight: Tensor, scheme: WeightScheme) -> Tensor:
+    """View of `weight` (O, I) as (O, G, g)."""
+    return weight.unflatten(1, (-1, scheme.group_size if scheme.group_size > 0 else weight.shape[1]))
+
+
+def group_range(weight: Tensor, scheme: WeightScheme) -> tuple[Tensor, Tensor]:
+    """Smallest and largest weight of every group, each (O, G), dtype of `weight`."""
+    low, high = torch.aminmax(grouped(weight, scheme), dim=-1)
+    return low, high
+
+
+def grid_parameters(low: Tensor, high: Tensor, scheme: WeightScheme) -> tuple[Tensor, Tensor]:
+    """Scale and unsigned zero point, each (O, G), of the ranges `low`, `high` (O, G); the scale keeps their dtype."""
+    weight_scale, zero_point = calculate_qparams(low, high, scheme_args(scheme))
+    return weight_scale, (zero_point.to(torch.int16) + (1 << (scheme.num_bits - 1))).to(torch.uint8)
+
+
+def round_to_nearest(weight: Tensor, weight_scale: Tensor, zero_point: Tensor, scheme: WeightScheme) -> QuantizedWeight:
+    """Codes of `weight` (O, I), in its own dtype, exactly as compressed-tensors' `quantize` gives them."""
+    offset = 1 << (scheme.num_bits - 1)
+    signed_zero = (zero_point.to(torch.int16) - offset).to(torch.int8)
+    signed = quantize(weight, weight_scale, signed_zero, scheme_args(scheme), dtype=torch.int8)
+    codes = (signed.to(torch.int16) + offset).to(torch.uint8)
+    return QuantizedWeight(codes, weight_scale, zero_point, scheme)
+
+
+def rounding_difference(weight: Tensor, scales: Tensor, scheme: WeightScheme, dtype: torch.dtype) -> Tensor:
+    """D = Q(W·diag(s))·diag(1/s) - W, the change of the effective weight when W is smoothed by `scales` and rounded to nearest.
+
+    weight: (O, I) float32; scales: (I,) float32, `smooth_scales`; dtype: what the group scales are stored in.
+    Returns (O, I) float32. On a CPU the rows are worked through in blocks that stay in the cache.
+    """
+    difference = torch.empty_like(weight)
+    block = weight.shape[0] if weight.is_cuda else max(1, (1 << 17) // weight.shape[1])
+    for start in range(0, weight.shape[0], block):
+        _difference_of_rows(weight[start : start + block], scales, scheme, dtype, difference[start : start + block])
+    return difference
+
+
+def _difference_of_rows(rows: Tensor, scales: Tensor, scheme: WeightScheme, dtype: torch.dtype, out: Tensor) -> None:
+    """`rounding_difference` of some rows, written to `out`. All (rows, I) float32."""
+    limit = float((1 << scheme.num_bits) - 1)
+    smoothed = grouped(rows * scales, scheme)  # (rows, G, g)
+    low, high = torch.aminmax(smoothed, dim=-1, keepdim=True)  # (rows, G, 1)
+    if scheme.symmetric:
+        step = torch.maximum(high, low.neg()).div_(limit / 2).to(dtype).float()
+        zero = torch.full_like(step, float(1 << (scheme.num_bits - 1)))
+    else:
+        low, high = low.clamp_(max=0), high.clamp_(min=0)
+        step = ((high - low).div_(limit)).to(dtype).float()
+        zero = (low / step).neg_().nan_to_num_(0.0).clamp_(0, limit).round_()
+    step.masked_fill_(step == 0, torch.finfo(dtype).eps)
+    rounded = torch.addcdiv(zero, smoothed, step).round_().clamp_(0, limit)
+    torch.sub(rounded.sub_(zero).mul_(step), smoothed, out=smoothed)
+    torch.div(smoothed.flatten(1), scales, out=out)

@@ -1,0 +1,105 @@
+"""What the search keeps of the calibration activations: per input site a mean and a Gram matrix.
+
+For a candidate weight W' = W + D of a linear that reads X (T, I), the output error over all tokens is
+
+    ‖X·W'ᵀ - X·Wᵀ‖²_F = ‖X·Dᵀ‖²_F = Σ (D·XᵀX) ∘ D
+
+so XᵀX (I, I) is all that is needed, whatever T is. Where there are fewer tokens than inputs the rows X themselves are smaller
+and cheaper, and are kept instead. Both are exact; sums are float32 and additive over chunks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+_FORM_BLOCK = 1024  # columns per block of the quadratic form; only its lower triangle of blocks is multiplied
+
+
+class InputStatistics:
+    """Statistics of one input site.
+
+    num_inputs: I; num_tokens: how many tokens will be added in all, which decides the representation.
+    """
+
+    def __init__(self, num_inputs: int, num_tokens: int, device: torch.device) -> None:
+        self.num_inputs = num_inputs
+        self.num_tokens = 0
+        self._sum_abs = torch.zeros(num_inputs, dtype=torch.float32, device=device)
+        self._keeps_rows = num_tokens < num_inputs
+        self._rows: list[Tensor] = []
+        self._gram = None if self._keeps_rows else torch.zeros(num_inputs, num_inputs, device=device)
+
+    def add(self, activations: Tensor) -> None:
+        """Adds a chunk. activations: (..., I), any float dtype."""
+        rows = activations.detach().reshape(-1, self.num_inputs)  # (T_chunk, I)
+        self.num_tokens += rows.shape[0]
+        self._sum_abs += rows.abs().sum(0, dtype=torch.float32)
+        if self._gram is None:
+            self._rows.append(rows.float())
+            return
+        with exact_for(rows.dtype):
+            wide = rows.float()
+            self._gram.addmm_(wide.T, wide)
+
+    @property
+    def mean_abs(self) -> Tensor:
+        """(I,) float32: mean |x| of every channel."""
+        return self._sum_abs / max(self.num_tokens, 1)
+
+    def gram(self) -> Tensor:
+        """XᵀX, (I, I) float32. Not to be written to."""
+        if self._gram is not None:
+            return self._gram
+        rows = self.rows()
+        return rows.T @ rows
+
+    def rows(self) -> Tensor:
+        """X, (T, I) float32, where the rows are what is kept."""
+        return torch.cat(self._rows) if self._rows else self._sum_abs.new_zeros(0, self.num_inputs)
+
+    def output_error(self, difference: Tensor) -> float:
+        """‖X·Dᵀ‖²_F of difference (O, I) float32, exact in float32."""
+        if self._gram is None:
+            return float(sum((rows @ difference.T).square_().sum(dtype=torch.float64) for rows in self._rows))
+        return quadratic_form(difference, self._gram)
+
+    def is_finite(self) -> bool:
+        """Whether every activation that was added was finite."""
+        return bool(torch.isfinite(self._sum_abs).all())
+
+
+def quadratic_form(difference: Tensor, gram: Tensor) -> float:
+    """Σ (D·G) ∘ D for D (O, I) and a symmetric G (I, I), float32. G's symmetry saves nearly half of the product."""
+    total = torch.zeros((), dtype=torch.float64, device=difference.device)
+    for start in range(0, gram.shape[0], _FORM_BLOCK):
+        stop = min(start + _FORM_BLOCK, gram.shape[0])
+        columns = difference[:, start:stop]
+        if start:  # blocks left of the diagonal stand for themselves and for their mirror image
+            projected = difference[:, :start] @ gram[:start, start:stop]  # (O, block)
+            total += 2 * projected.mul_(columns).sum(dtype=torch.float64)
+        projected = columns @ gram[start:stop, start:stop]
+        total += projected.mul_(columns).sum(dtype=torch.float64)
+    return float(total)
+
+
+@contextmanager
+def exact_for(dtype: torch.dtype) -> Iterator[None]:
+    """Lets float32 products run on reduced-precision units where that loses nothing.
+
+    bfloat16 values have 8 significant bits: a bfloat16 (CPU) or TF32 (CUDA) multiplier takes them unrounded and the sums are
+    float32 all the same. float16 fits TF32 only. Other dtypes are multiplied in full float32.
+    """
+    cpu, cuda = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul
+    before = cpu.fp32_precision, cuda.fp32_precision
+    try:
+        if dtype == torch.bfloat16:
+            cpu.fp32_precision = "bf16"
+        if dtype in (torch.bfloat16, torch.float16):
+            cuda.fp32_precision = "tf32"
+        yield
+    finally:
+        cpu.fp32_precision, cuda.fp32_precision = before

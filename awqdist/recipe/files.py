@@ -1,0 +1,159 @@
+"""Recipes from preset names, YAML files, YAML text and modifier objects.
+
+YAML layouts, as llm-compressor reads and writes them: stages (`default_stage: {default_modifiers: {AWQModifier:
+{...}}}`), a flat mapping of modifiers, or a list of such mappings, in any nesting.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from awqdist.errors import RecipeError
+from awqdist.recipe.build import MODIFIERS, build_recipe
+from awqdist.recipe.matching import suggestion
+from awqdist.recipe.modifiers import Modifier
+from awqdist.recipe.recipe import Recipe
+
+RecipeSource = str | Path | Recipe | Modifier | Sequence[Modifier] | None
+
+_PRESET_FOLDERS = (
+    Path(__file__).parents[1] / "configs",
+    Path(__file__).parents[2] / "configs",
+)  # in a wheel, in a checkout
+_NESTING = re.compile(
+    r"(.*_)?(stage|modifiers)(_\d+)?"
+)  # default_stage, quant_modifiers, and default_stage_0 of merged files
+
+
+def load_recipe(source: RecipeSource = None) -> Recipe:
+    """A recipe from whatever the user has.
+
+    source: a preset name, the path of a YAML file, YAML text (anything with a line break), a modifier or a list of
+    them, a Recipe, or None for the preset "default". Raises RecipeError with the file's name, and line and column of
+    YAML errors.
+    """
+    if isinstance(source, Recipe):
+        return source
+    if isinstance(source, str) and "\n" in source:
+        return _from_text(source, "recipe text")
+    if isinstance(source, (str, Path)) or source is None:
+        return _from_file(_path_of(source or "default"))
+    return build_recipe([source] if isinstance(source, Modifier) else list(source))
+
+
+def preset_names() -> list[str]:
+    """The names of the recipes that ship with awqdist, sorted."""
+    return sorted({path.stem for folder in _PRESET_FOLDERS for path in folder.glob("*.yaml")})
+
+
+def _path_of(source: str | Path) -> Path:
+    """The file that a preset name or path means. Raises RecipeError where there is none."""
+    presets = preset_names()
+    if isinstance(source, str) and source in presets:
+        return next(path for folder in _PRESET_FOLDERS if (path := folder / f"{source}.yaml").is_file())
+    path = Path(source)
+    if path.is_file():
+        return path
+    if path.exists():
+        raise RecipeError(f"recipe {path} is not a file; give a YAML file or a preset ({', '.join(presets)})")
+    nearest = suggestion(path.stem, presets)
+    advice = f"; {nearest}" if nearest.startswith("did") else ""
+    raise RecipeError(
+        f"recipe {str(source)!r} is neither a file nor a preset; presets are {', '.join(presets)}{advice}"
+    )
+
+
+def _from_file(path: Path) -> Recipe:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"recipe {path} cannot be read ({error}); give a readable YAML file in UTF-8") from error
+    return _from_text(text, f"recipe {path}")
+
+
+def _from_text(text: str, where: str) -> Recipe:
+    try:
+        tree = yaml.load(text, _RecipeLoader)  # a SafeLoader
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
+        raise RecipeError(
+            f"{where}{place}: not valid YAML: {error.problem or error.context}; correct it there"
+        ) from error
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{where}: not valid YAML: {str(error).splitlines()[0]}; correct it") from error
+    try:
+        return build_recipe(list(_modifiers(tree)))
+    except RecipeError as error:
+        raise RecipeError(f"{where}: {error}") from error
+
+
+def _modifiers(tree: Any) -> Iterator[Modifier]:
+    """All modifiers of a YAML tree, in its order. Raises RecipeError for anything that is no modifier."""
+    if isinstance(tree, list):
+        for item in tree:
+            yield from _modifiers(item)
+    elif isinstance(tree, dict):
+        for key, value in tree.items():
+            if key in MODIFIERS:
+                yield _modifier(key, value)
+            elif isinstance(key, str) and _NESTING.fullmatch(key):
+                yield from _modifiers(value)
+            elif key != "args" or value:
+                raise RecipeError(f"{str(key)!r} is no known modifier; known are {_known(str(key))}")
+    elif isinstance(tree, str) and tree in MODIFIERS:
+        yield _modifier(tree, None)
+    elif tree is not None:
+        raise RecipeError(f"expected modifiers ({', '.join(MODIFIERS)}), found {tree!r}")
+
+
+def _modifier(name: str, fields: Any) -> Modifier:
+    if not isinstance(fields, dict) and fields is not None:
+        raise RecipeError(f"{name}: expected a mapping of its keys, found {fields!r}")
+    for key in fields or {}:
+        if not isinstance(key, str):
+            raise RecipeError(f"{name} has no key {key!r}; keys are words")
+    return MODIFIERS[name](**(fields or {}))
+
+
+def _known(name: str) -> str:
+    nearest = suggestion(name, MODIFIERS)
+    return ", ".join(MODIFIERS) + (f"; {nearest}" if nearest.startswith("did") else "")
+
+
+class _RecipeLoader(yaml.SafeLoader):
+    """Safe YAML that refuses a repeated key, and reads the device objects that llm-compressor 0.14 leaves in its
+    recipes.
+    """
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key.value, str) and key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} is here twice", key.start_mark
+                )
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
+def _python_object(loader: yaml.SafeLoader, kind: str, node: Any) -> Any:
+    """`!!python/object/apply:torch.device [cpu]` -> "cpu"; llm-compressor's "not given" marker -> None.
+
+    Runs nothing.
+    """
+    if kind == "torch.device" and isinstance(node, yaml.SequenceNode):
+        return ":".join(str(part) for part in loader.construct_sequence(node))
+    if kind == "llmcompressor.sentinel.Sentinel":
+        return None
+    raise yaml.constructor.ConstructorError(
+        None, None, f"a Python object of {kind} is no recipe value", node.start_mark
+    )
+
+
+_RecipeLoader.add_multi_constructor("tag:yaml.org,2002:python/object/apply:", _python_object)

@@ -1,0 +1,85 @@
+"""From finished layers to a model: copies what is not quantized, checks that nothing is missing, and writes the index last. Before that
+no loader takes the folder for a model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from awqdist.checkpoint.index import INDEX_FILE, TensorEntry, read_header
+from awqdist.checkpoint.reader import read_tensor
+from awqdist.checkpoint.writer import LazyTensor, output_error, stream_safetensors, sync_folder, write_json
+from awqdist.errors import OutputError
+from awqdist.run.job import Job
+from awqdist.run.journal import Journal, JournalEntries
+from awqdist.run.plan import Plan
+
+OUTSIDE_FILE = "model-outside.safetensors"
+_WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx"}
+_NOT_COPIED = {"config.json", INDEX_FILE, "pytorch_model.bin.index.json"}
+
+
+def merge(job: Job, journal: Journal) -> int:
+    """Finishes the output folder of a job whose layers are all in the journal. Returns the bytes of the model's tensors.
+
+    Raises OutputError if a layer is missing or its file is not what the journal says.
+    """
+    output = job.settings.output
+    check_layers(output, job.plan, journal.entries)
+    if journal.entries.outside is None or not (output / OUTSIDE_FILE).is_file():
+        tensors = [_lazy(job.index.entries[name]) for name in job.plan.outside]
+        journal.add_outside(stream_safetensors(output / OUTSIDE_FILE, tensors))
+    _copy_companions(job.settings.model, output)
+    write_json(output / "config.json", _config(job))
+    index = build_index(output, [record.file for record in journal.entries.layers.values()] + [OUTSIDE_FILE])
+    write_json(output / INDEX_FILE, index)
+    return int(index["metadata"]["total_size"])
+
+
+def check_layers(output: Path, plan: Plan, entries: JournalEntries) -> None:
+    """Raises OutputError unless every layer of the plan has a journal line and a file of the size that it gives."""
+    for task in plan.tasks:
+        record = entries.layers.get(task.layer)
+        if record is None:
+            raise OutputError(f"{output}: layer {task.layer} is missing; run the same command again")
+        file = output / record.file
+        if not file.is_file() or file.stat().st_size != record.num_bytes:
+            raise OutputError(f"{file} is missing or has another size than the journal says; use --overwrite to begin anew")
+
+
+def build_index(output: Path, files: list[str]) -> dict[str, Any]:
+    """The contents of model.safetensors.index.json for `files`."""
+    weight_map: dict[str, str] = {}
+    total = 0
+    for file in files:
+        for entry in read_header(output / file):
+            if entry.name in weight_map:
+                raise OutputError(f"{output}: tensor {entry.name} is in both {weight_map[entry.name]} and {file}")
+            weight_map[entry.name] = file
+            total += entry.num_bytes
+    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+
+
+def _lazy(entry: TensorEntry) -> LazyTensor:
+    return LazyTensor(entry.name, entry.dtype, entry.shape, entry.num_bytes, lambda: read_tensor(entry))
+
+
+def _copy_companions(model: Path, output: Path) -> None:
+    """Tokenizer, generation settings, chat template, licence: every small file of the source that is not weights."""
+    for file in sorted(model.iterdir()):
+        if file.is_file() and file.name not in _NOT_COPIED and file.suffix not in _WEIGHT_SUFFIXES:
+            try:
+                shutil.copyfile(file, output / file.name)
+            except OSError as error:
+                raise output_error(output / file.name, error) from error
+    sync_folder(output)
+
+
+def _config(job: Job) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((job.settings.model / "config.json").read_text())
+    config["quantization_config"] = job.format.config(job.recipe, job.plan.ignored)
+    return config
+
+

@@ -1,0 +1,152 @@
+"""The plan of a run: what is done to every layer. Pure: structure, recipe and names in, frozen tasks out; no tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from awqdist.checkpoint.index import CheckpointIndex
+from awqdist.errors import ModelError, RecipeError
+from awqdist.model.inference import infer_mappings
+from awqdist.model.mapping import HeadShape, Resolution, ResolvedMapping, resolve
+from awqdist.model.registry import registered_mappings
+from awqdist.model.skeleton import Skeleton
+from awqdist.model.structure import LayerStructure, trace_layers
+from awqdist.recipe import Recipe, WeightScheme, check_patterns_match
+from awqdist.run.records import SkippedMapping
+
+
+@dataclass(frozen=True, slots=True)
+class LayerTask:
+    """What is done to one decoder layer; with `layer` = L, to lm_head. Paths and parameter names are within the layer."""
+
+    layer: int
+    disk_names: dict[str, str]  # parameter -> on-disk name
+    sites: tuple[tuple[str, ...], ...]  # input sites with at least one quantized linear
+    shapes: dict[str, tuple[int, int]]  # linear -> (O, I)
+    schemes: dict[str, WeightScheme]  # quantized linears
+    mappings: tuple[ResolvedMapping, ...]
+    skipped: tuple[SkippedMapping, ...]
+
+    def disk_module(self, path: str) -> str:
+        return self.disk_names[f"{path}.weight"].removesuffix(".weight")
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A whole run."""
+
+    architecture: str
+    layers: tuple[LayerTask, ...]
+    head: LayerTask | None  # lm_head, where the recipe quantizes it
+    outside: tuple[str, ...]  # on-disk tensors that are copied as they are
+    ignored: tuple[str, ...]  # on-disk modules of linears left in full precision
+    inferred: bool  # the mappings come from the structure, not from the registry or the recipe
+
+    @property
+    def tasks(self) -> tuple[LayerTask, ...]:
+        return self.layers + ((self.head,) if self.head else ())
+
+
+def make_plan(skeleton: Skeleton, index: CheckpointIndex, recipe: Recipe) -> Plan:
+    """Plans the quantization of a checkpoint. Raises RecipeError or ModelError for what cannot work, before any tensor is read."""
+    structures = trace_layers(skeleton)
+    heads = HeadShape.of(skeleton.model.config.get_text_config(decoder=True))
+    known = _patterns(skeleton, recipe)
+    resolutions: dict[int, Resolution] = {}
+    tasks = []
+    for layer, structure in enumerate(structures):
+        names = skeleton.layer_names(layer)
+        if recipe.smoothing is None:
+            resolution = Resolution((), ())
+        elif known is not None:
+            resolution = resolve(known, structure, partial(_disk_module, names), heads)
+        else:
+            if id(structure) not in resolutions:
+                resolutions[id(structure)] = Resolution(infer_mappings(skeleton, structure, layer), ())
+            resolution = resolutions[id(structure)]
+        tasks.append(_layer_task(layer, names, structure, resolution, recipe))
+    head = _head_task(skeleton, recipe)
+    _check_recipe(recipe, skeleton, tasks)
+    in_tasks = {name for task in tasks for name in task.disk_names.values()}
+    in_tasks |= set(head.disk_names.values()) if head else set()
+    quantized = {task.disk_module(path) for task in [*tasks, *([head] if head else [])] for path in task.schemes}
+    return Plan(
+        architecture=skeleton.architecture,
+        layers=tuple(tasks),
+        head=head,
+        outside=tuple(name for name in index.entries if name not in in_tasks),
+        ignored=tuple(name for name in skeleton.linear_names() if name not in quantized),
+        inferred=recipe.smoothing is not None and known is None,
+    )
+
+
+def _patterns(skeleton: Skeleton, recipe: Recipe) -> tuple[object, ...] | None:
+    if recipe.smoothing is None:
+        return ()
+    return recipe.smoothing.mappings or registered_mappings(skeleton.architecture)
+
+
+def _disk_module(names: dict[str, str], path: str) -> str:
+    return names[f"{path}.weight"].removesuffix(".weight")
+
+
+def _layer_task(
+    layer: int, names: dict[str, str], structure: LayerStructure, resolution: Resolution, recipe: Recipe
+) -> LayerTask:
+    disk_module: Callable[[str], str] = partial(_disk_module, names)
+    schemes = {}
+    for path, shape in structure.linears.items():
+        group = recipe.scheme_for(disk_module(path))
+        if group is not None:
+            _check_width(disk_module(path), shape, group.weights)
+            schemes[path] = group.weights
+    skipped = [SkippedMapping(mapping, reason) for mapping, reason in resolution.skipped]
+    applied = []
+    for mapping in resolution.mappings:
+        if any(path in schemes for path in mapping.balance):
+            applied.append(mapping)
+        else:
+            label = f"{disk_module(mapping.smooth)} -> {', '.join(mapping.balance)}"
+            skipped.append(SkippedMapping(label, "the recipe quantizes none of its balance layers"))
+    sites = tuple(site for site in structure.sites if any(path in schemes for path in site))
+    return LayerTask(layer, names, sites, structure.linears, schemes, tuple(applied), tuple(skipped))
+
+
+def _head_task(skeleton: Skeleton, recipe: Recipe) -> LayerTask | None:
+    """lm_head as a last layer, if the recipe quantizes it. Raises ModelError where it is tied to the embeddings."""
+    head = skeleton.model.get_output_embeddings()
+    name = next((n for n, module in skeleton.model.named_modules() if module is head), None)
+    group = recipe.scheme_for(name) if name else None
+    if name is None or group is None:
+        return None
+    if f"{name}.weight" not in skeleton.on_disk:
+        raise ModelError(f'{name} is tied to the embeddings and cannot be quantized alone; add "{name}" to the recipe\'s ignore')
+    disk = skeleton.on_disk[f"{name}.weight"]
+    shape = skeleton.linear_names()[disk.removesuffix(".weight")]
+    _check_width(name, shape, group.weights)
+    names = {key.removeprefix(name.rpartition(".")[0] + ".") if "." in name else key: value
+             for key, value in skeleton.on_disk.items() if key.startswith(f"{name}.")}
+    path = name.rpartition(".")[2]
+    return LayerTask(skeleton.num_layers, names, ((path,),), {path: shape}, {path: group.weights}, (), ())
+
+
+def _check_width(name: str, shape: tuple[int, int], scheme: WeightScheme) -> None:
+    if scheme.group_size > 0 and shape[1] % scheme.group_size:
+        fitting = [size for size in (128, 64, 32, 16) if shape[1] % size == 0]
+        advice = f"use group_size {fitting[0]}, or " if fitting else ""
+        raise RecipeError(
+            f"linear {name} has {shape[1]} inputs, which group size {scheme.group_size} does not divide; {advice}add it to ignore"
+        )
+
+
+def _check_recipe(recipe: Recipe, skeleton: Skeleton, tasks: list[LayerTask]) -> None:
+    """Every pattern of the recipe must name something; something must be quantized."""
+    linears = list(skeleton.linear_names())
+    modules = linears + [task.disk_module(p.removesuffix(".weight")) for task in tasks for p in task.disk_names if p.endswith(".weight")]
+    check_patterns_match(recipe.ignore, [*modules, "lm_head"], "ignore")
+    for mapping in (recipe.smoothing.mappings if recipe.smoothing else None) or ():
+        check_patterns_match((mapping.smooth_layer, *mapping.balance_layers), modules, "mappings")
+    if not any(task.schemes for task in tasks):
+        raise RecipeError("the recipe quantizes no linear of the decoder layers; check targets and ignore")

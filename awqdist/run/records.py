@@ -1,0 +1,116 @@
+"""What a finished layer leaves behind besides its tensors: the lines of the journal and the data of the report.
+
+All records are frozen, hold plain Python values only and go to JSON and back without loss.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+STAGES = ("read", "forward", "search", "round", "check", "write")
+
+
+@dataclass(frozen=True, slots=True)
+class MappingRecord:
+    """The outcome of one scale search. Errors are ‖X·Dᵀ‖²_F over the calibration tokens, summed over `balance_layers`."""
+
+    smooth_layer: str
+    balance_layers: tuple[str, ...]
+    ratio: float | None  # None: the identity was best
+    duo_scaling: bool
+    error_before: float  # round-to-nearest without smoothing
+    error_after: float  # round-to-nearest with the chosen scales
+    num_nonfinite_candidates: int
+
+
+@dataclass(frozen=True, slots=True)
+class LinearRecord:
+    """The outcome of one quantized linear. Errors are relative: ‖X·Dᵀ‖²_F / ‖X·Wᵀ‖²_F."""
+
+    name: str
+    shape: tuple[int, int]  # (O, I)
+    num_bits: int
+    group_size: int
+    symmetric: bool
+    relative_error_nearest: float  # round-to-nearest of the original weight
+    relative_error: float  # what was written
+    clipped_share: float  # share of groups whose range was shrunk
+    num_dead_inputs: int  # input channels that were always zero
+
+
+@dataclass(frozen=True, slots=True)
+class SiteRecord:
+    """The activations that one or more linears read."""
+
+    linears: tuple[str, ...]
+    num_tokens: int
+    max_over_median: float  # largest mean |x| of a channel over the median channel's: how strong the outliers are
+
+
+@dataclass(frozen=True, slots=True)
+class SkippedMapping:
+    """A mapping that was not applied in a layer, and why."""
+
+    mapping: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRecord:
+    """One journal line: everything known of a finished decoder layer."""
+
+    layer: int
+    file: str
+    num_bytes: int
+    sha256: str
+    source_crc32: int
+    smoothing_error: float  # relative change of the layer's output by smoothing alone, in float32
+    mappings: tuple[MappingRecord, ...]
+    linears: tuple[LinearRecord, ...]
+    sites: tuple[SiteRecord, ...]
+    skipped: tuple[SkippedMapping, ...]
+    seconds: dict[str, float]  # by stage of STAGES
+    peak_memory_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> LayerRecord:
+        def records(kind: Any, key: str) -> tuple[Any, ...]:
+            return tuple(kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in item.items()}) for item in data[key])
+
+        return cls(
+            **{
+                **data,
+                "mappings": records(MappingRecord, "mappings"),
+                "linears": records(LinearRecord, "linears"),
+                "sites": records(SiteRecord, "sites"),
+                "skipped": records(SkippedMapping, "skipped"),
+            }
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class RunSummary:
+    """A whole run, for the table at its end and for the report."""
+
+    model: str
+    output: str
+    architecture: str
+    device: str
+    recipe: str  # YAML
+    num_calibration_samples: int
+    sequence_length: int
+    layers: tuple[LayerRecord, ...]
+    seconds: dict[str, float]  # whole stages outside the layers: "start", "embed", "merge"; and "total"
+    source_bytes: int
+    output_bytes: int
+    ignored: tuple[str, ...]  # linears left in full precision
+    warnings: tuple[str, ...]
+
+    @property
+    def floor_seconds(self) -> float:
+        """Time that no method can do without: read the weights once, one forward pass, one write."""
+        return sum(record.seconds.get(stage, 0.0) for record in self.layers for stage in ("read", "forward", "write"))

@@ -1,0 +1,31 @@
+"""Times the stages of a layer and tells the world when one begins."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from awqdist.run.events import Emit, StageStarted
+from awqdist.run.records import STAGES
+
+
+class Stopwatch:
+    """Seconds by stage, of one layer."""
+
+    def __init__(self, layer: int, device: torch.device, emit: Emit) -> None:
+        self.seconds = dict.fromkeys(STAGES, 0.0)
+        self._layer, self._device, self._emit = layer, device, emit
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        self._emit(StageStarted(self._layer, name))
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)
+            self.seconds[name] += time.perf_counter() - start
