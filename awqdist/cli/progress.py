@@ -199,6 +199,7 @@ def _rich() -> Iterator[Emit]:
             if isinstance(event, ev.Warned):
                 live.console.print(Text(f"warning: {event.message}", style="yellow"))
             elif isinstance(event, ev.RunFinished):
+                live.stop()  # so that the line stands below the display, not above
                 live.console.print(Text(_end_line(event), style="bold"))
 
         yield emit
@@ -240,7 +241,7 @@ def _memory() -> str:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
     statm = Path("/proc/self/statm")
     now = int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else peak
-    text = f"memory {show_bytes(now)}, peak {show_bytes(peak)}"
+    text = f"memory {show_bytes(now)}, peak {show_bytes(max(now, peak))}"
     cuda: Any = sys.modules.get("torch.cuda")
     if getattr(cuda, "is_initialized", bool)():  # another thread may be in the midst of importing it
         text += f"   CUDA {show_bytes(cuda.memory_allocated())}, peak {show_bytes(cuda.max_memory_allocated())}"

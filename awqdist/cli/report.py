@@ -15,10 +15,9 @@ from __future__ import annotations
 
 import html
 import math
-import os
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -81,11 +80,9 @@ def render_report(summary: RunSummary) -> str:
 
 def write_report(summary: RunSummary, folder: Path) -> Path:
     """Write `report.html` into an existing folder, whole or not at all."""
-    path = folder / "report.html"
     unfinished = folder / "report.html.tmp"
     unfinished.write_text(render_report(summary), encoding="utf-8")
-    os.replace(unfinished, path)
-    return path
+    return unfinished.replace(folder / "report.html")
 
 
 def _script_json(value: Any) -> str:

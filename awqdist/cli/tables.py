@@ -111,8 +111,8 @@ def _mapping_row(pattern: str, members: list[tuple[int, MappingRecord]]) -> Mapp
         num_identity=sum(m.ratio is None for _, m in members),
         num_nonfinite_candidates=sum(m.num_nonfinite_candidates for _, m in members),
         ratio=finite_median(m.ratio for _, m in members),
-        error_before=math.fsum(m.error_before for _, m in members),
-        error_after=math.fsum(m.error_after for _, m in members),
+        error_before=sum(m.error_before for _, m in members),
+        error_after=sum(m.error_after for _, m in members),
     )
 
 

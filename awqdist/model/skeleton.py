@@ -64,11 +64,14 @@ class Skeleton:
         }
 
     def linear_names(self) -> dict[str, tuple[int, int]]:
-        """On-disk module names of all linears of the model, lm_head included, with their (O, I)."""
+        """On-disk module names of all linears of the model, with their (O, I); a linear tied to another weight has its own name."""
         return {
-            self.on_disk[f"{name}.weight"].removesuffix(".weight"): (module.out_features, module.in_features)
+            self.on_disk.get(f"{name}.weight", f"{name}.weight").removesuffix(".weight"): (
+                module.out_features,
+                module.in_features,
+            )
             for name, module in self.model.named_modules()
-            if isinstance(module, nn.Linear) and f"{name}.weight" in self.on_disk
+            if isinstance(module, nn.Linear)
         }
 
 

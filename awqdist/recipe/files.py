@@ -42,8 +42,9 @@ def load_recipe(source: RecipeSource = None) -> Recipe:
     if isinstance(source, str) and "\n" in source:
         return _from_text(source, "recipe text")
     if isinstance(source, (str, Path)) or source is None:
-        return _from_file(_path_of(source or "default"))
-    return build_recipe([source] if isinstance(source, Modifier) else list(source))
+        return _from_file(_path_of("default" if source is None else source))
+    modifiers: Any = source if isinstance(source, (list, tuple)) else [source]
+    return build_recipe(modifiers)
 
 
 def preset_names() -> list[str]:
@@ -91,6 +92,8 @@ def _from_text(text: str, where: str) -> Recipe:
         return build_recipe(list(_modifiers(tree)))
     except RecipeError as error:
         raise RecipeError(f"{where}: {error}") from error
+    except RecursionError as error:
+        raise RecipeError(f"{where}: a stage holds itself by a YAML alias; write it out") from error
 
 
 def _modifiers(tree: Any) -> Iterator[Modifier]:
@@ -104,7 +107,10 @@ def _modifiers(tree: Any) -> Iterator[Modifier]:
                 yield _modifier(key, value)
             elif isinstance(key, str) and _NESTING.fullmatch(key):
                 yield from _modifiers(value)
-            elif key != "args" or value:
+            elif key == "args":
+                if value:
+                    raise RecipeError(f"args are not filled in, found {value!r}; write the values where they belong")
+            else:
                 raise RecipeError(f"{str(key)!r} is no known modifier; known are {_known(str(key))}")
     elif isinstance(tree, str) and tree in MODIFIERS:
         yield _modifier(tree, None)
@@ -122,7 +128,7 @@ def _modifier(name: str, fields: Any) -> Modifier:
 
 
 def _known(name: str) -> str:
-    nearest = suggestion(name, MODIFIERS)
+    nearest = suggestion(name, MODIFIERS, cutoff=0.85)
     return ", ".join(MODIFIERS) + (f"; {nearest}" if nearest.startswith("did") else "")
 
 

@@ -59,10 +59,10 @@ def check_patterns_match(patterns: Iterable[str], names: Iterable[str], where: s
         raise RecipeError(f"{where}: {pattern!r} matches no module; {advice}")
 
 
-def suggestion(name: str, valid: Iterable[str]) -> str:
-    """The end of an error message: the valid name nearest to `name`, or all of them if none is near."""
+def suggestion(name: str, valid: Iterable[str], *, cutoff: float = 0.6) -> str:
+    """The end of an error message: the valid name nearest to `name`, or all if none is alike by `cutoff` (0 to 1)."""
     known = sorted(valid)
-    close = get_close_matches(name, known, n=1)
+    close = get_close_matches(name, known, n=1, cutoff=cutoff)
     return f"did you mean {close[0]!r}?" if close else f"valid are {', '.join(known)}"
 
 

@@ -7,6 +7,7 @@ is decided in `build` and `schemes`. All mistakes raise RecipeError, never pydan
 
 from __future__ import annotations
 
+import re
 from enum import Enum
 from typing import Any, Literal
 
@@ -41,8 +42,10 @@ class _Strict(BaseModel):
 def first_mistake(error: ValidationError, where: str) -> str:
     """One sentence on the first of pydantic's findings: what holds the mistake, what was expected, what was found."""
     details = error.errors(include_url=False)[0]
-    place = ".".join(str(part) for part in details["loc"] if not isinstance(part, str) or "[" not in part)
-    message = details["msg"].removeprefix("Value error, ")
+    place = ".".join(str(part) for part in details["loc"])
+    message = details["msg"].removeprefix("Value error, ").rstrip(".")
+    message = re.sub("^Input should be (?=less|greater)", "expected a value ", message)
+    message = message.replace("Input should be", "expected")
     if details["type"] == "missing":
         return f"{where} needs the key {place!r}; add it"
     return f"{where}: {f'{place}: ' if place else ''}{message}; found {details['input']!r}"
@@ -56,7 +59,7 @@ class AWQMapping(_Strict):
     """
 
     smooth_layer: str
-    balance_layers: list[str] = Field(min_length=1)
+    balance_layers: list[str]
     activation_hook_target: str | None = None
 
     def __init__(self, *positional: Any, **fields: Any) -> None:
@@ -66,6 +69,13 @@ class AWQMapping(_Strict):
                 f"AWQMapping takes {', '.join(names)}, each once; found {len(positional)} positional and {fields}"
             )
         super().__init__(**dict(zip(names, positional, strict=False)), **fields)
+
+    @field_validator("balance_layers")
+    @classmethod
+    def _at_least_one(cls, value: list[str]) -> list[str]:
+        if not value:
+            raise ValueError("expected at least one balance layer")
+        return value
 
 
 class Modifier(_Strict):
@@ -80,7 +90,7 @@ class Modifier(_Strict):
     sequential_targets: str | list[str] | None = None
 
 
-class _QuantizationFields(Modifier):
+class QuantizationFields(Modifier):
     """Which modules are quantized, and how: `scheme` (with `targets`) or `config_groups`, and `ignore`.
 
     config_groups: compressed-tensors QuantizationScheme objects, or dicts of their fields, by group name; scheme: a
@@ -106,8 +116,10 @@ class _QuantizationFields(Modifier):
     @field_validator("scheme", mode="before")
     @classmethod
     def _scheme_targets_as_lists(cls, value: Any) -> Any:
-        if not isinstance(value, dict):
+        if value is None or isinstance(value, str):
             return value
+        if not isinstance(value, dict) or not all(isinstance(t, (str, list)) for t in value.values()):
+            raise ValueError("expected the name of a preset such as W4A16_ASYM, or a mapping of presets to targets")
         return {name: [targets] if isinstance(targets, str) else targets for name, targets in value.items()}
 
     def has_scheme(self) -> bool:
@@ -127,7 +139,7 @@ class _QuantizationFields(Modifier):
         return self.has_scheme() or others
 
 
-class AWQModifier(_QuantizationFields):
+class AWQModifier(QuantizationFields):
     """Activation-aware smoothing before rounding.
 
     mappings: None for the architecture's own, [] for no smoothing; duo_scaling: True, False or "both"; n_grid:
@@ -147,6 +159,13 @@ class AWQModifier(_QuantizationFields):
     rounding: Literal["nearest", "gptq"] | None = None
     offload_device: Any = None
 
+    @field_validator("duo_scaling", mode="before")
+    @classmethod
+    def _a_switch_or_both(cls, value: Any) -> Any:
+        if value not in (True, False, "both"):
+            raise ValueError('expected true, false or "both"')
+        return value
+
     @field_validator("group_size")
     @classmethod
     def _positive_or_channel(cls, value: int | None) -> int | None:
@@ -155,7 +174,7 @@ class AWQModifier(_QuantizationFields):
         return value
 
 
-class QuantizationModifier(_QuantizationFields):
+class QuantizationModifier(QuantizationFields):
     """Rounds each weight to the nearest code, unless AWQModifier's `rounding` says otherwise."""
 
 

@@ -20,7 +20,7 @@ from awqdist.recipe.recipe import SchemeGroup, WeightScheme
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
-    from awqdist.recipe.modifiers import _QuantizationFields
+    from awqdist.recipe.modifiers import QuantizationFields
 
 _MINMAX_OBSERVERS = (
     "minmax",
@@ -29,7 +29,7 @@ _MINMAX_OBSERVERS = (
 )  # one and the same for weights, which are seen once
 
 
-def scheme_groups(fields: _QuantizationFields) -> tuple[SchemeGroup, ...]:
+def scheme_groups(fields: QuantizationFields) -> tuple[SchemeGroup, ...]:
     """The groups that a modifier with `scheme` or `config_groups` defines.
 
     Raises RecipeError for what cannot be honoured.
@@ -48,7 +48,7 @@ def scheme_groups(fields: _QuantizationFields) -> tuple[SchemeGroup, ...]:
     return tuple(_group(name, scheme, observer, f"{where}: {name}") for name, scheme in schemes.items())
 
 
-def plain_group(fields: _QuantizationFields, weights: WeightScheme) -> SchemeGroup:
+def plain_group(fields: QuantizationFields, weights: WeightScheme) -> SchemeGroup:
     """A group "group_0" for the targets of a modifier without a scheme: integer weights and nothing else."""
     where = type(fields).__name__
     per_row = weights.group_size == -1
@@ -107,7 +107,7 @@ def _validated(scheme: Any, where: str) -> QuantizationScheme:
         NotImplementedError,
         AttributeError,
     ) as error:  # compressed-tensors' validators let these through
-        raise RecipeError(f"{where}: {error}; correct the scheme") from error
+        raise RecipeError(f"{where}: a value has the wrong type ({error}); correct the scheme") from error
 
 
 def _refuse_unknown_keys(fields: dict[str, Any], model: type[BaseModel], where: str) -> None:
@@ -116,7 +116,7 @@ def _refuse_unknown_keys(fields: dict[str, Any], model: type[BaseModel], where: 
             raise RecipeError(f"{where} has no key {str(key)!r}; {suggestion(str(key), model.model_fields)}")
 
 
-def _check_targets_agree(fields: _QuantizationFields, schemes: dict[str, QuantizationScheme], where: str) -> None:
+def _check_targets_agree(fields: QuantizationFields, schemes: dict[str, QuantizationScheme], where: str) -> None:
     """`targets` belongs to `scheme`; beside config_groups its default may stand, anything else must agree."""
     in_groups = {target for scheme in schemes.values() for target in scheme.targets}
     if fields.targets != ["Linear"] and set(fields.targets) != in_groups:
@@ -126,7 +126,7 @@ def _check_targets_agree(fields: _QuantizationFields, schemes: dict[str, Quantiz
         )
 
 
-def _weight_observer(fields: _QuantizationFields, where: str) -> str | None:
+def _weight_observer(fields: QuantizationFields, where: str) -> str | None:
     """The observer named at the modifier, lower case, or None.
 
     Raises RecipeError for observers and schemes of activations.
@@ -182,6 +182,7 @@ def _check_weights(args: QuantizationArgs, observer: str | None, where: str) -> 
             f"strategy {args.strategy!r}",
             "'group' with a group_size, or 'channel'",
         ),
+        (args.actorder in (None, "static", "weight"), f"actorder {args.actorder!r}", "'static', 'weight' or null"),
         (args.dynamic is False, f"dynamic {args.dynamic!r}", "false"),
         (used_observer in _MINMAX_OBSERVERS, f"observer {used_observer!r}", " or ".join(_MINMAX_OBSERVERS)),
         (not args.observer_kwargs, f"observer_kwargs {args.observer_kwargs}", "none"),

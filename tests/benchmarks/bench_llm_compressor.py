@@ -67,8 +67,9 @@ def main() -> int:
         return 0
     with tempfile.TemporaryDirectory(prefix="awqdist-bench-") as name:
         scratch = Path(name)
-        model = write_random_llama(scratch / "model", options.calibration) if options.random_llama else options.model
-        job = Job(model=model, **{name: getattr(options, name) for name in Job.__slots__ if name != "model"})
+        if options.random_llama:
+            options.model = write_random_llama(scratch / "random-llama", options.calibration)
+        job = Job(**{option: getattr(options, option) for option in Job.__slots__})
         tokens = write_tokens(job, scratch / "tokens.json")
         print(describe(job))
         peer, ours = Times(), Times()
@@ -86,9 +87,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument(
-        "--peer-python", default=os.environ.get("AWQDIST_PEER_PYTHON"), help="Python with llm-compressor"
-    )
+    peer = os.environ.get("AWQDIST_PEER_PYTHON")
+    parser.add_argument("--peer-python", default=peer, help="Python with llm-compressor")
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--model", type=Path, help="folder of the model")
     model.add_argument("--random-llama", action="store_true", help="a random bf16 Llama of 4 layers, hidden 1024")
@@ -186,8 +186,8 @@ def run_ours(job: Job, output: Path, times: Times) -> None:
 
 def run(command: Sequence[str], threads: int) -> tuple[float, list[str]]:
     """Seconds from start to exit, and the lines of stdout. Ends the benchmark if the command fails."""
-    variables = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
-    environment = {**os.environ, **variables, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    limits = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
+    environment = {**os.environ, **limits, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     started = time.perf_counter()
     finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     seconds = time.perf_counter() - started
@@ -216,8 +216,7 @@ def quality_rows(job: Job, text: Path, ours: Path, peer: Path) -> list[tuple[str
     from awqdist.cli.evaluate import evaluate
 
     own, other = (evaluate(str(output), text, against=str(job.model)) for output in (ours, peer))
-    assert own.kl is not None
-    assert other.kl is not None
+    assert own.kl is not None and other.kl is not None  # noqa: PT018
     return [
         ("KL(float || quantized)", f"{own.kl:.6f}", f"{other.kl:.6f}", f"{other.kl / own.kl:.1f}x"),
         (f"perplexity, float {own.against_perplexity:.2f}", f"{own.perplexity:.2f}", f"{other.perplexity:.2f}", ""),

@@ -1,0 +1,59 @@
+"""awqdist: 4-bit AWQ quantization of language models that fit neither one GPU nor one machine's memory.
+
+Names are imported on first use, so that `import awqdist` takes no time.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from compressed_tensors.quantization import (
+        QuantizationArgs,
+        QuantizationScheme,
+        QuantizationStrategy,
+        QuantizationType,
+    )
+
+    from awqdist.api import oneshot, quantize, register_mappings
+    from awqdist.errors import AwqdistError
+    from awqdist.recipe import AWQMapping, AWQModifier, GPTQModifier, QuantizationModifier, load_recipe
+    from awqdist.recipe.settings import RunSettings
+
+__all__ = [
+    "AWQMapping",
+    "AWQModifier",
+    "AwqdistError",
+    "GPTQModifier",
+    "QuantizationArgs",
+    "QuantizationModifier",
+    "QuantizationScheme",
+    "QuantizationStrategy",
+    "QuantizationType",
+    "RunSettings",
+    "load_recipe",
+    "oneshot",
+    "quantize",
+    "register_mappings",
+]
+
+_HOMES = {
+    "awqdist.api": ("oneshot", "quantize", "register_mappings"),
+    "awqdist.errors": ("AwqdistError",),
+    "awqdist.recipe": ("AWQMapping", "AWQModifier", "GPTQModifier", "QuantizationModifier", "load_recipe"),
+    "awqdist.recipe.settings": ("RunSettings",),
+    "compressed_tensors.quantization": (
+        "QuantizationArgs",
+        "QuantizationScheme",
+        "QuantizationStrategy",
+        "QuantizationType",
+    ),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(home), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,3 @@
+from awqdist.cli.main import main
+
+main()

@@ -1,0 +1,32 @@
+"""A model's folder, from a local path or a Hugging Face hub id."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from awqdist.errors import CheckpointError
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*"]
+
+
+def model_folder(model: str) -> Path:
+    """The folder of `model`; a hub id is downloaded, or taken from the cache. Raises CheckpointError."""
+    folder = Path(model).expanduser()
+    if folder.exists():
+        if not folder.is_dir():
+            raise CheckpointError(f"{model} is a file; give the folder of a model")
+        return folder
+    if not _HUB_ID.fullmatch(model):
+        raise CheckpointError(f"model folder not found: {model}; give an existing folder or a hub id such as org/name")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=_PATTERNS))
+    except Exception as error:  # the hub client raises many kinds: offline, not found, gated, interrupted
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(
+            f"{model} is neither a folder here nor a model that the hub gives ({reason}); check the name and the network,"
+            " or download it elsewhere and give its folder"
+        ) from None

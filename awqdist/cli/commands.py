@@ -1,0 +1,199 @@
+"""What the commands do and show. Only this side prints."""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from awqdist.api import quantize
+from awqdist.cli.evaluate import Evaluation, evaluate
+from awqdist.cli.progress import Kind, renderer
+from awqdist.cli.report import write_report
+from awqdist.cli.tables import show_bytes, summary_table
+from awqdist.checkpoint.hub import model_folder
+from awqdist.demo import calibration_text, demo_folder, evaluation_text
+from awqdist.recipe import load_recipe
+from awqdist.recipe.settings import RunSettings
+from awqdist.run.estimate import Estimate, estimate
+from awqdist.run.job import Job, prepare
+from awqdist.run.plan import LayerTask, Plan
+from awqdist.run.records import RunSummary
+from awqdist.run.verify import verify
+
+_console = Console()
+
+
+def quantize_and_report(
+    settings: RunSettings, recipe: str, calibration: str, *, progress: Kind = "auto", report: bool = True
+) -> RunSummary:
+    """Quantizes, shows the end table, writes report.html."""
+    built = load_recipe(recipe)
+    settings = replace(settings, model=model_folder(str(settings.model)))
+    gc.enable()
+    gc.freeze()
+    with renderer(progress) as emit:
+        summary = quantize(built, settings, calibration, emit=emit)
+    if report:
+        write_report(summary, settings.output)
+    if progress != "json":
+        _console.print(summary_table(summary))
+        _console.print(f"Quantized model in [bold]{settings.output}[/bold]", soft_wrap=True)
+    return summary
+
+
+def show_plan(settings: RunSettings, recipe: str, *, as_json: bool) -> None:
+    """Shows the plan and the estimate of a run."""
+    job = _job(replace(settings, model=model_folder(str(settings.model))), recipe)
+    expected = estimate(job)
+    if as_json:
+        print(json.dumps({**_plan_json(job.plan), "estimate": expected.to_json()}, indent=2))
+        return
+    _console.print(f"[bold]{job.plan.architecture}[/bold], {len(job.plan.layers)} layers, on {job.device}")
+    _console.print(_estimate_table(job.plan, expected))
+    _console.print(
+        f"read {show_bytes(expected.read_bytes)}, write {show_bytes(expected.written_bytes)};"
+        f" peak host memory {show_bytes(expected.peak_host_bytes)}"
+        f" (activations {show_bytes(expected.activation_bytes)}),"
+        f" peak device memory {show_bytes(expected.peak_device_bytes) if expected.peak_device_bytes else 'none'}"
+    )
+    _console.print(_mapping_table(job.plan))
+    _print_left_out(job)
+
+
+def show_mappings(model: str, recipe: str, *, as_json: bool) -> None:
+    """Shows the resolved mappings of every layer."""
+    job = _job(RunSettings(model_folder(model), Path(".")), recipe)
+    if as_json:
+        print(json.dumps(_plan_json(job.plan), indent=2))
+        return
+    _console.print(_mapping_table(job.plan))
+    _print_left_out(job)
+
+
+def show_verification(output: Path, source: str | None, *, as_json: bool) -> None:
+    """Shows what is wrong with an output; exit status 1 if anything is."""
+    result = verify(output, model_folder(source) if source else None)
+    errors = [linear.weight_error for linear in result.linears if linear.weight_error is not None]
+    if as_json:
+        print(json.dumps({"ok": result.ok, **asdict(result)}, indent=2))
+    else:
+        for problem in [*result.problems, *(f"{x.name}: {x.problem}" for x in result.linears if x.problem)]:
+            _console.print(f"[red]problem[/red] {problem}", soft_wrap=True)
+        if errors:
+            table = Table("linear", "weight error", title="Largest relative weight errors against the source")
+            for linear in sorted(result.linears, key=lambda x: -(x.weight_error or 0))[:5]:
+                table.add_row(linear.name, f"{linear.weight_error:.4f}" if linear.weight_error is not None else "")
+            _console.print(table)
+        verdict = "[green]ok[/green]" if result.ok else "[red]not ok[/red]"
+        mean = f", mean weight error {sum(errors) / len(errors):.4f}" if errors else ""
+        _console.print(f"{verdict}: {result.num_files} files, {len(result.linears)} quantized linears{mean}")
+    if not result.ok:
+        raise SystemExit(1)
+
+
+def show_evaluation(
+    model: str, text: Path, *, against: str | None, limits: tuple[int, int], device: str, as_json: bool
+) -> None:
+    """limits: (max_tokens, window)."""
+    result = evaluate(model, text, against=against, max_tokens=limits[0], window=limits[1], device=device)
+    if as_json:
+        print(json.dumps(asdict(result), indent=2))
+    else:
+        _print_evaluation(result)
+
+
+def run_demo(output: Path) -> None:
+    """Quantizes the embedded model and evaluates it."""
+    settings = RunSettings(demo_folder(), output, num_samples=64, sequence_length=256, overwrite=True)
+    quantize_and_report(settings, "default", str(calibration_text()))
+    result = evaluate(str(output), evaluation_text(), against=str(demo_folder()), max_tokens=8192)
+    _print_evaluation(result)
+    _console.print(f"The result lies in [bold]{output.resolve()}[/bold] (report.html shows the run)", soft_wrap=True)
+
+
+def _print_evaluation(result: Evaluation) -> None:
+    before = f"{result.against_perplexity:.2f} before, " if result.against_perplexity is not None else ""
+    _console.print(f"perplexity {before}{result.perplexity:.2f}{' after' if before else ''}, {result.num_tokens} tokens")
+    if result.kl is not None and math.isfinite(result.kl):
+        _console.print(f"KL(float || quantized) {result.kl:.6f} per token")
+
+
+def _job(settings: RunSettings, recipe: str) -> Job:
+    return prepare(load_recipe(recipe), settings)
+
+
+def _estimate_table(plan: Plan, expected: Estimate) -> Table:
+    """Layers of equal figures share a row."""
+    table = Table("layers", "read", "held at the peak", "written", "linears quantized", title="One worker")
+    rows: dict[tuple[int, int, int, int], list[int]] = {}
+    for task, layer in zip(plan.tasks, expected.layers, strict=True):
+        key = (layer.read_bytes, layer.device_bytes, layer.written_bytes, len(task.schemes))
+        rows.setdefault(key, []).append(layer.layer)
+    for (read, held, written, count), layers in rows.items():
+        table.add_row(_span(layers), show_bytes(read), show_bytes(held), show_bytes(written), str(count))
+    return table
+
+
+def _mapping_table(plan: Plan) -> Table:
+    table = Table("layers", "smooth layer", "balance layers", "note", title="Mappings", title_justify="left")
+    rows: dict[tuple[str, str, str], list[int]] = {}
+    for task in plan.layers:
+        for mapping in task.mappings:
+            tied = f"one scale per key/value channel, {mapping.source[1]} query heads each" if mapping.source else ""
+            note = "(1 + w) norm" if mapping.unit_offset else tied
+            rows.setdefault((mapping.smooth, ", ".join(mapping.balance), note), []).append(task.layer)
+        for skipped in task.skipped:
+            rows.setdefault((skipped.mapping, "", f"skipped: {skipped.reason}"), []).append(task.layer)
+    for (smooth, balance, note), layers in rows.items():
+        table.add_row(_span(layers), smooth, balance, note)
+    return table
+
+
+def _print_left_out(job: Job) -> None:
+    if job.plan.inferred:
+        _console.print(f"{job.plan.architecture} is not in the registry: inferred from its structure and verified.")
+    for name in job.plan.ignored[:10]:
+        _console.print(f"left in full precision: {name} (not targeted, or ignored by the recipe)", soft_wrap=True)
+    if len(job.plan.ignored) > 10:
+        _console.print(f"… and {len(job.plan.ignored) - 10} more; --json lists all")
+
+
+def _plan_json(plan: Plan) -> dict[str, Any]:
+    def layer(task: LayerTask) -> dict[str, Any]:
+        return {
+            "layer": task.layer,
+            "quantized": [task.disk_module(path) for path in task.schemes],
+            "mappings": [
+                {
+                    "smooth_layer": task.disk_module(m.smooth),
+                    "balance_layers": [task.disk_module(path) for path in m.balance],
+                }
+                for m in task.mappings
+            ],
+            "skipped": [asdict(skipped) for skipped in task.skipped],
+        }
+
+    return {
+        "architecture": plan.architecture,
+        "inferred": plan.inferred,
+        "layers": [layer(task) for task in plan.tasks],
+        "ignored": list(plan.ignored),
+    }
+
+
+def _span(layers: list[int]) -> str:
+    """Ascending layers in short: 0-3, 5."""
+    parts: list[list[int]] = []
+    for layer in layers:
+        if parts and layer == parts[-1][-1] + 1:
+            parts[-1] = [parts[-1][0], layer]
+        else:
+            parts.append([layer, layer])
+    return ", ".join(f"{a}-{b}" if b > a else str(a) for a, b in parts)

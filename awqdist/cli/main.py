@@ -1,0 +1,183 @@
+"""The command line. Commands are thin: they turn options into settings, call the package, and show what comes back.
+
+Heavy libraries are imported inside the commands, so that `awqdist --help` answers at once. Every AwqdistError becomes one line and
+exit status 2; an interrupt says how to resume.
+"""
+
+from __future__ import annotations
+
+import gc
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from awqdist.errors import AwqdistError
+
+DEFAULT_CALIBRATION = "mit-han-lab/pile-val-backup::validation"
+
+app = typer.Typer(
+    name="awqdist",
+    help="Quantizes large language models to 4 bit with AWQ, layer by layer, from checkpoint to checkpoint.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+
+class Progress(StrEnum):
+    auto = "auto"
+    rich = "rich"
+    plain = "plain"
+    json = "json"
+
+
+class OutputFormat(StrEnum):
+    compressed_tensors = "compressed-tensors"
+    autoawq = "autoawq"
+
+
+Model = Annotated[str, typer.Argument(help="Folder of a transformers checkpoint, or a Hugging Face hub id.")]
+RecipeOption = Annotated[str, typer.Option(help="Preset name (default, awq) or YAML file, as llm-compressor writes it.")]
+NumSamples = Annotated[int, typer.Option(min=1, help="Calibration samples.")]
+SeqLen = Annotated[int, typer.Option(min=8, help="Tokens per calibration sample.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Format = Annotated[OutputFormat, typer.Option(help="Layout of the quantized checkpoint.")]
+ChunkTokens = Annotated[int, typer.Option(min=1, help="Tokens that go through a layer at once.")]
+Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
+
+
+@app.command(epilog="Example: awqdist quantize meta-llama/Llama-3.1-8B ./llama-w4 --calibration text.txt")
+def quantize(
+    model: Model,
+    output: Annotated[Path, typer.Argument(help="Folder for the result. The same command again resumes.")],
+    recipe: RecipeOption = "default",
+    calibration: Annotated[
+        str, typer.Option(help="Text file, .jsonl with a text field, or hub dataset NAME[:CONFIG[:SPLIT]].")
+    ] = DEFAULT_CALIBRATION,
+    num_samples: NumSamples = 128,
+    seq_len: SeqLen = 512,
+    device: Device = "auto",
+    format: Format = OutputFormat.compressed_tensors,
+    progress: Annotated[Progress, typer.Option(help="How to show progress.")] = Progress.auto,
+    seed: Annotated[int, typer.Option(min=0, help="Moves the places that samples are taken from.")] = 0,
+    chunk_tokens: ChunkTokens = 2048,
+    snapshot_every: Annotated[int, typer.Option(min=1, help="Layers between snapshots of the activations.")] = 8,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that OUTPUT holds.")] = False,
+    report: Annotated[bool, typer.Option("--report/--no-report", help="Write OUTPUT/report.html.")] = True,
+) -> None:
+    """Quantizes MODEL into OUTPUT. Killed or interrupted, the same command goes on where it stopped."""
+    from awqdist.cli.commands import quantize_and_report
+    from awqdist.recipe.settings import RunSettings
+
+    settings = RunSettings(
+        model=Path(model),
+        output=output,
+        device=device,
+        format=format.value,
+        num_samples=num_samples,
+        sequence_length=seq_len,
+        seed=seed,
+        chunk_tokens=chunk_tokens,
+        snapshot_every=snapshot_every,
+        overwrite=overwrite,
+    )
+    quantize_and_report(settings, recipe, calibration, progress=progress.value, report=report)
+
+
+@app.command(epilog="Example: awqdist plan meta-llama/Llama-3.1-8B --num-samples 256")
+def plan(
+    model: Model,
+    recipe: RecipeOption = "default",
+    num_samples: NumSamples = 128,
+    seq_len: SeqLen = 512,
+    device: Device = "auto",
+    format: Format = OutputFormat.compressed_tensors,
+    chunk_tokens: ChunkTokens = 2048,
+    as_json: Json = False,
+) -> None:
+    """Shows what a run would read, hold and write, and what it would leave out. Reads no tensors."""
+    from awqdist.cli.commands import show_plan
+    from awqdist.recipe.settings import RunSettings
+
+    settings = RunSettings(
+        model=Path(model),
+        output=Path("."),
+        device=device,
+        format=format.value,
+        num_samples=num_samples,
+        sequence_length=seq_len,
+        chunk_tokens=chunk_tokens,
+    )
+    show_plan(settings, recipe, as_json=as_json)
+
+
+@app.command(epilog="Example: awqdist mappings ./my-model --recipe awq")
+def mappings(model: Model, recipe: RecipeOption = "default", as_json: Json = False) -> None:
+    """Shows which layers smooth which linears, and every mapping that is skipped with its reason."""
+    from awqdist.cli.commands import show_mappings
+
+    show_mappings(model, recipe, as_json=as_json)
+
+
+@app.command(epilog="Example: awqdist verify ./llama-w4 --source meta-llama/Llama-3.1-8B")
+def verify(
+    output: Annotated[Path, typer.Argument(help="A finished output folder.")],
+    source: Annotated[str | None, typer.Option(help="The original model: compares every weight.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Checks an output: hashes, index, config, every packed tensor; exit status 1 if anything is wrong."""
+    from awqdist.cli.commands import show_verification
+
+    show_verification(output, source, as_json=as_json)
+
+
+@app.command("eval", epilog="Example: awqdist eval ./llama-w4 --against meta-llama/Llama-3.1-8B --text eval.txt")
+def evaluate(
+    model: Model,
+    text: Annotated[Path, typer.Option(help="Text file to evaluate on.")],
+    against: Annotated[str | None, typer.Option(help="The float model: adds KL(float || quantized) per token.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=2, help="How much of the text is read.")] = 16384,
+    window: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 256,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Measures perplexity, and the divergence from the float model, through transformers."""
+    from awqdist.cli.commands import show_evaluation
+
+    show_evaluation(model, text, against=against, limits=(max_tokens, window), device=device, as_json=as_json)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Argument(help="Folder for the result.")] = Path("awqdist-demo"),
+) -> None:
+    """Quantizes the small model that comes with awqdist and shows its perplexity before and after."""
+    from awqdist.cli.commands import run_demo
+
+    run_demo(output)
+
+
+@contextmanager
+def clear_errors() -> Any:
+    """Turns expected failures into one line and an exit status."""
+    try:
+        yield
+    except AwqdistError as error:
+        typer.echo(f"awqdist: error: {error}", err=True)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        typer.echo("awqdist: interrupted; finished layers are kept, the same command resumes", err=True)
+        raise SystemExit(130) from None
+
+
+def main() -> None:
+    """Entry point of the `awqdist` command."""
+    gc.disable()  # nothing that is imported becomes garbage: collecting meanwhile costs a second
+    with clear_errors():
+        app()
+
+

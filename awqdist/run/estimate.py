@@ -1,0 +1,103 @@
+"""What a run will read, hold and write, from its plan: arithmetic on shapes, no tensors."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from math import ceil, prod
+from typing import Any
+
+from awqdist.recipe import WeightScheme
+from awqdist.run.device import compute_dtype
+from awqdist.run.job import Job
+from awqdist.run.plan import LayerTask
+
+_PROCESS_BYTES = 450_000_000  # Python, torch and transformers themselves, resident
+
+
+@dataclass(frozen=True, slots=True)
+class LayerEstimate:
+    """Bytes of one layer. `device_bytes` is the peak while it is worked on; on a CPU that is host memory."""
+
+    layer: int
+    read_bytes: int
+    written_bytes: int
+    device_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A whole run on one worker."""
+
+    layers: tuple[LayerEstimate, ...]
+    read_bytes: int
+    written_bytes: int
+    peak_device_bytes: int
+    peak_host_bytes: int
+    activation_bytes: int  # boundary chunks, in host memory
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def estimate(job: Job) -> Estimate:
+    """The estimate of a prepared job, for one worker."""
+    settings = job.settings
+    hidden = job.skeleton.model.config.get_text_config(decoder=True).hidden_size
+    width = job.skeleton.dtype.itemsize
+    num_tokens = settings.num_samples * settings.sequence_length
+    activations = num_tokens * hidden * width
+    layers = tuple(_layer(job, task, num_tokens) for task in job.plan.tasks)
+    outside = [job.index.entries[name] for name in job.plan.outside]
+    outside_bytes = sum(entry.num_bytes for entry in outside)
+    embedding = sum(job.index.entries[name].num_bytes for name in job.skeleton.outside_names().values())
+    compute = compute_dtype(job.device, job.skeleton.dtype).itemsize
+    embedding_bytes = embedding + (embedding * compute // width if compute != width else 0)
+    largest_outside = max((entry.num_bytes for entry in outside), default=0)
+    peak_layer = max(layer.device_bytes for layer in layers)
+    on_device = job.device.type == "cuda"
+    host_work = max(layer.read_bytes for layer in layers) if on_device else peak_layer
+    return Estimate(
+        layers=layers,
+        read_bytes=sum(layer.read_bytes for layer in layers) + outside_bytes + embedding,
+        written_bytes=sum(layer.written_bytes for layer in layers) + outside_bytes,
+        peak_device_bytes=max(peak_layer, embedding_bytes) if on_device else 0,
+        peak_host_bytes=_PROCESS_BYTES + activations + max(host_work, embedding_bytes, largest_outside),
+        activation_bytes=activations,
+    )
+
+
+def packed_bytes(shape: tuple[int, int], scheme: WeightScheme, scale_bytes: int) -> int:
+    """Bytes of a quantized linear in the pack-quantized format."""
+    rows, columns = shape
+    groups = columns // scheme.group_size if scheme.group_size > 0 else 1
+    zero_points = 0 if scheme.symmetric else 4 * ceil(rows * scheme.num_bits / 32) * groups
+    return 4 * rows * ceil(columns * scheme.num_bits / 32) + scale_bytes * rows * groups + zero_points + 16
+
+
+def _layer(job: Job, task: LayerTask, num_tokens: int) -> LayerEstimate:
+    entries = {name: job.index.entries[disk] for name, disk in task.disk_names.items()}
+    read = sum(entry.num_bytes for entry in entries.values())
+    width = job.skeleton.dtype.itemsize
+    quantized = {f"{path}.weight": scheme for path, scheme in task.schemes.items()}
+    written = sum(
+        packed_bytes(task.shapes[name.removesuffix(".weight")], quantized[name], width) if name in quantized else e.num_bytes
+        for name, e in entries.items()
+    )
+    compute = compute_dtype(job.device, job.skeleton.dtype)
+    working = sum(prod(e.shape) for e in entries.values()) * compute.itemsize if compute != job.skeleton.dtype else 0
+    statistics = sum(4 * width_in * min(width_in, num_tokens) for width_in in _widths(task))
+    forward = working + 6 * job.settings.chunk_tokens * max(sum(s) for s in task.shapes.values()) * compute.itemsize
+    smoothed = 4 * sum(prod(task.shapes[path]) for mapping in task.mappings for path in {mapping.smooth, *mapping.balance} if path in task.shapes)
+    rounding = max((_rounding_bytes(task, site) for site in task.sites), default=0)
+    return LayerEstimate(task.layer, read, written, read + statistics + max(forward, smoothed + rounding))
+
+
+def _widths(task: LayerTask) -> list[int]:
+    return [task.shapes[site[0]][1] for site in task.sites]
+
+
+def _rounding_bytes(task: LayerTask, site: tuple[str, ...]) -> int:
+    """GPTQ's peak: the stacked weights, their working copy, steps, zeros and codes; the Gram matrix, its order and its factor."""
+    columns = task.shapes[site[0]][1]
+    rows = sum(task.shapes[path][0] for path in site if path in task.schemes)
+    return 4 * (6 * rows * columns + 4 * columns * columns)

@@ -1,0 +1,128 @@
+"""Checks a finished output: hashes, index, config, every packed tensor, and, given the source, every dequantized weight.
+
+Smoothing multiplies a linear's columns and divides its rows by factors that are not stored. So a dequantized weight is compared with the
+source up to the best row and column factors: what remains is the quantization error.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from awqdist.checkpoint.index import INDEX_FILE, CheckpointIndex, read_index
+from awqdist.checkpoint.reader import read_tensor
+from awqdist.errors import OutputError
+from awqdist.export.formats import Format, output_format
+from awqdist.quant.grid import QuantizedWeight
+from awqdist.recipe import WeightScheme
+from awqdist.run.journal import STATE_FOLDER, JournalEntries, file_hash, read_journal
+from awqdist.run.records import LinearRecord
+
+_UNRELATED = 0.5  # relative weight error above which a linear cannot come from this source
+
+
+@dataclass(frozen=True, slots=True)
+class LinearCheck:
+    """weight_error: ‖dequantized - source‖ / ‖source‖ after the best row and column factors; None without a source."""
+
+    name: str
+    problem: str | None
+    weight_error: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """The outcome: problems of files, index and config, and one check per linear."""
+
+    problems: tuple[str, ...]
+    num_files: int
+    linears: tuple[LinearCheck, ...]
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems and all(linear.problem is None for linear in self.linears)
+
+
+def verify(output: Path, source: Path | None = None) -> Verification:
+    """Verifies the finished model in `output`. Raises OutputError if it is not an output of awqdist, or not finished."""
+    entries = read_journal(output)
+    if not entries.fingerprint:
+        raise OutputError(f"{output} has no journal in {STATE_FOLDER}; it is not an output of awqdist")
+    if not (output / INDEX_FILE).is_file():
+        raise OutputError(f"{output} is not finished ({len(entries.layers)} layers done); run the same quantize command again")
+    index = read_index(output)
+    files = list(_file_problems(output, entries, index))
+    layout = output_format(entries.fingerprint["format"])
+    original = read_index(source) if source else None
+    records = [linear for record in entries.layers.values() for linear in record.linears]
+    linears = tuple(_check_linear(record, index, layout, original) for record in records)
+    return Verification((*files, *_config_problems(output, index, records)), len(entries.layers) + 1, linears)
+
+
+def fit_error(quantized: Tensor, source: Tensor) -> float:
+    """‖Q - diag(r)·W·diag(s)‖ / ‖diag(r)·W·diag(s)‖ under the best r and s, found by alternating least squares. Both (O, I) float32."""
+    fitted = source
+    for _ in range(4):
+        for dim in (0, 1):  # columns, then rows
+            norm = (fitted * fitted).sum(dim, keepdim=True)
+            fitted = fitted * torch.where(norm > 0, (quantized * fitted).sum(dim, keepdim=True) / norm, torch.ones_like(norm))
+    return float((quantized - fitted).norm() / fitted.norm().clamp(min=1e-20))
+
+
+def _file_problems(output: Path, entries: JournalEntries, index: CheckpointIndex) -> Iterator[str]:
+    files = {record.file: (record.num_bytes, record.sha256) for record in entries.layers.values()}
+    if entries.outside:
+        files[entries.outside.name] = (entries.outside.num_bytes, entries.outside.sha256)
+    for name, (num_bytes, sha256) in files.items():
+        if not (output / name).is_file():
+            yield f"{name} is missing"
+        elif (output / name).stat().st_size != num_bytes or file_hash(output / name) != sha256:
+            yield f"{name} is not the file that the journal speaks of"
+    for name in sorted({entry.file.name for entry in index.entries.values()} - set(files)):
+        yield f"{name} is in the index but not in the journal"
+
+
+def _config_problems(output: Path, index: CheckpointIndex, records: list[LinearRecord]) -> Iterator[str]:
+    config: dict[str, Any] = json.loads((output / "config.json").read_text()).get("quantization_config") or {}
+    if not config:
+        yield "config.json has no quantization_config"
+    ignored = set(config.get("ignore") or config.get("modules_to_not_convert") or ())
+    for record in records:
+        if record.name in ignored:
+            yield f"{record.name} is quantized but listed in quantization_config as ignored"
+        if f"{record.name}.weight" in index.entries:
+            yield f"{record.name} is stored both quantized and in full precision"
+
+
+def _check_linear(record: LinearRecord, index: CheckpointIndex, layout: Format, source: CheckpointIndex | None) -> LinearCheck:
+    tensors = {e.name.removeprefix(f"{record.name}."): read_tensor(e) for e in index.under(f"{record.name}.")}
+    tensors.pop("bias", None)
+    scheme = WeightScheme(record.num_bits, record.symmetric, record.group_size)
+    try:
+        weight = layout.unpack(tensors, scheme)
+        problem = _problem(weight, record)
+    except (KeyError, RuntimeError, ValueError) as error:
+        return LinearCheck(record.name, f"cannot be unpacked: {error!r}", None)
+    if problem or source is None:
+        return LinearCheck(record.name, problem, None)
+    entry = source.entries.get(f"{record.name}.weight")
+    if entry is None:
+        return LinearCheck(record.name, "the source has no such weight", None)
+    error = fit_error(weight.dequantize(), read_tensor(entry).float())
+    return LinearCheck(record.name, f"weight error {error:.2f}: not this source" if error > _UNRELATED else None, error)
+
+
+def _problem(weight: QuantizedWeight, record: LinearRecord) -> str | None:
+    if tuple(weight.codes.shape) != record.shape:
+        return f"shape {tuple(weight.codes.shape)}, expected {record.shape}"
+    if not bool(torch.isfinite(weight.weight_scale).all()):
+        return "weight_scale is not finite"
+    if not bool((weight.weight_scale != 0).all()):
+        return "weight_scale has zeros"
+    return None
