@@ -12,6 +12,7 @@ import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from awqdist.errors import CheckpointError
 
@@ -104,10 +105,9 @@ def read_header(file: Path) -> list[TensorEntry]:
     return entries
 
 
-def _entry(file: Path, data_start: int, name: str, info: dict[str, object]) -> TensorEntry:
-    start, stop = info["data_offsets"]  # type: ignore[misc]
-    shape = tuple(info["shape"])  # type: ignore[arg-type]
-    return TensorEntry(name, file, str(info["dtype"]), shape, data_start + start, data_start + stop)  # type: ignore[has-type]
+def _entry(file: Path, data_start: int, name: str, info: dict[str, Any]) -> TensorEntry:
+    start, stop = info["data_offsets"]
+    return TensorEntry(name, file, str(info["dtype"]), tuple(info["shape"]), data_start + start, data_start + stop)
 
 
 def _weight_map(folder: Path) -> dict[str, str] | None:

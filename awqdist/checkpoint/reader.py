@@ -41,7 +41,7 @@ def read_tensors(entries: Iterable[TensorEntry]) -> tuple[dict[str, Tensor], int
     checksum = 0
     for entry in entries:
         data = _read_bytes(entry)
-        checksum = zlib.crc32(data.numpy(), checksum)
+        checksum = zlib.crc32(data.numpy().data, checksum)
         tensors[entry.name] = _view(data, entry)
     return tensors, checksum
 
@@ -59,7 +59,7 @@ def check_finite(tensors: dict[str, Tensor], where: str) -> None:
 def _read_bytes(entry: TensorEntry) -> Tensor:
     """(num_bytes,) uint8."""
     data = torch.empty(entry.num_bytes, dtype=torch.uint8)
-    view = memoryview(data.numpy())
+    view = data.numpy().data
     descriptor = os.open(entry.file, os.O_RDONLY)
     try:
         done = 0

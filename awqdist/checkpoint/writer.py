@@ -119,4 +119,4 @@ def _write(file: Path, head: Iterable[bytes], parts: Iterable[memoryview]) -> Wr
 
 def _bytes_of(tensor: Tensor) -> memoryview:
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    return flat.view(torch.uint8).numpy().data

@@ -13,11 +13,11 @@ from rich.console import Console
 from rich.table import Table
 
 from awqdist.api import quantize
+from awqdist.checkpoint.hub import model_folder
 from awqdist.cli.evaluate import Evaluation, evaluate
 from awqdist.cli.progress import Kind, renderer
 from awqdist.cli.report import write_report
 from awqdist.cli.tables import show_bytes, summary_table
-from awqdist.checkpoint.hub import model_folder
 from awqdist.demo import calibration_text, demo_folder, evaluation_text
 from awqdist.recipe import load_recipe
 from awqdist.recipe.settings import RunSettings

@@ -101,7 +101,8 @@ def forward_layer(
         for path, watch in (watches or {}).items():
             stack.callback(layer.get_submodule(path).register_forward_pre_hook(_tell(watch)).remove)
         output = functional_call(layer, dict(parameters), (hidden, *call.args), call.kwargs)
-    return output[0] if isinstance(output, tuple) else output
+    states: Tensor = output[0] if isinstance(output, tuple) else output
+    return states
 
 
 def with_buffers(module: nn.Module, parameters: Parameters, device: torch.device) -> dict[str, Tensor]:

@@ -25,7 +25,7 @@ def infer_mappings(skeleton: Skeleton, structure: LayerStructure, layer: int) ->
     call = trial_calls(skeleton)[layer]
     parameters = with_buffers(module, random_parameters(module), device)
     hidden = torch.randn(1, 8, config.hidden_size, generator=torch.Generator().manual_seed(1))
-    found = []
+    found: list[ResolvedMapping] = []
     for candidate in _candidates(structure, heads):
         taken = any(candidate.balance == mapping.balance for mapping in found)
         if not taken and preserves_function(module, parameters, [candidate], hidden, call):

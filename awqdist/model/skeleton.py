@@ -80,7 +80,7 @@ def read_config(folder: Path) -> PretrainedConfig:
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} has no config.json; give the folder of a model")
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True)
     except (ValueError, KeyError, OSError) as error:
         raise CheckpointError(f"{folder / 'config.json'}: transformers cannot read it: {first_line(error)}") from None
     if getattr(config, "quantization_config", None):

@@ -39,7 +39,7 @@ def trace_layers(skeleton: Skeleton) -> list[LayerStructure]:
     known: dict[tuple[Any, ...], LayerStructure] = {}
     structures = []
     for layer, call in zip(skeleton.layers, calls, strict=True):
-        signature = tuple((path, type(module)) for path, module in layer.named_modules())
+        signature: tuple[Any, ...] = tuple((path, type(module)) for path, module in layer.named_modules())
         signature += tuple((name, tuple(parameter.shape)) for name, parameter in layer.named_parameters())
         if signature not in known:
             known[signature] = _trace(layer, call, skeleton.model.config.get_text_config(decoder=True).hidden_size)

@@ -38,7 +38,8 @@ class QuantizedWeight:
         num_groups = self.weight_scale.shape[1]
         codes = self.codes.float().unflatten(1, (num_groups, -1))  # (O, G, g)
         centred = codes - self.zero_point.float().unsqueeze(-1)
-        return (centred * self.weight_scale.float().unsqueeze(-1)).flatten(1)
+        values: Tensor = (centred * self.weight_scale.float().unsqueeze(-1)).flatten(1)
+        return values
 
 
 def scheme_args(scheme: WeightScheme) -> QuantizationArgs:
@@ -54,7 +55,8 @@ def scheme_args(scheme: WeightScheme) -> QuantizationArgs:
 
 def grouped(weight: Tensor, scheme: WeightScheme) -> Tensor:
     """View of `weight` (O, I) as (O, G, g)."""
-    return weight.unflatten(1, (-1, scheme.group_size if scheme.group_size > 0 else weight.shape[1]))
+    groups: Tensor = weight.unflatten(1, (-1, scheme.group_size if scheme.group_size > 0 else weight.shape[1]))
+    return groups
 
 
 def group_range(weight: Tensor, scheme: WeightScheme) -> tuple[Tensor, Tensor]:

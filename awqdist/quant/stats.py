@@ -93,7 +93,7 @@ def exact_for(dtype: torch.dtype) -> Iterator[None]:
     bfloat16 values have 8 significant bits: a bfloat16 (CPU) or TF32 (CUDA) multiplier takes them unrounded and the sums are
     float32 all the same. float16 fits TF32 only. Other dtypes are multiplied in full float32.
     """
-    cpu, cuda = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul
+    cpu, cuda = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul  # type: ignore[attr-defined]
     before = cpu.fp32_precision, cuda.fp32_precision
     try:
         if dtype == torch.bfloat16:

@@ -29,7 +29,7 @@ def compute_dtype(device: torch.device, checkpoint: torch.dtype) -> torch.dtype:
     """What layers are run in: the checkpoint's dtype, but float32 on a CPU that would only emulate the narrower one."""
     if device.type == "cuda" or checkpoint == torch.float32:
         return checkpoint
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
     return checkpoint if checkpoint == torch.bfloat16 and capabilities.get("amx_bf16") else torch.float32
 
 

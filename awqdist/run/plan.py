@@ -13,7 +13,7 @@ from awqdist.model.mapping import HeadShape, Resolution, ResolvedMapping, resolv
 from awqdist.model.registry import registered_mappings
 from awqdist.model.skeleton import Skeleton
 from awqdist.model.structure import LayerStructure, trace_layers
-from awqdist.recipe import Recipe, WeightScheme, check_patterns_match
+from awqdist.recipe import MappingPattern, Recipe, WeightScheme, check_patterns_match
 from awqdist.run.records import SkippedMapping
 
 
@@ -82,7 +82,7 @@ def make_plan(skeleton: Skeleton, index: CheckpointIndex, recipe: Recipe) -> Pla
     )
 
 
-def _patterns(skeleton: Skeleton, recipe: Recipe) -> tuple[object, ...] | None:
+def _patterns(skeleton: Skeleton, recipe: Recipe) -> tuple[MappingPattern, ...] | None:
     if recipe.smoothing is None:
         return ()
     return recipe.smoothing.mappings or registered_mappings(skeleton.architecture)

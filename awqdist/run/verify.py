@@ -114,8 +114,9 @@ def _check_linear(record: LinearRecord, index: CheckpointIndex, layout: Format, 
     entry = source.entries.get(f"{record.name}.weight")
     if entry is None:
         return LinearCheck(record.name, "the source has no such weight", None)
-    error = fit_error(weight.dequantize(), read_tensor(entry).float())
-    return LinearCheck(record.name, f"weight error {error:.2f}: not this source" if error > _UNRELATED else None, error)
+    distance = fit_error(weight.dequantize(), read_tensor(entry).float())
+    problem = f"weight error {distance:.2f}: not this source" if distance > _UNRELATED else None
+    return LinearCheck(record.name, problem, distance)
 
 
 def _problem(weight: QuantizedWeight, record: LinearRecord) -> str | None:

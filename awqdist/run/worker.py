@@ -59,7 +59,8 @@ class Worker:
     def _embed(self, token_chunks: list[Tensor]) -> tuple[list[Tensor], list[list[LayerCall]]]:
         """Inputs of the first layer and the calls of all layers, by chunk. Equal calls are kept once."""
         outside = self._outside()
-        chunks, calls = [], []
+        chunks: list[Tensor] = []
+        calls: list[list[LayerCall]] = []
         for tokens in token_chunks:
             hidden, chunk_calls = record_calls(self._job.skeleton, outside, tokens.to(self._job.device))
             known = next((c for c in calls if all(a.equals(b) for a, b in zip(c, chunk_calls, strict=True))), None)
