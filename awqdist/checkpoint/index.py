@@ -11,13 +11,30 @@ import json
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from awqdist.errors import CheckpointError
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 _MAX_HEADER_BYTES = 100_000_000
 
 
@@ -94,8 +111,12 @@ def read_header(file: Path) -> list[TensorEntry]:
             if length > min(size - 8, _MAX_HEADER_BYTES):
                 raise CheckpointError(f"{file}: truncated or not safetensors: header of {length} bytes in {size} bytes")
             header = json.loads(stream.read(length))
+            if not isinstance(header, dict):
+                raise ValueError("its header is not a JSON object")
     except FileNotFoundError:
         raise CheckpointError(f"shard not found: {file}; download the checkpoint again") from None
+    except OSError as error:
+        raise CheckpointError(f"cannot read {file}: {error.strerror or error}") from None
     except (struct.error, ValueError) as error:
         raise CheckpointError(f"{file}: not a safetensors file ({error}); download it again") from None
     entries = [_entry(file, 8 + length, name, info) for name, info in header.items() if name != "__metadata__"]
@@ -106,8 +127,17 @@ def read_header(file: Path) -> list[TensorEntry]:
 
 
 def _entry(file: Path, data_start: int, name: str, info: dict[str, Any]) -> TensorEntry:
-    start, stop = info["data_offsets"]
-    return TensorEntry(name, file, str(info["dtype"]), tuple(info["shape"]), data_start + start, data_start + stop)
+    try:
+        start, stop = (int(offset) for offset in info["data_offsets"])
+        dtype, shape = str(info["dtype"]), tuple(int(n) for n in info["shape"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{file}: the header's entry of {name} is damaged ({error!r}); download it again") from None
+    if dtype not in DTYPES:
+        raise CheckpointError(f"{file}: tensor {name} has dtype {dtype}, which cannot be read; known: {', '.join(DTYPES)}")
+    num_bytes = prod(shape) * DTYPES[dtype].itemsize
+    if start < 0 or stop - start != num_bytes:
+        raise CheckpointError(f"{file}: tensor {name} takes {num_bytes} bytes, its header gives {stop - start}; download it again")
+    return TensorEntry(name, file, dtype, shape, data_start + start, data_start + stop)
 
 
 def _weight_map(folder: Path) -> dict[str, str] | None:
@@ -115,8 +145,8 @@ def _weight_map(folder: Path) -> dict[str, str] | None:
     index = folder / INDEX_FILE
     if index.is_file():
         try:
-            return dict(json.loads(index.read_text())["weight_map"])
-        except (ValueError, KeyError, TypeError) as error:
+            return {str(name): str(file) for name, file in json.loads(index.read_text())["weight_map"].items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{index}: not a checkpoint index ({error!r}); download it again") from None
     if (folder / SINGLE_FILE).is_file():
         return None

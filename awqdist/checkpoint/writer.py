@@ -10,18 +10,19 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from awqdist.checkpoint.reader import DTYPES
-from awqdist.errors import OutputError
+from awqdist.checkpoint.index import DTYPES
+from awqdist.errors import CheckpointError, OutputError
 
 _FORMAT_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 TEMPORARY_SUFFIX = ".partial"
+_BLOCK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +79,11 @@ def write_json(file: Path, data: object) -> WrittenFile:
     return write_bytes(file, (json.dumps(data, indent=2) + "\n").encode())
 
 
+def copy_file(source: Path, file: Path) -> WrittenFile:
+    """Copies a file durably, with the mode of a new one. Raises CheckpointError if `source` cannot be read."""
+    return _write(file, _blocks(source), ())
+
+
 def sync_folder(folder: Path) -> None:
     """Makes renames within `folder` durable."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -114,7 +120,19 @@ def _write(file: Path, head: Iterable[bytes], parts: Iterable[memoryview]) -> Wr
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise output_error(file, error) from error
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     return WrittenFile(file.name, num_bytes, digest.hexdigest())
+
+
+def _blocks(source: Path) -> Iterator[bytes]:
+    try:
+        with source.open("rb") as stream:
+            while block := stream.read(_BLOCK_BYTES):
+                yield block
+    except OSError as error:
+        raise CheckpointError(f"cannot read {source}: {error.strerror or error}") from error
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

@@ -6,8 +6,8 @@ layer, the further arguments that the model gives it (rotary embeddings, the mas
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,8 +61,9 @@ def record_calls(skeleton: Skeleton, outside: Parameters, input_ids: Tensor) -> 
     """
     calls: list[LayerCall] = []
     first: list[Tensor] = []
-
-    unpacks: list[bool] = []  # some models take output[0] of what a layer returns: then a bare tensor loses its batch dimension
+    unpacks: list[
+        bool
+    ] = []  # some models take output[0] of what a layer returns: then a bare tensor loses its batch dimension
 
     def recorder(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not calls:
@@ -74,14 +75,8 @@ def record_calls(skeleton: Skeleton, outside: Parameters, input_ids: Tensor) -> 
             unpacks.append(True)
         return (first[0],) if unpacks else first[0]
 
-    with ExitStack() as stack, torch.no_grad():
-        for layer in skeleton.layers:
-            layer.forward = recorder  # an attribute of the instance hides the method until it is deleted
-            stack.callback(delattr, layer, "forward")
-        try:
-            functional_call(skeleton.decoder, dict(outside), (input_ids,), {"use_cache": False})
-        except _AllLayersSeen:
-            pass
+    with _layers_replaced(skeleton, recorder), torch.no_grad(), suppress(_AllLayersSeen):
+        functional_call(skeleton.decoder, dict(outside), (input_ids,), {"use_cache": False})
     return first[0], calls
 
 
@@ -118,16 +113,23 @@ def _tell(watch: Watch) -> Callable[[nn.Module, tuple[Any, ...]], None]:
     return hook
 
 
-
 def head_inputs(skeleton: Skeleton, outside: Parameters, input_ids: Tensor, hidden: Tensor) -> Tensor:
     """What lm_head reads: the decoder's own forward with all layers passed over and `hidden` (B, L, H) as the output of the last."""
 
-    def passed_over(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return hidden
+    def final(output: Any) -> Tensor:
+        with _layers_replaced(skeleton, lambda *args, **kwargs: output), torch.no_grad():
+            result = functional_call(skeleton.decoder, dict(outside), (input_ids,), {"use_cache": False})
+        return result[0]  # type: ignore[no-any-return]
 
-    with ExitStack() as stack, torch.no_grad():
+    states = final(hidden)
+    return states if states.ndim == hidden.ndim else final((hidden,))  # a decoder that takes output[0] of its layers
+
+
+@contextmanager
+def _layers_replaced(skeleton: Skeleton, forward: Callable[..., Any]) -> Iterator[None]:
+    """Every decoder layer's forward is `forward`: an attribute of the instance hides the method until it is deleted."""
+    with ExitStack() as stack:
         for layer in skeleton.layers:
-            layer.forward = passed_over
+            layer.forward = forward
             stack.callback(delattr, layer, "forward")
-        output = functional_call(skeleton.decoder, dict(outside), (input_ids,), {"use_cache": False})
-    return output[0]  # type: ignore[no-any-return]
+        yield

@@ -19,11 +19,15 @@ from awqdist.recipe import MappingPattern, matches
 
 @dataclass(frozen=True, slots=True)
 class HeadShape:
-    """How attention reads its projections: numbers of query heads and of key/value heads, and the values per head."""
+    """How attention reads its projections: numbers of query heads and of key/value heads, and the values per head.
+
+    clipped: queries, keys and values are clamped (`clip_qkv` of Olmo and DBRX), so that they cannot be scaled.
+    """
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    clipped: bool = False
 
     @classmethod
     def of(cls, config: object) -> HeadShape:
@@ -31,7 +35,7 @@ class HeadShape:
         heads = int(getattr(config, "num_attention_heads", 1))
         kv_heads = getattr(config, "num_key_value_heads", None)
         head_dim = getattr(config, "head_dim", None) or int(getattr(config, "hidden_size", heads)) // heads
-        return cls(heads, int(kv_heads or heads), int(head_dim))
+        return cls(heads, int(kv_heads or heads), int(head_dim), getattr(config, "clip_qkv", None) is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +46,9 @@ class ResolvedMapping:
     balance: tuple[str, ...]
     norm: bool  # the smooth layer is a norm; else a linear, whose last rows are divided
     unit_offset: bool  # (1 + w) norm
-    source: tuple[int, int, int] | None  # (kv heads, query heads per kv head, head_dim); None: channel i comes from row i
+    source: (
+        tuple[int, int, int] | None
+    )  # (kv heads, query heads per kv head, head_dim); None: channel i comes from row i
 
     def source_channels(self, num_inputs: int) -> Tensor:
         """(I,) int64: the smooth layer's output channel that each input channel of the balance layers comes from."""
@@ -68,12 +74,14 @@ def resolve(
 ) -> Resolution:
     """Ties `patterns` to one layer. disk_name: module path in the layer -> on-disk module name.
 
-    Raises RecipeError where a pattern is ambiguous or names modules that the model does not connect.
+    A site is smoothed once, by the first mapping that names one of its linears. Raises RecipeError where the smooth layer is ambiguous.
     """
     mappings: list[ResolvedMapping] = []
     skipped: list[tuple[str, str]] = []
     for pattern in patterns:
-        smooths = [path for path in (*structure.norms, *structure.linears) if matches(pattern.smooth_layer, disk_name(path))]
+        smooths = [
+            path for path in (*structure.norms, *structure.linears) if matches(pattern.smooth_layer, disk_name(path))
+        ]
         balance = [p for p in structure.linears if any(matches(b, disk_name(p)) for b in pattern.balance_layers)]
         label = f"{pattern.smooth_layer} -> {', '.join(pattern.balance_layers)}"
         if not smooths or not balance:
@@ -81,12 +89,17 @@ def resolve(
             skipped.append((label, f"no {side} of that name in this layer"))
             continue
         if len(smooths) > 1:
-            raise RecipeError(f"mapping {label}: smooth_layer matches {len(smooths)} modules of one layer ({', '.join(smooths)})")
+            raise RecipeError(
+                f"mapping {label}: smooth_layer matches {len(smooths)} modules of one layer ({', '.join(smooths)})"
+            )
         outcome = connect(structure, smooths[0], tuple(balance), heads)
         if isinstance(outcome, ResolvedMapping):
-            mappings.append(outcome)
-        else:
-            skipped.append((label, outcome))
+            earlier = next((m.smooth for m in mappings if m.balance == outcome.balance), None)
+            if earlier is None:
+                mappings.append(outcome)
+                continue
+            outcome = f"an earlier mapping smooths the input of {', '.join(outcome.balance)} by {earlier} already"
+        skipped.append((label, outcome))
     return Resolution(tuple(mappings), tuple(skipped))
 
 
@@ -105,8 +118,12 @@ def connect(
     if site[0] in structure.site_norms:
         return f"{site[0]} reads the output of {structure.site_norms[site[0]]}, not of {smooth}"
     num_outputs, num_inputs = structure.linears[smooth][0], structure.linears[site[0]][1]
-    attention = smooth.rpartition(".")[0] == site[0].rpartition(".")[0] and num_inputs == heads.num_heads * heads.head_dim
+    attention = (
+        smooth.rpartition(".")[0] == site[0].rpartition(".")[0] and num_inputs == heads.num_heads * heads.head_dim
+    )
     value_rows = heads.num_kv_heads * heads.head_dim
+    if attention and heads.clipped:
+        return f"the model clamps the outputs of {smooth} (clip_qkv)"
     if num_outputs == num_inputs:
         return ResolvedMapping(smooth, site, False, False, None)
     tied = (heads.num_kv_heads, heads.num_heads // heads.num_kv_heads, heads.head_dim)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from awqdist.model.forward import LayerCall, forward_layer
+from awqdist.model.forward import LayerCall, forward_layer, with_buffers
 from awqdist.model.mapping import ResolvedMapping
 from awqdist.quant.smooth import balance_linear, per_source, smooth_linear, smooth_norm
 
@@ -53,10 +53,10 @@ def change_of_output(
     """
     call = call.cast(hidden.device, torch.float32, hidden.shape[0])
     hidden = hidden.float()
-    outputs = [
-        forward_layer(layer, {name: p.float() if p.is_floating_point() else p for name, p in side.items()}, hidden, call)
-        for side in (before, after)
-    ]
+    outputs = []
+    for side in (before, after):
+        parameters = {name: p.float() if p.is_floating_point() else p for name, p in side.items()}
+        outputs.append(forward_layer(layer, with_buffers(layer, parameters, hidden.device), hidden, call))
     contribution = (outputs[0] - hidden).norm()
     return float((outputs[1] - outputs[0]).norm() / contribution.clamp(min=1e-20))
 

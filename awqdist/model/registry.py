@@ -7,7 +7,13 @@ mapped from its structure (`inference.py`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 from awqdist.recipe import MappingPattern
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 def _mapping(smooth: str, *balance: str) -> MappingPattern:
@@ -36,11 +42,12 @@ _GLM = (
     _mapping("gate_up_proj", "down_proj"),
 )
 _STARCODER2 = (_mapping("input_layernorm", *_QKV), _VALUE_TO_OUTPUT, _mapping("post_attention_layernorm", "c_fc"))
+_FC1_TO_FC2 = _mapping("fc1", "fc2")  # ReLU passes positive scales
 _OPT = (
     _mapping("self_attn_layer_norm", *_QKV),
     _mapping("v_proj", "out_proj"),
     _mapping("final_layer_norm", "fc1"),
-    _mapping("fc1", "fc2"),  # ReLU passes positive scales
+    _FC1_TO_FC2,
 )
 _GPT_NEOX = (
     _mapping("input_layernorm", "query_key_value"),  # v -> dense: the fused rows are interleaved by head, left alone
@@ -75,14 +82,19 @@ _REGISTRY: dict[str, tuple[MappingPattern, ...]] = {
 }
 
 
-def register_mappings(architecture: str, mappings: list[MappingPattern]) -> None:
+def register_mappings(architecture: str, mappings: Sequence[MappingPattern]) -> None:
     """Adds or replaces the mappings of an architecture (a class name, as in config.json's `architectures`)."""
     _REGISTRY[architecture] = tuple(mappings)
 
 
-def registered_mappings(architecture: str) -> tuple[MappingPattern, ...] | None:
-    """The mappings of an architecture, or None if it is not known."""
-    return _REGISTRY.get(architecture)
+def registered_mappings(architecture: str, config: PretrainedConfig) -> tuple[MappingPattern, ...] | None:
+    """The mappings of an architecture under its text configuration, or None if it is not known."""
+    mappings = _REGISTRY.get(architecture)
+    if (
+        mappings is _OPT and config.activation_function != "relu"
+    ):  # Galactica has GELU, which is no multiple of its input
+        return tuple(mapping for mapping in mappings if mapping != _FC1_TO_FC2)
+    return mappings
 
 
 def registered_architectures() -> tuple[str, ...]:

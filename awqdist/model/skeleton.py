@@ -63,16 +63,17 @@ class Skeleton:
             if name.startswith(start) and not name.startswith(f"{self.prefix}.")
         }
 
-    def linear_names(self) -> dict[str, tuple[int, int]]:
-        """On-disk module names of all linears of the model, with their (O, I); a linear tied to another weight has its own name."""
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """All linears of the model by their names in it, with their (O, I)."""
         return {
-            self.on_disk.get(f"{name}.weight", f"{name}.weight").removesuffix(".weight"): (
-                module.out_features,
-                module.in_features,
-            )
+            name: (module.out_features, module.in_features)
             for name, module in self.model.named_modules()
             if isinstance(module, nn.Linear)
         }
+
+    def disk_module(self, name: str) -> str:
+        """On-disk name of a module with a weight; its own name where the weight is tied to another."""
+        return self.on_disk.get(f"{name}.weight", f"{name}.weight").removesuffix(".weight")
 
 
 def read_config(folder: Path) -> PretrainedConfig:
@@ -84,7 +85,9 @@ def read_config(folder: Path) -> PretrainedConfig:
     except (ValueError, KeyError, OSError) as error:
         raise CheckpointError(f"{folder / 'config.json'}: transformers cannot read it: {first_line(error)}") from None
     if getattr(config, "quantization_config", None):
-        raise CheckpointError(f"{folder} is already quantized (config.json has a quantization_config); give the original")
+        raise CheckpointError(
+            f"{folder} is already quantized (config.json has a quantization_config); give the original"
+        )
     return config
 
 
@@ -121,7 +124,9 @@ def _empty_model(config: PretrainedConfig) -> PreTrainedModel:
             warnings.simplefilter("ignore")
             return build(config, dtype=dtype).eval()  # type: ignore[no-any-return]
     except (ValueError, KeyError, AttributeError, ImportError) as error:
-        raise ModelError(f"transformers cannot build {', '.join(names) or config.model_type}: {first_line(error)}") from None
+        raise ModelError(
+            f"transformers cannot build {', '.join(names) or config.model_type}: {first_line(error)}"
+        ) from None
 
 
 def _match_names(model: PreTrainedModel, disk_names: Iterable[str]) -> tuple[dict[str, str], tuple[str, ...]]:

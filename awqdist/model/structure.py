@@ -137,5 +137,3 @@ def random_parameters(layer: nn.Module, seed: int = 0) -> Mapping[str, Tensor]:
         scale = 0.5 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5
         parameters[name] = torch.randn(parameter.shape, generator=generator) * scale
     return parameters
-
-

@@ -4,8 +4,9 @@ Per mapping the candidates are the identity and s = mean_abs^r / (w_mean^(1-r) +
 s /= sqrt(max·min). The one whose rounded weights change the outputs of the balance layers least is chosen. Nothing of the model
 is run again and nothing is mutated.
 
-Large layers are screened first: errors of all candidates on a sample of the rows, evenly spaced, then the exact error of the best
-few and of the identity decides. Candidates differ on all rows alike, so the sample ranks them as the whole does.
+Large layers are screened first: errors of all candidates on a sample of the rows, then the exact error of the best few and of the identity
+decides. The sample takes the rows with the largest error under the identity, which it evaluates anyway, and every n-th of the others, counted
+n times. (An evenly spaced sample alone chose scales up to 28 % worse on a model with outliers: a few rows carry most of the error.)
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from awqdist.quant.grid import grouped, rounding_difference
 from awqdist.quant.stats import InputStatistics
 from awqdist.recipe import Smoothing, WeightScheme
 
-_SCREENED_ROWS = 768  # rows that rank the candidates where a mapping has twice as many or more
-_NUM_FINALISTS = 3
+_SCREENED_ROWS = 256  # rows that rank the candidates, half of them the worst; used where a mapping has at least twice as many
+_NUM_FINALISTS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,9 @@ class ScaleChoice:
     error_before: float
     error_after: float
     num_nonfinite: int
+
+
+Stack = tuple[Tensor, WeightScheme]  # the (ΣO, I) float32 rows under one scheme
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +70,14 @@ def search_scales(
     group scales are stored in.
     """
     stacks = _stack_by_scheme(balance)
-    candidates = list(_candidates(stacks, statistics.mean_abs, source, settings))
+    candidates = _candidates(stacks, statistics.mean_abs, source, settings)
     finite = [c for c in candidates if bool(torch.isfinite(c.scales).all())]
-    finalists = _screened(stacks, finite, statistics, dtype)
-    errors = [_error(stacks, c.scales, statistics, dtype) for c in finalists]
+    identity, others = finite[0], finite[1:]
+    row_errors = [_row_errors(stack, identity.scales, statistics, dtype) for stack in stacks]
+    if sum(errors.shape[0] for errors in row_errors) >= 2 * _SCREENED_ROWS:
+        others = _screened(stacks, row_errors, others, statistics, dtype)
+    finalists = [identity, *others]
+    errors = [sum(float(e.sum()) for e in row_errors), *(_error(stacks, c.scales, statistics, dtype) for c in others)]
     usable = [(error, i) for i, error in enumerate(errors) if math.isfinite(error)]
     num_nonfinite = len(candidates) - len(finite) + len(errors) - len(usable)
     best_error, best = min(usable, default=(errors[0], 0))
@@ -77,7 +85,7 @@ def search_scales(
     return ScaleChoice(chosen.scales, chosen.ratio, chosen.duo_scaling, errors[0], best_error, num_nonfinite)
 
 
-def weight_mean(stacks: Sequence[tuple[Tensor, WeightScheme]]) -> Tensor:
+def weight_mean(stacks: Sequence[Stack]) -> Tensor:
     """(I,) float32: mean over all rows of |W| / (max |W| of its group + 1e-6)."""
     total = torch.zeros_like(stacks[0][0][0])
     for weight, scheme in stacks:
@@ -86,14 +94,14 @@ def weight_mean(stacks: Sequence[tuple[Tensor, WeightScheme]]) -> Tensor:
     return total / sum(weight.shape[0] for weight, _ in stacks)
 
 
-def _stack_by_scheme(balance: Sequence[BalanceWeight]) -> list[tuple[Tensor, WeightScheme]]:
+def _stack_by_scheme(balance: Sequence[BalanceWeight]) -> list[Stack]:
     """Quantized linears under one scheme as one (ΣO, I) matrix: their rows are independent of each other."""
     schemes = dict.fromkeys(b.scheme for b in balance if b.scheme is not None)
     return [(torch.cat([b.weight for b in balance if b.scheme == scheme]), scheme) for scheme in schemes]
 
 
 def _candidates(
-    stacks: Sequence[tuple[Tensor, WeightScheme]], mean_abs: Tensor, source: Tensor, settings: Smoothing
+    stacks: Sequence[Stack], mean_abs: Tensor, source: Tensor, settings: Smoothing
 ) -> list[_Candidate]:
     """The identity first, then the grid of DESIGN: n_grid candidates in all (with duo "both": half of them each way)."""
     x_mean, w_mean = _tie(mean_abs, source), _tie(weight_mean(stacks), source)
@@ -124,25 +132,49 @@ def _tie(per_input: Tensor, source: Tensor) -> Tensor:
     return (sums / counts.clamp(min=1))[source]
 
 
+@dataclass(frozen=True, slots=True)
+class _Sample:
+    """Rows that stand for a stack: weight (k, I), and how many rows each stands for, (k,) float64."""
+
+    weight: Tensor
+    scheme: WeightScheme
+    counts: Tensor
+
+
 def _screened(
-    stacks: Sequence[tuple[Tensor, WeightScheme]],
+    stacks: Sequence[Stack],
+    row_errors: Sequence[Tensor],
     candidates: list[_Candidate],
     statistics: InputStatistics,
     dtype: torch.dtype,
 ) -> list[_Candidate]:
-    """The identity and the candidates worth an exact evaluation."""
-    step = sum(weight.shape[0] for weight, _ in stacks) // _SCREENED_ROWS
-    if step < 2:
-        return candidates
-    sample = [(weight[::step].contiguous(), scheme) for weight, scheme in stacks]
-    errors = [_error(sample, candidate.scales, statistics, dtype) for candidate in candidates[1:]]
-    order = sorted(range(len(errors)), key=lambda i: (not math.isfinite(errors[i]), errors[i]))
-    return [candidates[0], *(candidates[1 + i] for i in order[:_NUM_FINALISTS])]
+    """The candidates worth an exact evaluation. row_errors: (O,) of every stack under the identity."""
+    samples = [_sample(stack, errors) for stack, errors in zip(stacks, row_errors, strict=True)]
+    estimates = []
+    for candidate in candidates:
+        parts = [_row_errors((s.weight, s.scheme), candidate.scales, statistics, dtype) * s.counts for s in samples]
+        estimates.append(sum(float(part.sum()) for part in parts))
+    order = sorted(range(len(candidates)), key=lambda i: (not math.isfinite(estimates[i]), estimates[i]))
+    return [candidates[i] for i in order[:_NUM_FINALISTS]]
 
 
-def _error(
-    stacks: Sequence[tuple[Tensor, WeightScheme]], scales: Tensor, statistics: InputStatistics, dtype: torch.dtype
-) -> float:
-    return sum(
-        statistics.output_error(rounding_difference(weight, scales, scheme, dtype)) for weight, scheme in stacks
-    )
+def _sample(stack: Stack, errors: Tensor) -> _Sample:
+    weight, scheme = stack
+    half = _SCREENED_ROWS // 2
+    order = torch.argsort(errors, descending=True, stable=True)
+    worst, others = order[:half], order[half:]
+    step = max(1, others.shape[0] // half)
+    rows = torch.cat([worst, others[::step]])
+    counts = torch.ones(rows.shape[0], dtype=torch.float64, device=weight.device)
+    counts[worst.shape[0] :] = step
+    return _Sample(weight[rows], scheme, counts)
+
+
+def _row_errors(stack: Stack, scales: Tensor, statistics: InputStatistics, dtype: torch.dtype) -> Tensor:
+    """(O,) float64."""
+    weight, scheme = stack
+    return statistics.row_errors(rounding_difference(weight, scales, scheme, dtype))
+
+
+def _error(stacks: Sequence[Stack], scales: Tensor, statistics: InputStatistics, dtype: torch.dtype) -> float:
+    return sum(float(_row_errors(stack, scales, statistics, dtype).sum()) for stack in stacks)

@@ -63,9 +63,13 @@ class InputStatistics:
 
     def output_error(self, difference: Tensor) -> float:
         """‖X·Dᵀ‖²_F of difference (O, I) float32, exact in float32."""
+        return float(self.row_errors(difference).sum())
+
+    def row_errors(self, difference: Tensor) -> Tensor:
+        """The output error of every row of difference (O, I) float32: (O,) float64."""
         if self._gram is None:
-            return float(sum((rows @ difference.T).square_().sum(dtype=torch.float64) for rows in self._rows))
-        return quadratic_form(difference, self._gram)
+            return torch.stack([(rows @ difference.T).square_().sum(0, dtype=torch.float64) for rows in self._rows]).sum(0)
+        return quadratic_form_rows(difference, self._gram)
 
     def is_finite(self) -> bool:
         """Whether every activation that was added was finite."""
@@ -73,17 +77,22 @@ class InputStatistics:
 
 
 def quadratic_form(difference: Tensor, gram: Tensor) -> float:
-    """Σ (D·G) ∘ D for D (O, I) and a symmetric G (I, I), float32. G's symmetry saves nearly half of the product."""
-    total = torch.zeros((), dtype=torch.float64, device=difference.device)
+    """Σ (D·G) ∘ D for D (O, I) and a symmetric G (I, I), float32."""
+    return float(quadratic_form_rows(difference, gram).sum())
+
+
+def quadratic_form_rows(difference: Tensor, gram: Tensor) -> Tensor:
+    """d·G·dᵀ of every row d of D (O, I): (O,) float64. G's symmetry saves nearly half of the product."""
+    total = torch.zeros(difference.shape[0], dtype=torch.float64, device=difference.device)
     for start in range(0, gram.shape[0], _FORM_BLOCK):
         stop = min(start + _FORM_BLOCK, gram.shape[0])
         columns = difference[:, start:stop]
         if start:  # blocks left of the diagonal stand for themselves and for their mirror image
             projected = difference[:, :start] @ gram[:start, start:stop]  # (O, block)
-            total += 2 * projected.mul_(columns).sum(dtype=torch.float64)
+            total += 2 * projected.mul_(columns).sum(1, dtype=torch.float64)
         projected = columns @ gram[start:stop, start:stop]
-        total += projected.mul_(columns).sum(dtype=torch.float64)
-    return float(total)
+        total += projected.mul_(columns).sum(1, dtype=torch.float64)
+    return total
 
 
 @contextmanager

@@ -4,17 +4,19 @@ no loader takes the folder for a model."""
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from awqdist.checkpoint.index import INDEX_FILE, TensorEntry, read_header
-from awqdist.checkpoint.reader import read_tensor
-from awqdist.checkpoint.writer import LazyTensor, output_error, stream_safetensors, sync_folder, write_json
+from awqdist.checkpoint.reader import check_finite, read_tensor
+from awqdist.checkpoint.writer import LazyTensor, copy_file, stream_safetensors, write_json
 from awqdist.errors import OutputError
 from awqdist.run.job import Job
 from awqdist.run.journal import Journal, JournalEntries
 from awqdist.run.plan import Plan
+from awqdist.run.snapshots import remove_snapshots
 
 OUTSIDE_FILE = "model-outside.safetensors"
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx"}
@@ -28,12 +30,13 @@ def merge(job: Job, journal: Journal) -> int:
     """
     output = job.settings.output
     check_layers(output, job.plan, journal.entries)
-    if journal.entries.outside is None or not (output / OUTSIDE_FILE).is_file():
+    if journal.entries.outside is None:
         tensors = [_lazy(job.index.entries[name]) for name in job.plan.outside]
         journal.add_outside(stream_safetensors(output / OUTSIDE_FILE, tensors))
     _copy_companions(job.settings.model, output)
     write_json(output / "config.json", _config(job))
     index = build_index(output, [record.file for record in journal.entries.layers.values()] + [OUTSIDE_FILE])
+    remove_snapshots(journal.folder)
     write_json(output / INDEX_FILE, index)
     return int(index["metadata"]["total_size"])
 
@@ -46,7 +49,7 @@ def check_layers(output: Path, plan: Plan, entries: JournalEntries) -> None:
             raise OutputError(f"{output}: layer {task.layer} is missing; run the same command again")
         file = output / record.file
         if not file.is_file() or file.stat().st_size != record.num_bytes:
-            raise OutputError(f"{file} is missing or has another size than the journal says; use --overwrite to begin anew")
+            raise OutputError(f"{file} is missing or has another size than the journal says; run the same command again")
 
 
 def build_index(output: Path, files: list[str]) -> dict[str, Any]:
@@ -63,18 +66,20 @@ def build_index(output: Path, files: list[str]) -> dict[str, Any]:
 
 
 def _lazy(entry: TensorEntry) -> LazyTensor:
-    return LazyTensor(entry.name, entry.dtype, entry.shape, entry.num_bytes, lambda: read_tensor(entry))
+    return LazyTensor(entry.name, entry.dtype, entry.shape, entry.num_bytes, lambda: _read_finite(entry))
+
+
+def _read_finite(entry: TensorEntry) -> Tensor:
+    tensor = read_tensor(entry)
+    check_finite({entry.name: tensor}, str(entry.file))
+    return tensor
 
 
 def _copy_companions(model: Path, output: Path) -> None:
     """Tokenizer, generation settings, chat template, licence: every small file of the source that is not weights."""
     for file in sorted(model.iterdir()):
         if file.is_file() and file.name not in _NOT_COPIED and file.suffix not in _WEIGHT_SUFFIXES:
-            try:
-                shutil.copyfile(file, output / file.name)
-            except OSError as error:
-                raise output_error(output / file.name, error) from error
-    sync_folder(output)
+            copy_file(file, output / file.name)
 
 
 def _config(job: Job) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from awqdist.model.mapping import HeadShape, Resolution, ResolvedMapping, resolv
 from awqdist.model.registry import registered_mappings
 from awqdist.model.skeleton import Skeleton
 from awqdist.model.structure import LayerStructure, trace_layers
-from awqdist.recipe import MappingPattern, Recipe, WeightScheme, check_patterns_match
+from awqdist.recipe import MappingPattern, Recipe, SchemeGroup, WeightScheme, check_patterns_match, matches
 from awqdist.run.records import SkippedMapping
 
 
@@ -41,7 +41,7 @@ class Plan:
     layers: tuple[LayerTask, ...]
     head: LayerTask | None  # lm_head, where the recipe quantizes it
     outside: tuple[str, ...]  # on-disk tensors that are copied as they are
-    ignored: tuple[str, ...]  # on-disk modules of linears left in full precision
+    ignored: tuple[str, ...]  # linears left in full precision, by their names in transformers' model, as loaders compare them
     inferred: bool  # the mappings come from the structure, not from the registry or the recipe
 
     @property
@@ -66,18 +66,19 @@ def make_plan(skeleton: Skeleton, index: CheckpointIndex, recipe: Recipe) -> Pla
             if id(structure) not in resolutions:
                 resolutions[id(structure)] = Resolution(infer_mappings(skeleton, structure, layer), ())
             resolution = resolutions[id(structure)]
-        tasks.append(_layer_task(layer, names, structure, resolution, recipe))
+        tasks.append(_layer_task(skeleton, layer, structure, resolution, recipe))
     head = _head_task(skeleton, recipe)
     _check_recipe(recipe, skeleton, tasks)
     in_tasks = {name for task in tasks for name in task.disk_names.values()}
     in_tasks |= set(head.disk_names.values()) if head else set()
     quantized = {task.disk_module(path) for task in [*tasks, *([head] if head else [])] for path in task.schemes}
+    ignored = tuple(name for name in skeleton.linears() if skeleton.disk_module(name) not in quantized)
     return Plan(
         architecture=skeleton.architecture,
         layers=tuple(tasks),
         head=head,
         outside=tuple(name for name in index.entries if name not in in_tasks),
-        ignored=tuple(name for name in skeleton.linear_names() if name not in quantized),
+        ignored=ignored,
         inferred=recipe.smoothing is not None and known is None,
     )
 
@@ -85,7 +86,8 @@ def make_plan(skeleton: Skeleton, index: CheckpointIndex, recipe: Recipe) -> Pla
 def _patterns(skeleton: Skeleton, recipe: Recipe) -> tuple[MappingPattern, ...] | None:
     if recipe.smoothing is None:
         return ()
-    return recipe.smoothing.mappings or registered_mappings(skeleton.architecture)
+    config = skeleton.model.config.get_text_config(decoder=True)
+    return recipe.smoothing.mappings or registered_mappings(skeleton.architecture, config)
 
 
 def _disk_module(names: dict[str, str], path: str) -> str:
@@ -93,12 +95,13 @@ def _disk_module(names: dict[str, str], path: str) -> str:
 
 
 def _layer_task(
-    layer: int, names: dict[str, str], structure: LayerStructure, resolution: Resolution, recipe: Recipe
+    skeleton: Skeleton, layer: int, structure: LayerStructure, resolution: Resolution, recipe: Recipe
 ) -> LayerTask:
+    names = skeleton.layer_names(layer)
     disk_module: Callable[[str], str] = partial(_disk_module, names)
     schemes = {}
     for path, shape in structure.linears.items():
-        group = recipe.scheme_for(disk_module(path))
+        group = _group(recipe, f"{skeleton.prefix}.{layer}.{path}", disk_module(path))
         if group is not None:
             _check_width(disk_module(path), shape, group.weights)
             schemes[path] = group.weights
@@ -114,17 +117,23 @@ def _layer_task(
     return LayerTask(layer, names, sites, structure.linears, schemes, tuple(applied), tuple(skipped))
 
 
+def _group(recipe: Recipe, name: str, disk: str) -> SchemeGroup | None:
+    """The scheme group of a linear. Targets mean names in transformers' model, as they do to loaders; `ignore` may mean either name."""
+    if any(matches(pattern, disk) for pattern in recipe.ignore):
+        return None
+    return recipe.scheme_for(name)
+
+
 def _head_task(skeleton: Skeleton, recipe: Recipe) -> LayerTask | None:
     """lm_head as a last layer, if the recipe quantizes it. Raises ModelError where it is tied to the embeddings."""
     head = skeleton.model.get_output_embeddings()
     name = next((n for n, module in skeleton.model.named_modules() if module is head), None)
-    group = recipe.scheme_for(name) if name else None
+    group = _group(recipe, name, skeleton.disk_module(name)) if name else None
     if name is None or group is None:
         return None
-    if f"{name}.weight" not in skeleton.on_disk:
+    if f"{name}.weight" in skeleton.model.all_tied_weights_keys:
         raise ModelError(f'{name} is tied to the embeddings and cannot be quantized alone; add "{name}" to the recipe\'s ignore')
-    disk = skeleton.on_disk[f"{name}.weight"]
-    shape = skeleton.linear_names()[disk.removesuffix(".weight")]
+    shape = skeleton.linears()[name]
     _check_width(name, shape, group.weights)
     names = {key.removeprefix(name.rpartition(".")[0] + ".") if "." in name else key: value
              for key, value in skeleton.on_disk.items() if key.startswith(f"{name}.")}
@@ -143,10 +152,13 @@ def _check_width(name: str, shape: tuple[int, int], scheme: WeightScheme) -> Non
 
 def _check_recipe(recipe: Recipe, skeleton: Skeleton, tasks: list[LayerTask]) -> None:
     """Every pattern of the recipe must name something; something must be quantized."""
-    linears = list(skeleton.linear_names())
-    modules = linears + [task.disk_module(p.removesuffix(".weight")) for task in tasks for p in task.disk_names if p.endswith(".weight")]
-    check_patterns_match(recipe.ignore, [*modules, "lm_head"], "ignore")
+    linears = list(skeleton.linears())
+    modules = [task.disk_module(p.removesuffix(".weight")) for task in tasks for p in task.disk_names if p.endswith(".weight")]
+    on_disk = [skeleton.disk_module(name) for name in linears]
+    check_patterns_match(recipe.ignore, [*linears, *on_disk, *modules, "lm_head"], "ignore")
+    targets = [target for group in recipe.groups for target in group.targets if target != "Linear"]
+    check_patterns_match(targets, linears, "targets")
     for mapping in (recipe.smoothing.mappings if recipe.smoothing else None) or ():
-        check_patterns_match((mapping.smooth_layer, *mapping.balance_layers), modules, "mappings")
+        check_patterns_match((mapping.smooth_layer, *mapping.balance_layers), [*on_disk, *modules], "mappings")
     if not any(task.schemes for task in tasks):
         raise RecipeError("the recipe quantizes no linear of the decoder layers; check targets and ignore")

@@ -17,11 +17,12 @@ from torch import Tensor
 
 from awqdist.checkpoint.index import INDEX_FILE, CheckpointIndex, read_index
 from awqdist.checkpoint.reader import read_tensor
-from awqdist.errors import OutputError
+from awqdist.errors import CheckpointError, OutputError
 from awqdist.export.formats import Format, output_format
 from awqdist.quant.grid import QuantizedWeight
 from awqdist.recipe import WeightScheme
-from awqdist.run.journal import STATE_FOLDER, JournalEntries, file_hash, read_journal
+from awqdist.run.journal import JournalEntries, is_whole, read_journal
+from awqdist.run.output import STATE_FOLDER
 from awqdist.run.records import LinearRecord
 
 _UNRELATED = 0.5  # relative weight error above which a linear cannot come from this source
@@ -56,13 +57,21 @@ def verify(output: Path, source: Path | None = None) -> Verification:
         raise OutputError(f"{output} has no journal in {STATE_FOLDER}; it is not an output of awqdist")
     if not (output / INDEX_FILE).is_file():
         raise OutputError(f"{output} is not finished ({len(entries.layers)} layers done); run the same quantize command again")
-    index = read_index(output)
-    files = list(_file_problems(output, entries, index))
-    layout = output_format(entries.fingerprint["format"])
+    files = {record.file: (record.num_bytes, record.sha256) for record in entries.layers.values()}
+    if entries.outside:
+        files[entries.outside.name] = (entries.outside.num_bytes, entries.outside.sha256)
+    problems = list(_file_problems(output, files))
     original = read_index(source) if source else None
+    try:
+        index = read_index(output)
+    except CheckpointError as error:
+        return Verification((*problems, str(error)), len(files), ())
+    named = {entry.file.name for entry in index.entries.values()}
+    problems += [f"{name} is in the index but not in the journal" for name in sorted(named - set(files))]
+    layout = output_format(entries.fingerprint["format"])
     records = [linear for record in entries.layers.values() for linear in record.linears]
     linears = tuple(_check_linear(record, index, layout, original) for record in records)
-    return Verification((*files, *_config_problems(output, index, records)), len(entries.layers) + 1, linears)
+    return Verification((*problems, *_config_problems(output, index, records)), len(files), linears)
 
 
 def fit_error(quantized: Tensor, source: Tensor) -> float:
@@ -75,21 +84,20 @@ def fit_error(quantized: Tensor, source: Tensor) -> float:
     return float((quantized - fitted).norm() / fitted.norm().clamp(min=1e-20))
 
 
-def _file_problems(output: Path, entries: JournalEntries, index: CheckpointIndex) -> Iterator[str]:
-    files = {record.file: (record.num_bytes, record.sha256) for record in entries.layers.values()}
-    if entries.outside:
-        files[entries.outside.name] = (entries.outside.num_bytes, entries.outside.sha256)
+def _file_problems(output: Path, files: dict[str, tuple[int, str]]) -> Iterator[str]:
     for name, (num_bytes, sha256) in files.items():
         if not (output / name).is_file():
             yield f"{name} is missing"
-        elif (output / name).stat().st_size != num_bytes or file_hash(output / name) != sha256:
+        elif not is_whole(output / name, num_bytes, sha256):
             yield f"{name} is not the file that the journal speaks of"
-    for name in sorted({entry.file.name for entry in index.entries.values()} - set(files)):
-        yield f"{name} is in the index but not in the journal"
 
 
 def _config_problems(output: Path, index: CheckpointIndex, records: list[LinearRecord]) -> Iterator[str]:
-    config: dict[str, Any] = json.loads((output / "config.json").read_text()).get("quantization_config") or {}
+    try:
+        config: dict[str, Any] = json.loads((output / "config.json").read_text()).get("quantization_config") or {}
+    except (OSError, ValueError, AttributeError) as error:
+        yield f"config.json cannot be read ({error!r})"
+        return
     if not config:
         yield "config.json has no quantization_config"
     ignored = set(config.get("ignore") or config.get("modules_to_not_convert") or ())
@@ -114,6 +122,8 @@ def _check_linear(record: LinearRecord, index: CheckpointIndex, layout: Format, 
     entry = source.entries.get(f"{record.name}.weight")
     if entry is None:
         return LinearCheck(record.name, "the source has no such weight", None)
+    if entry.shape != record.shape:
+        return LinearCheck(record.name, f"the source's weight has shape {entry.shape}, not {record.shape}", None)
     distance = fit_error(weight.dequantize(), read_tensor(entry).float())
     problem = f"weight error {distance:.2f}: not this source" if distance > _UNRELATED else None
     return LinearCheck(record.name, problem, distance)

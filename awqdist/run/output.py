@@ -1,0 +1,109 @@
+"""The output folder: whose it is, which process holds it, and what `--overwrite` may remove.
+
+Everything is refused before anything is written. A finished model is a folder with an index; an unfinished run is one with the state folder
+and no index; any other folder that is not empty is somebody else's and is never touched.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from pathlib import Path
+
+from awqdist.checkpoint.index import INDEX_FILE, SINGLE_FILE
+from awqdist.checkpoint.writer import output_error
+from awqdist.errors import OutputError
+from awqdist.recipe.settings import RunSettings
+
+STATE_FOLDER = ".awqdist"
+LOCK_FILE = "lock"
+_COMPANIONS = (
+    "config.json",
+    "generation_config.json",
+    "added_tokens.json",
+    "chat_template.*",
+    "merges.txt",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "report.html*",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)  # what a model's folder holds beside its tensors
+
+
+def is_finished(output: Path) -> bool:
+    """Whether the folder holds a model that a loader takes for one."""
+    return (output / INDEX_FILE).is_file() or (output / SINGLE_FILE).is_file()
+
+
+def check_output(settings: RunSettings) -> None:
+    """Looks at the output folder and writes nothing. Raises OutputError unless a run may begin or go on there."""
+    output = settings.output
+    try:
+        if output.exists() and not output.is_dir():
+            raise OutputError(f"{output} is a file; give a folder")
+        if output.resolve() == settings.model.resolve():
+            raise OutputError(f"the output folder is the model's own folder, {output}; give another")
+        if not output.is_dir() or not any(output.iterdir()):
+            return
+        if is_finished(output):
+            if not settings.overwrite:
+                raise OutputError(
+                    f"{output} holds a finished model already; use --overwrite to replace it, or another folder"
+                )
+        elif not (output / STATE_FOLDER).is_dir():
+            raise OutputError(f"{output} is not empty and was not begun by awqdist; give an empty or new folder")
+    except OSError as error:
+        raise output_error(output, error) from error
+
+
+def lock_output(output: Path) -> int:
+    """The descriptor of a lock on the folder, which is made if need be. It ends with `os.close`, or with the process, however that dies."""
+    folder = output / STATE_FOLDER
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise output_error(folder, error) from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(lock)
+        if isinstance(error, BlockingIOError):
+            raise OutputError(
+                f"{output} is in use by another running awqdist; wait for it or choose another folder"
+            ) from None
+        raise output_error(folder / LOCK_FILE, error) from error
+    return lock
+
+
+def remove_model(output: Path) -> None:
+    """Removes the model or the unfinished run in a folder that is locked, and leaves every other file alone.
+
+    The index goes first: from then on the folder is no model. The journal goes last: until then it is a run that can be resumed.
+    """
+    weights = [INDEX_FILE, SINGLE_FILE, *_indexed_files(output), "model-layer-*.safetensors*", "model-outside.safetensors*"]
+    try:
+        for pattern in (*weights, *_COMPANIONS):
+            for file in output.glob(pattern):
+                file.unlink(missing_ok=True)
+        for file in sorted((output / STATE_FOLDER).iterdir()):
+            if file.name != LOCK_FILE:
+                file.unlink()
+    except OSError as error:
+        raise output_error(output, error) from error
+
+
+def _indexed_files(output: Path) -> list[str]:
+    """Names of the tensor files that the folder's index speaks of, as far as they lie in the folder itself."""
+    try:
+        names = set(json.loads((output / INDEX_FILE).read_text())["weight_map"].values())
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return []
+    return sorted(name for name in names if isinstance(name, str) and name == Path(name).name and "*" not in name)

@@ -1,0 +1,196 @@
+"""Tiny random checkpoints of every dense decoder family, written by transformers itself, so with the names of published checkpoints.
+
+Widths fit groups of 32. Norm weights are far from 1 (or from 0, where the norm multiplies by 1 + weight), biases far from 0, and some
+channels are outliers: whatever forgets one of them shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+VOCABULARY = 160
+GROUP_SIZE = 32
+WINDOW = 8  # of sliding-window layers
+_LINES = """
+the quick brown fox jumps over the lazy dog and the dog sleeps on while the fox runs down to the river
+a tiny model reads a tiny text and a tiny text is all that it needs to tell one channel from another
+every consumer of a smoothed tensor is compensated or else the function of the layer is not the same
+seven grey geese flew over forty fields before the first frost fell and the far farms froze
+""".strip().splitlines()
+
+
+def tiny_text(num_lines: int = 400) -> str:
+    """Text in which no line comes twice, so that calibration samples differ."""
+    return "\n".join(f"{_LINES[i % 4]} {_LINES[i * 7 % 4][i % 23 :]} {i * i}" for i in range(num_lines))
+
+
+def families() -> list[str]:
+    """Names of all families, as `tiny_checkpoint` takes them."""
+    return list(_CONFIGS)
+
+
+def tiny_checkpoint(
+    family: str,
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    *,
+    seed: int = 0,
+    shard_bytes: int = 10**9,
+    **changes: Any,
+) -> Path:
+    """A random checkpoint and tokenizer in `folder`. changes: fields of the text configuration that are to differ."""
+    model = tiny_model(family, dtype, seed=seed, **changes)
+    model.save_pretrained(folder, max_shard_size=shard_bytes)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def tiny_model(family: str, dtype: torch.dtype = torch.float32, *, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """A random model of a family, in evaluation mode."""
+    kind, make = _CONFIGS[family]
+    config = make(**changes)
+    model = getattr(transformers, kind)(config).eval()
+    randomize(model, seed)
+    return model.to(dtype)
+
+
+def randomize(model: PreTrainedModel, seed: int = 0) -> None:
+    """Gives every parameter random values of a size that keeps activations near 1."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if "norm" in name and name.endswith("weight") and parameter.ndim == 1:
+                parameter.copy_(parameter + 0.3 * noise)  # transformers leaves it at 1, or at 0 for (1 + w) norms
+                parameter[3::17] += 2.0  # outliers
+            elif parameter.ndim == 1:
+                parameter.copy_(0.5 * noise)
+            elif "embed" in name:
+                parameter.copy_(noise)
+            else:
+                parameter.copy_(noise * parameter[0].numel() ** -0.5)
+
+
+@cache
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = ["<pad>", "<s>", "</s>", "<unk>"]
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY - 8, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator(tiny_text(40).splitlines(), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
+    )
+
+
+_TEXT = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+}
+_HEADS = {"head_dim": 16}
+_WIDE_HEADS = {"head_dim": 32}  # q has more rows than the hidden states have channels
+_MIXED = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": WINDOW}
+
+
+def _text(config: str, **fields: Any) -> Callable[..., PretrainedConfig]:
+    def make(**changes: Any) -> PretrainedConfig:
+        merged = {**_TEXT, **fields, **changes}
+        return getattr(transformers, config)(**{k: v for k, v in merged.items() if v is not None})
+
+    return make
+
+
+def _mistral3(**changes: Any) -> PretrainedConfig:
+    vision = {"model_type": "pixtral", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    vision |= {"num_attention_heads": 2, "head_dim": 16, "image_size": 28, "patch_size": 14}
+    text = {"model_type": "mistral", **_TEXT, **_HEADS, "sliding_window": None, **changes}
+    return transformers.Mistral3Config(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=VOCABULARY - 1,
+        tie_word_embeddings=text["tie_word_embeddings"],
+    )
+
+
+def _gemma3(**changes: Any) -> PretrainedConfig:
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 28, "patch_size": 14, "vision_use_head": False}
+    text = {**_TEXT, **_HEADS, **_MIXED, "query_pre_attn_scalar": 16, "tie_word_embeddings": True, **changes}
+    return transformers.Gemma3Config(
+        vision_config=vision,
+        text_config=text,
+        mm_tokens_per_image=4,
+        boi_token_index=VOCABULARY - 3,
+        eoi_token_index=VOCABULARY - 2,
+        image_token_index=VOCABULARY - 1,
+        tie_word_embeddings=text["tie_word_embeddings"],
+    )
+
+
+_GEMMA = {**_HEADS, "tie_word_embeddings": True}
+_GEMMA2 = {**_GEMMA, **_MIXED, "query_pre_attn_scalar": 16}
+_NO_KV_HEADS = {"num_key_value_heads": None}
+
+# family -> (class in transformers, maker of its configuration)
+_CONFIGS: dict[str, tuple[str, Callable[..., PretrainedConfig]]] = {
+    "llama": ("LlamaForCausalLM", _text("LlamaConfig")),
+    "llama-mha": ("LlamaForCausalLM", _text("LlamaConfig", num_key_value_heads=4, attention_bias=True, mlp_bias=True)),
+    "mistral": ("MistralForCausalLM", _text("MistralConfig", sliding_window=WINDOW, **_WIDE_HEADS)),
+    "mistral3": ("Mistral3ForConditionalGeneration", _mistral3),
+    "qwen2": (
+        "Qwen2ForCausalLM",
+        _text("Qwen2Config", use_sliding_window=True, max_window_layers=1, sliding_window=WINDOW),
+    ),
+    "qwen3": ("Qwen3ForCausalLM", _text("Qwen3Config", **_WIDE_HEADS)),
+    "granite": (
+        "GraniteForCausalLM",
+        _text(
+            "GraniteConfig",
+            embedding_multiplier=3.0,
+            logits_scaling=2.0,
+            residual_multiplier=0.7,
+            attention_multiplier=0.3,
+        ),
+    ),
+    "seed-oss": ("SeedOssForCausalLM", _text("SeedOssConfig", attention_bias=True, **_WIDE_HEADS)),
+    "smollm3": ("SmolLM3ForCausalLM", _text("SmolLM3Config", no_rope_layers=[1, 0])),
+    "olmo": ("OlmoForCausalLM", _text("OlmoConfig")),
+    "olmo2": ("Olmo2ForCausalLM", _text("Olmo2Config")),
+    "olmo3": ("Olmo3ForCausalLM", _text("Olmo3Config", **_MIXED)),
+    "exaone4": ("Exaone4ForCausalLM", _text("Exaone4Config", **_MIXED)),
+    "phi3": ("Phi3ForCausalLM", _text("Phi3Config", sliding_window=WINDOW)),
+    "gemma": ("GemmaForCausalLM", _text("GemmaConfig", **_GEMMA)),
+    "gemma2": ("Gemma2ForCausalLM", _text("Gemma2Config", **_GEMMA2)),
+    "gemma3": ("Gemma3ForCausalLM", _text("Gemma3TextConfig", **_GEMMA2)),
+    "gemma3-vision": ("Gemma3ForConditionalGeneration", _gemma3),
+    "cohere": ("CohereForCausalLM", _text("CohereConfig", tie_word_embeddings=True, use_qk_norm=True)),
+    "cohere2": ("Cohere2ForCausalLM", _text("Cohere2Config", tie_word_embeddings=True, **_MIXED)),
+    "starcoder2": (
+        "Starcoder2ForCausalLM",
+        _text("Starcoder2Config", use_bias=True, sliding_window=WINDOW, tie_word_embeddings=True),
+    ),
+    "glm": ("GlmForCausalLM", _text("GlmConfig", attention_bias=True, **_HEADS)),
+    "glm4": ("Glm4ForCausalLM", _text("Glm4Config", attention_bias=True, **_HEADS)),
+    "opt": (
+        "OPTForCausalLM",
+        _text("OPTConfig", ffn_dim=128, word_embed_proj_dim=64, tie_word_embeddings=True, **_NO_KV_HEADS),
+    ),
+    "gpt-neox": ("GPTNeoXForCausalLM", _text("GPTNeoXConfig", use_parallel_residual=True, **_NO_KV_HEADS)),
+}
