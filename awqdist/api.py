@@ -9,15 +9,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from awqdist.backends.local import run_local
-from awqdist.calibration.text import load_calibration
+from awqdist.calibration.text import is_text, load_calibration
 from awqdist.checkpoint.hub import model_folder
-from awqdist.errors import CheckpointError
+from awqdist.errors import CalibrationError, CheckpointError
 from awqdist.model import registry
 from awqdist.recipe import AWQMapping, MappingPattern, Recipe, load_recipe
 from awqdist.recipe.settings import RunSettings
 from awqdist.run.events import Emit, Event
-from awqdist.run.job import prepare
+from awqdist.run.job import Job, prepare
+from awqdist.run.output import check_output
 from awqdist.run.records import RunSummary
 
 
@@ -26,14 +29,15 @@ def quantize(
 ) -> RunSummary:
     """Quantizes the checkpoint `settings.model` into `settings.output`; the same call again resumes an interrupted run.
 
-    calibration: whatever `load_calibration` takes; tokenizer: the model's own if None; emit: is given every event.
+    calibration: whatever `load_calibration` takes; tokenizer: for texts, the model's own if None; emit: is given every event.
     Raises AwqdistError for bad input, before any tensor is read wherever that is possible.
     """
+    check_output(settings)
     job = prepare(recipe, settings)
-    tokenizer = tokenizer or load_tokenizer(settings.model)
-    samples = load_calibration(
-        calibration, tokenizer, settings.num_samples, settings.sequence_length, settings.seed
-    )
+    if tokenizer is None and is_text(calibration):
+        tokenizer = load_tokenizer(settings.model)
+    samples = load_calibration(calibration, tokenizer, settings.num_samples, settings.sequence_length, settings.seed)
+    _check_tokens(samples, job)
     return run_local(job, samples, emit or _ignore)
 
 
@@ -58,9 +62,10 @@ def oneshot(
     in_memory = hasattr(model, "save_pretrained")
     with tempfile.TemporaryDirectory() if in_memory else nullcontext("") as folder:
         if in_memory:
-            tokenizer = tokenizer or load_tokenizer(model.config._name_or_path)
             model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
+            tokenizer = tokenizer or _tokenizer_of(model, required=is_text(dataset))
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
         source = Path(folder) if in_memory else model_folder(str(model))
         run = RunSettings(
             source, Path(output_dir), num_samples=num_calibration_samples, sequence_length=max_seq_length
@@ -83,6 +88,29 @@ def load_tokenizer(model: str | Path) -> Any:
     except Exception as error:  # transformers raises many kinds for a missing or broken tokenizer
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"no tokenizer can be loaded from {model} ({reason}); put its files next to the model") from None
+
+
+def _tokenizer_of(model: Any, *, required: bool) -> Any:
+    """The tokenizer that the name of an in-memory model leads to; None if there is none and none is required."""
+    name = str(getattr(model.config, "_name_or_path", ""))
+    try:
+        if not name:
+            raise CheckpointError("the model in memory does not say where it was loaded from; give tokenizer=")
+        return load_tokenizer(name)
+    except CheckpointError:
+        if required:
+            raise
+        return None
+
+
+def _check_tokens(samples: Tensor, job: Job) -> None:
+    vocabulary = job.skeleton.model.config.get_text_config(decoder=True).vocab_size
+    highest = int(samples.max())
+    if highest >= vocabulary or int(samples.min()) < 0:
+        raise CalibrationError(
+            f"the calibration samples hold token {highest if highest >= vocabulary else int(samples.min())}, the model knows"
+            f" 0 to {vocabulary - 1}; use the model's own tokenizer"
+        )
 
 
 def _ignore(event: Event) -> None:

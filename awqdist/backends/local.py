@@ -6,12 +6,14 @@ import time
 
 from torch import Tensor
 
-from awqdist.run.events import Emit, RunFinished, RunStarted, Warned
+from awqdist.errors import OutputError
+from awqdist.run.events import Emit, LayerForwarded, RunFinished, RunStarted, Warned
 from awqdist.run.job import Job, fingerprint
-from awqdist.run.journal import open_journal
+from awqdist.run.journal import Journal, open_journal
 from awqdist.run.merge import merge
 from awqdist.run.output import check_output
 from awqdist.run.records import RunSummary
+from awqdist.run.snapshots import load_newest_snapshot, save_snapshot
 from awqdist.run.summary import summarize
 from awqdist.run.worker import Worker
 
@@ -24,16 +26,50 @@ def run_local(job: Job, samples: Tensor, emit: Emit) -> RunSummary:
     try:
         model, output = str(job.settings.model), str(job.settings.output)
         num_finished = len(journal.entries.layers)
+        earlier = sum(sum(record.seconds.values()) for record in journal.entries.layers.values())
         emit(RunStarted(model, output, str(job.device), len(job.plan.tasks), num_finished, samples.numel()))
         for file in journal.damaged:
             emit(Warned(f"{file} is missing or damaged since the earlier run; it is made again"))
-        Worker(job, journal, emit).run(samples)
+        _run_layers(job, journal, samples, emit)
         merge_start = time.perf_counter()
         output_bytes = merge(job, journal)
         end = time.perf_counter()
-        seconds = {"merge": end - merge_start, "total": end - start}
+        seconds = {"merge": end - merge_start, "total": earlier + end - start}
         summary = summarize(job, journal.entries, samples, seconds, output_bytes)
         emit(RunFinished(output, seconds["total"], summary.floor_seconds, output_bytes))
         return summary
     finally:
         journal.close()
+
+
+def _run_layers(job: Job, journal: Journal, samples: Tensor, emit: Emit) -> None:
+    """All layers in order: those of an earlier run are forwarded only, or skipped where a snapshot lies behind them."""
+    finished = journal.entries.layers
+    unfinished = [task.layer for task in job.plan.tasks if task.layer not in finished]
+    if not unfinished:
+        return
+    worker = Worker(job, emit)
+    first, chunks = 0, worker.embed(samples)
+    snapshot = load_newest_snapshot(journal, unfinished[0])
+    if snapshot is not None:
+        first, chunks = snapshot
+    for task in job.plan.tasks[first : unfinished[-1] + 1]:
+        if task.layer > first and task.layer % job.settings.snapshot_every == 0:
+            save_snapshot(journal, task.layer, chunks)
+        done = task.layer in finished
+        worker.begin(task, forward_only=done)
+        for index, chunk in enumerate(chunks):
+            chunks[index] = worker.forward(index, chunk)
+        if done:
+            _check_source(job, journal, task.layer, worker.leave())
+            emit(LayerForwarded(task.layer))
+        else:
+            journal.add_layer(worker.finish())
+
+
+def _check_source(job: Job, journal: Journal, layer: int, checksum: int) -> None:
+    if journal.entries.layers[layer].source_crc32 != checksum:
+        raise OutputError(
+            f"layer {layer} of {job.settings.output} was made from other weights than {job.settings.model} holds now;"
+            " use --overwrite to begin anew, or another output folder"
+        )

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from awqdist.errors import CalibrationError
 
+_TEXT_SUFFIXES = {".txt", ".text", ".md", ".json", ".jsonl", ".parquet", ".csv", ".gz"}
 _CHARACTERS_PER_TOKEN = 16  # generous: a sample's piece of text is cut to this before it is tokenized
 
 
@@ -26,13 +27,20 @@ def load_calibration(source: Any, tokenizer: Any, num_samples: int, sequence_len
     source: path of a text file (.txt and the like; .jsonl with a "text" field), a hub dataset "NAME", "NAME:CONFIG" or "NAME:CONFIG:SPLIT",
     a datasets.Dataset, a list of texts, or a list of token-id lists. Raises CalibrationError if it is missing, empty or too short.
     """
+    if num_samples < 1 or sequence_length < 1:
+        raise CalibrationError(f"{num_samples} samples of {sequence_length} tokens are no calibration; both must be 1 or more")
+    where = "the calibration dataset"
     if isinstance(source, str | Path):
-        text = _read_file(Path(source)) if Path(source).exists() else "\n\n".join(_hub_texts(str(source), num_samples))
-        return samples_of_text(text, tokenizer, num_samples, sequence_length, seed=seed, where=str(source))
-    rows = source if isinstance(source, list | tuple) else _column(source)
-    if rows and not isinstance(rows[0], str):
-        return _samples_of_ids(rows, num_samples, sequence_length)
-    return samples_of_text("\n\n".join(rows), tokenizer, num_samples, sequence_length, seed=seed, where="the calibration dataset")
+        where = str(source)
+        text = _read_file(Path(source)) if _is_path(where) else "\n\n".join(_hub_texts(where, num_samples))
+    else:
+        rows = list(source) if isinstance(source, list | tuple) else _column(source)
+        if rows and not isinstance(rows[0], str):
+            return _samples_of_ids(rows, num_samples, sequence_length)
+        if not all(isinstance(row, str) for row in rows):
+            raise CalibrationError(f"{where} mixes texts with something else; give texts only, or lists of token ids only")
+        text = "\n\n".join(rows)
+    return samples_of_text(text, tokenizer, num_samples, sequence_length, seed=seed, where=where)
 
 
 def samples_of_text(
@@ -43,6 +51,10 @@ def samples_of_text(
         raise CalibrationError(f"{where} is empty; give a text of at least {num_samples * sequence_length} tokens")
     prefix = _prefix(tokenizer)
     wanted = sequence_length - len(prefix)
+    if wanted < 1:
+        raise CalibrationError(
+            f"samples of {sequence_length} tokens leave no room for text behind the {len(prefix)} special tokens; raise --seq-len"
+        )
     if seed:
         turn = random.Random(seed).randrange(len(text))
         text = f"{text[turn:]}\n{text[:turn]}"
@@ -62,7 +74,10 @@ def samples_of_text(
 
 def _samples_of_ids(rows: Iterable[Sequence[int]], num_samples: int, sequence_length: int) -> Tensor:
     """Joins token-id lists and cuts them anew; lists of just the right length stay as they are."""
-    stream = torch.tensor([token for row in rows for token in row], dtype=torch.long)
+    try:
+        stream = torch.tensor([int(token) for row in rows for token in row], dtype=torch.long)
+    except (TypeError, ValueError) as error:
+        raise CalibrationError(f"the calibration dataset is neither texts nor lists of token ids ({error})") from None
     needed = num_samples * sequence_length
     if stream.numel() < needed:
         raise CalibrationError(
@@ -83,7 +98,23 @@ def _tokenize(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     return encoded
 
 
+def is_text(source: Any) -> bool:
+    """Whether a calibration source is text, which needs a tokenizer; otherwise it is token ids."""
+    if isinstance(source, str | Path):
+        return True
+    if isinstance(source, list | tuple):
+        return not source or isinstance(source[0], str)
+    return "input_ids" not in (getattr(source, "column_names", None) or ())
+
+
+def _is_path(source: str) -> bool:
+    """Whether a calibration source is meant as a file here: it exists, or no hub dataset can have that name."""
+    return Path(source).exists() or Path(source).suffix in _TEXT_SUFFIXES or source.startswith((".", "/", "~")) or source.count("/") > 1
+
+
 def _read_file(file: Path) -> str:
+    if not file.exists():
+        raise CalibrationError(f"calibration text not found: {file}; give a text file or a hub dataset")
     if file.is_dir():
         raise CalibrationError(f"{file} is a folder; give a text file or a hub dataset")
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import math
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -41,11 +42,19 @@ def quantize_and_report(
     with renderer(progress) as emit:
         summary = quantize(built, settings, calibration, emit=emit)
     if report:
-        write_report(summary, settings.output)
+        _write_report(summary, settings.output)
     if progress != "json":
         _console.print(summary_table(summary))
         _console.print(f"Quantized model in [bold]{settings.output}[/bold]", soft_wrap=True)
     return summary
+
+
+def _write_report(summary: RunSummary, output: Path) -> None:
+    """The model is complete without it: a report that cannot be written is no failure of the run."""
+    try:
+        write_report(summary, output)
+    except OSError as error:
+        print(f"awqdist: warning: report.html was not written: {error.strerror or error}", file=sys.stderr)
 
 
 def show_plan(settings: RunSettings, recipe: str, *, as_json: bool) -> None:

@@ -7,6 +7,8 @@ exit status 2; an interrupt says how to resume.
 from __future__ import annotations
 
 import gc
+import signal
+from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -161,23 +163,38 @@ def demo(
     run_demo(output)
 
 
+class Interrupted(BaseException):
+    """A signal asked for the end. Not a KeyboardInterrupt, which typer would answer itself."""
+
+
 @contextmanager
-def clear_errors() -> Any:
-    """Turns expected failures into one line and an exit status."""
+def clear_errors() -> Iterator[None]:
+    """Turns expected failures, wrong usage and signals into one line and an exit status."""
     try:
         yield
     except AwqdistError as error:
         typer.echo(f"awqdist: error: {error}", err=True)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
+    except typer.TyperException as error:
+        if error.format_message():
+            typer.echo(f"awqdist: error: {error.format_message()}", err=True)
+        raise SystemExit(error.exit_code) from None
+    except Interrupted as interrupt:
+        number = int(interrupt.args[0])
         typer.echo("awqdist: interrupted; finished layers are kept, the same command resumes", err=True)
-        raise SystemExit(130) from None
+        raise SystemExit(128 + number) from None
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    raise Interrupted(number)
 
 
 def main() -> None:
     """Entry point of the `awqdist` command."""
     gc.disable()  # nothing that is imported becomes garbage: collecting meanwhile costs a second
     with clear_errors():
-        app()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, _interrupt)
+        raise SystemExit(app(standalone_mode=False))
 
 

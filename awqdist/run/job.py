@@ -6,7 +6,6 @@ import hashlib
 import json
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 
 import torch
 from torch import Tensor

@@ -41,7 +41,7 @@ class Plan:
     layers: tuple[LayerTask, ...]
     head: LayerTask | None  # lm_head, where the recipe quantizes it
     outside: tuple[str, ...]  # on-disk tensors that are copied as they are
-    ignored: tuple[str, ...]  # linears left in full precision, by their names in transformers' model, as loaders compare them
+    ignored: tuple[str, ...]  # linears in full precision, by their names in transformers' model
     inferred: bool  # the mappings come from the structure, not from the registry or the recipe
 
     @property

@@ -21,7 +21,7 @@ from awqdist.errors import CheckpointError, OutputError
 from awqdist.export.formats import Format, output_format
 from awqdist.quant.grid import QuantizedWeight
 from awqdist.recipe import WeightScheme
-from awqdist.run.journal import JournalEntries, is_whole, read_journal
+from awqdist.run.journal import is_whole, read_journal
 from awqdist.run.output import STATE_FOLDER
 from awqdist.run.records import LinearRecord
 

@@ -1,0 +1,150 @@
+"""Slow, independent ways to the results that awqdist must give, for whole tiny models."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tiny_models import GROUP_SIZE, VOCABULARY
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+
+from awqdist import AWQModifier, QuantizationArgs, QuantizationModifier, QuantizationScheme, load_recipe
+from awqdist.model.mapping import ResolvedMapping
+from awqdist.model.preserve import apply_scales
+from awqdist.recipe import Recipe
+from awqdist.recipe.settings import RunSettings
+from awqdist.run.job import Job, prepare
+from awqdist.run.plan import LayerTask
+
+KINDS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
+Choose = Callable[[LayerTask, ResolvedMapping, dict[str, Tensor]], Tensor]
+
+
+def recipe(bits: int = 4, *, ignore: tuple[str, ...] = ("lm_head",), symmetric: bool = False, **awq: Any) -> Recipe:
+    """AWQ and rounding to nearest in groups of 32. awq: further fields of AWQModifier."""
+    weights = QuantizationArgs(
+        num_bits=bits, type="int", symmetric=symmetric, strategy="group", group_size=GROUP_SIZE, dynamic=False
+    )
+    groups = {"group_0": QuantizationScheme(targets=["Linear"], weights=weights)}
+    return load_recipe([AWQModifier(**awq), QuantizationModifier(ignore=list(ignore), config_groups=groups)])
+
+
+def token_ids(num_samples: int, length: int = 32, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(4, VOCABULARY - 8, (num_samples, length), generator=generator)
+
+
+def load(folder: Path, **options: Any) -> Any:
+    """What transformers makes of a folder, by the Auto class of its kind."""
+    vision = hasattr(AutoConfig.from_pretrained(folder), "vision_config")
+    kind = AutoModelForImageTextToText if vision else AutoModelForCausalLM
+    return kind.from_pretrained(folder, device_map="cpu", **options)
+
+
+def logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=ids).logits
+
+
+def distance(found: Tensor, expected: Tensor) -> float:
+    """‖found - expected‖ / ‖expected‖."""
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+def read_all(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder, from its safetensors files."""
+    tensors: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as opened:
+            for name in opened.keys():  # noqa: SIM118  (not a dict)
+                assert name not in tensors, f"{name} is in two files"
+                tensors[name] = opened.get_tensor(name)
+    return tensors
+
+
+def write_all(folder: Path, config: Path, tensors: dict[str, Tensor]) -> Path:
+    """A float checkpoint in one file, with the configuration of another less its quantization."""
+    folder.mkdir(parents=True)
+    fields = json.loads((config / "config.json").read_text())
+    fields.pop("quantization_config", None)
+    (folder / "config.json").write_text(json.dumps(fields))
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    return folder
+
+
+def open_job(source: Path, chosen: Recipe) -> Job:
+    return prepare(chosen, RunSettings(source, source.parent / "never-written", device="cpu"))
+
+
+def smoothed_checkpoint(job: Job, folder: Path, choose: Choose) -> Path:
+    """A float checkpoint in which every mapping of the plan is applied with the scales that `choose` gives, and nothing is rounded."""
+    source = job.settings.model
+    tensors = read_all(source)
+    for task in job.plan.layers:
+        original = {name: tensors[disk] for name, disk in task.disk_names.items()}
+        smoothed = dict(original)
+        for mapping in task.mappings:
+            smoothed.update(apply_scales(smoothed, mapping, choose(task, mapping, original))[0])
+        tensors.update({task.disk_names[name]: tensor for name, tensor in smoothed.items()})
+    return write_all(folder, source, tensors)
+
+
+def site_inputs(job: Job, model: PreTrainedModel, samples: Tensor) -> dict[tuple[int, str], list[Tensor]]:
+    """What every linear of the decoder layers is given in transformers' own forward, by layer and path."""
+    inputs: dict[tuple[int, str], list[Tensor]] = {}
+    handles = []
+    for task in job.plan.layers:
+        for path in task.shapes:
+            seen = inputs[task.layer, path] = []
+            module = model.get_submodule(f"{job.skeleton.prefix}.{task.layer}.{path}")
+            handles.append(module.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args[0])))
+    logits(model, samples)
+    for handle in handles:
+        handle.remove()
+    return inputs
+
+
+def dequantized_checkpoint(quantized: Path, folder: Path) -> Path:
+    """A float checkpoint with the weights that a quantized one means, by the format's description alone."""
+    scheme = json.loads((quantized / "config.json").read_text())["quantization_config"]["config_groups"]["group_0"]
+    bits, tensors = scheme["weights"]["num_bits"], read_all(quantized)
+    for name in [n.removesuffix(".weight_packed") for n in tensors if n.endswith(".weight_packed")]:
+        parts = {kind: tensors.pop(f"{name}.{kind}") for kind in KINDS if f"{name}.{kind}" in tensors}
+        tensors[f"{name}.weight"] = slow_weight(parts, bits).to(parts["weight_scale"].dtype)
+    return write_all(folder, quantized, tensors)
+
+
+def slow_weight(parts: dict[str, Tensor], bits: int) -> Tensor:
+    """(O, I) float32: (code - zero point) · scale. Codes lie along the inputs and zero points along the outputs, lowest bits first."""
+    num_outputs, num_inputs = (int(n) for n in parts["weight_shape"])
+    scale = parts["weight_scale"].float().numpy()  # (O, G)
+    codes = _unpacked(parts["weight_packed"].numpy(), bits, num_inputs)  # (O, I)
+    zeros = np.full(scale.shape, 1 << (bits - 1))
+    if "weight_zero_point" in parts:
+        zeros = _unpacked(parts["weight_zero_point"].numpy().T, bits, num_outputs).T  # (O, G)
+    group = num_inputs // scale.shape[1]
+    weight = np.zeros((num_outputs, num_inputs), np.float32)
+    for i in range(num_inputs):
+        weight[:, i] = (codes[:, i] - zeros[:, i // group]) * scale[:, i // group]
+    return torch.from_numpy(weight)
+
+
+def _unpacked(words: np.ndarray, bits: int, count: int) -> np.ndarray:
+    """(rows, count) codes of words (rows, ceil(count · bits / 32))."""
+    per_word, unsigned = 32 // bits, words.astype(np.int64) & 0xFFFFFFFF
+    columns = [(unsigned[:, i // per_word] >> (bits * (i % per_word))) & ((1 << bits) - 1) for i in range(count)]
+    return np.stack(columns, 1)
+
+
+def copy_without_weights(source: Path, folder: Path) -> Path:
+    """Configuration and tokenizer of a checkpoint."""
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors*"))
+    return folder
