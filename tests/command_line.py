@@ -77,7 +77,7 @@ class Child:
             main()
         except SystemExit as end:
             sys.stdout.flush()
-            os._exit(end.code if isinstance(end.code, int) else 1)
+            os._exit(end.code if isinstance(end.code, int) else 0 if end.code is None else 1)
         except BaseException:
             import traceback
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,12 +27,14 @@ KINDS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
 Choose = Callable[[LayerTask, ResolvedMapping, dict[str, Tensor]], Tensor]
 
 
-def recipe(bits: int = 4, *, ignore: tuple[str, ...] = ("lm_head",), symmetric: bool = False, **awq: Any) -> Recipe:
-    """AWQ and rounding to nearest in groups of 32. awq: further fields of AWQModifier."""
+def recipe(
+    bits: int = 4, *, ignore: tuple[str, ...] = ("lm_head",), targets: tuple[str, ...] = ("Linear",), **awq: Any
+) -> Recipe:
+    """AWQ and asymmetric rounding to nearest in groups of 32. awq: further fields of AWQModifier."""
     weights = QuantizationArgs(
-        num_bits=bits, type="int", symmetric=symmetric, strategy="group", group_size=GROUP_SIZE, dynamic=False
+        num_bits=bits, type="int", symmetric=False, strategy="group", group_size=GROUP_SIZE, dynamic=False
     )
-    groups = {"group_0": QuantizationScheme(targets=["Linear"], weights=weights)}
+    groups = {"group_0": QuantizationScheme(targets=list(targets), weights=weights)}
     return load_recipe([AWQModifier(**awq), QuantizationModifier(ignore=list(ignore), config_groups=groups)])
 
 
@@ -142,9 +143,3 @@ def _unpacked(words: np.ndarray, bits: int, count: int) -> np.ndarray:
     per_word, unsigned = 32 // bits, words.astype(np.int64) & 0xFFFFFFFF
     columns = [(unsigned[:, i // per_word] >> (bits * (i % per_word))) & ((1 << bits) - 1) for i in range(count)]
     return np.stack(columns, 1)
-
-
-def copy_without_weights(source: Path, folder: Path) -> Path:
-    """Configuration and tokenizer of a checkpoint."""
-    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors*"))
-    return folder

@@ -26,7 +26,7 @@ from tiny_models import WINDOW, tiny_checkpoint
 from torch import Tensor
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
-from awqdist import QuantizationModifier, load_recipe, oneshot
+from awqdist import oneshot
 from awqdist.errors import ModelError, RecipeError
 from awqdist.recipe import Recipe
 from awqdist.run.records import RunSummary
@@ -192,10 +192,9 @@ def test_linears_of_a_vision_model_may_be_ignored_by_either_of_their_names(tmp_p
 
 def test_a_target_that_matches_no_linear_is_refused(tmp_path: Path) -> None:
     source = tiny_checkpoint("llama", tmp_path / "source")
-    wrong = load_recipe([QuantizationModifier(targets=["re:.*mpl.*", "re:.*attn.*"], scheme="W4A16")])
 
     with pytest.raises(RecipeError, match=r"targets: 're:\.\*mpl\.\*' matches no module"):
-        open_job(source, wrong)
+        open_job(source, recipe(targets=("re:.*attn.*", "re:.*mpl.*")))
 
 
 @pytest.mark.parametrize("family", ["mistral3", "gemma3-vision"])

@@ -6,9 +6,8 @@ import time
 
 from torch import Tensor
 
-from awqdist.errors import OutputError
-from awqdist.run.events import Emit, LayerForwarded, RunFinished, RunStarted, Warned
-from awqdist.run.job import Job, fingerprint
+from awqdist.run.events import Emit, LayerFinished, LayerForwarded, RunFinished, RunStarted, Warned
+from awqdist.run.job import Job, check_sources, fingerprint, other_weights
 from awqdist.run.journal import Journal, open_journal
 from awqdist.run.merge import merge
 from awqdist.run.output import check_output
@@ -24,6 +23,7 @@ def run_local(job: Job, samples: Tensor, emit: Emit) -> RunSummary:
     check_output(job.settings)
     journal = open_journal(job.settings.output, fingerprint(job, samples), overwrite=job.settings.overwrite)
     try:
+        check_sources(job, journal.entries.layers)
         model, output = str(job.settings.model), str(job.settings.output)
         num_finished = len(journal.entries.layers)
         earlier = sum(sum(record.seconds.values()) for record in journal.entries.layers.values())
@@ -61,15 +61,10 @@ def _run_layers(job: Job, journal: Journal, samples: Tensor, emit: Emit) -> None
         for index, chunk in enumerate(chunks):
             chunks[index] = worker.forward(index, chunk)
         if done:
-            _check_source(job, journal, task.layer, worker.leave())
+            if worker.leave() != finished[task.layer].source_crc32:
+                raise other_weights(job, task.layer)
             emit(LayerForwarded(task.layer))
         else:
-            journal.add_layer(worker.finish())
-
-
-def _check_source(job: Job, journal: Journal, layer: int, checksum: int) -> None:
-    if journal.entries.layers[layer].source_crc32 != checksum:
-        raise OutputError(
-            f"layer {layer} of {job.settings.output} was made from other weights than {job.settings.model} holds now;"
-            " use --overwrite to begin anew, or another output folder"
-        )
+            record = worker.finish()
+            journal.add_layer(record)
+            emit(LayerFinished(task.layer, record))

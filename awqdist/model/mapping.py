@@ -113,14 +113,13 @@ def connect(
     site = sites.pop()
     if smooth in structure.norms:
         if structure.site_norms.get(site[0]) != smooth:
-            return f"{site[0]} does not read the output of {smooth}"
+            return f"{balance[0]} does not read the output of {smooth}"
         return ResolvedMapping(smooth, site, True, structure.norms[smooth], None)
     if site[0] in structure.site_norms:
-        return f"{site[0]} reads the output of {structure.site_norms[site[0]]}, not of {smooth}"
+        return f"{balance[0]} reads the output of {structure.site_norms[site[0]]}, not of {smooth}"
     num_outputs, num_inputs = structure.linears[smooth][0], structure.linears[site[0]][1]
-    attention = (
-        smooth.rpartition(".")[0] == site[0].rpartition(".")[0] and num_inputs == heads.num_heads * heads.head_dim
-    )
+    siblings = smooth.rpartition(".")[0] == site[0].rpartition(".")[0]
+    attention = siblings and num_inputs == heads.num_heads * heads.head_dim
     value_rows = heads.num_kv_heads * heads.head_dim
     if attention and heads.clipped:
         return f"the model clamps the outputs of {smooth} (clip_qkv)"
@@ -129,6 +128,6 @@ def connect(
     tied = (heads.num_kv_heads, heads.num_heads // heads.num_kv_heads, heads.head_dim)
     if attention and num_outputs in (value_rows, num_inputs + 2 * value_rows):
         return ResolvedMapping(smooth, site, False, False, tied if tied[1] > 1 else None)
-    if num_outputs == 2 * num_inputs:  # fused gate and up: the last half is up
+    if siblings and num_outputs == 2 * num_inputs:  # fused gate and up: the last half is up
         return ResolvedMapping(smooth, site, False, False, None)
-    return f"{smooth} has {num_outputs} outputs, {site[0]} reads {num_inputs} inputs"
+    return f"{smooth} has {num_outputs} outputs, {balance[0]} reads {num_inputs} inputs"

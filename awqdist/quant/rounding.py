@@ -21,13 +21,15 @@ _SUB_BLOCK = 32
 _MAX_DAMPENING = 1.0
 
 
-def inverse_factor(gram: Tensor, dampening_frac: float) -> tuple[Tensor, float]:
-    """Upper triangular U (I, I) with Uᵀ·U = (gram + λI)⁻¹, λ = dampening · mean(diag), and the dampening that was needed.
+def inverse_factor(gram: Tensor, order: Tensor, dampening_frac: float) -> tuple[Tensor, float]:
+    """Upper triangular U (I, I) with Uᵀ·U = (H + λI)⁻¹, λ = dampening · mean(diag), and the dampening that was needed.
 
-    Inputs that were never active get a unit diagonal: they are rounded to nearest. If the factorisation fails the dampening is
-    raised tenfold. Raises NumericalError above 1.
+    H is `gram` with rows and columns in `order` (I,). Inputs that were never active get a unit diagonal: they are rounded to nearest.
+    If the factorisation fails the dampening is raised tenfold. Raises NumericalError above 1.
     """
-    hessian = gram.clone()
+    # with J the reversal, J·H·J = L·Lᵀ gives U = J·L⁻¹·J: one factorisation and one triangular inverse
+    turned = order.flip(0)
+    hessian = gram[turned.unsqueeze(1), turned]
     diagonal = hessian.diagonal()
     diagonal[diagonal == 0] = 1.0
     mean = float(diagonal.mean())
@@ -35,12 +37,11 @@ def inverse_factor(gram: Tensor, dampening_frac: float) -> tuple[Tensor, float]:
     while dampening <= _MAX_DAMPENING:
         diagonal += dampening * mean - added
         added = dampening * mean
-        # with J the reversal: J·H·J = L·Lᵀ, so H = R·Rᵀ with R = J·L·J upper triangular, and U = R⁻¹
-        lower, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
+        lower, failed = torch.linalg.cholesky_ex(hessian)
         if not int(failed):
-            upper = lower.flip(0, 1)
+            del hessian, diagonal
             identity = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
-            return torch.linalg.solve_triangular(upper, identity, upper=True), dampening
+            return torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1), dampening
         dampening = max(dampening * 10, 1e-4)
     raise NumericalError(
         f"the Gram matrix of {gram.shape[0]} inputs is not positive definite even with dampening 1; "
@@ -55,42 +56,40 @@ def round_gptq(
 
     weight: (O, I) float32, smoothed; gram: (I, I) float32 of the smoothed input; weight_scale, zero_point: (O, G), the fixed grid.
     """
-    order = torch.argsort(gram.diagonal(), descending=True, stable=True) if rounding.actorder else None
-    if order is not None:
-        gram, weight = gram[order][:, order], weight[:, order]
-    factor, _ = inverse_factor(gram, rounding.dampening_frac)
-    size = scheme.group_size if scheme.group_size > 0 else weight.shape[1]
-    inputs = torch.arange(weight.shape[1], device=weight.device) if order is None else order
-    step = weight_scale.float().T[inputs // size].contiguous()  # (I, O)
-    zero = zero_point.float().T[inputs // size].contiguous()  # (I, O)
-    work = weight.T.contiguous()  # (I, O): an input's weights lie together
-    codes = torch.empty_like(work)
+    order = torch.arange(weight.shape[1], device=weight.device)
+    if rounding.actorder:
+        order = torch.argsort(gram.diagonal(), descending=True, stable=True)
+    factor, _ = inverse_factor(gram, order, rounding.dampening_frac)
+    groups = order // (scheme.group_size if scheme.group_size > 0 else weight.shape[1])
+    scales, zeros = weight_scale.float().T, zero_point.float().T  # (G, O)
+    work = weight.T[order]  # (I, O): an input's weights lie together
+    codes = torch.empty(work.shape, dtype=torch.uint8, device=work.device)
     limit = float((1 << scheme.num_bits) - 1)
     for start in range(0, work.shape[0], rounding.block_size):
         stop = min(start + rounding.block_size, work.shape[0])
         errors = torch.empty_like(work[start:stop])
         for sub_start in range(start, stop, _SUB_BLOCK):
-            sub_stop = min(sub_start + _SUB_BLOCK, stop)
-            part = slice(sub_start, sub_stop)
-            sub_errors = errors[sub_start - start : sub_stop - start]
-            _round_columns(work[part], factor[part, part], step[part], zero[part], (codes[part], sub_errors), limit)
-            work[sub_stop:stop].addmm_(factor[part, sub_stop:stop].T, sub_errors, alpha=-1)
+            part = slice(sub_start, min(sub_start + _SUB_BLOCK, stop))
+            sub_errors = errors[sub_start - start : part.stop - start]
+            grid = scales[groups[part]], zeros[groups[part]], limit
+            codes[order[part]] = _round_columns(work[part], factor[part, part], grid, sub_errors)
+            work[part.stop : stop].addmm_(factor[part, part.stop : stop].T, sub_errors, alpha=-1)
         work[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
-    if order is not None:
-        codes = torch.empty_like(codes).index_copy_(0, order, codes)
-    return QuantizedWeight(codes.T.to(torch.uint8).contiguous(), weight_scale, zero_point, scheme)
+    return QuantizedWeight(codes.T.contiguous(), weight_scale, zero_point, scheme)
 
 
-def _round_columns(
-    work: Tensor, factor: Tensor, step: Tensor, zero: Tensor, out: tuple[Tensor, Tensor], limit: float
-) -> None:
-    """Rounds the inputs of one sub-block in turn. work, step, zero and the two outputs (codes, errors): (k, O); factor: (k, k)."""
-    codes, errors = out
-    pivots = factor.diagonal().tolist()
-    for i, pivot in enumerate(pivots):
+def _round_columns(work: Tensor, factor: Tensor, grid: tuple[Tensor, Tensor, float], errors: Tensor) -> Tensor:
+    """Rounds the inputs of one sub-block in turn. Returns their codes (k, O) uint8 and fills `errors` (k, O).
+
+    work: (k, O); factor: (k, k); grid: scales and zero points (k, O), and the largest code.
+    """
+    step, zero, limit = grid
+    codes = torch.empty_like(work)
+    for i, pivot in enumerate(factor.diagonal().tolist()):
         column = work[i]
         if i:
             column = column - factor[:i, i] @ errors[:i]
         torch.addcdiv(zero[i], column, step[i], out=codes[i]).round_().clamp_(0, limit)
         restored = (codes[i] - zero[i]).mul_(step[i])
         torch.sub(column, restored, out=errors[i]).div_(pivot)
+    return codes.to(torch.uint8)

@@ -22,8 +22,10 @@ from awqdist.quant.grid import grouped, rounding_difference
 from awqdist.quant.stats import InputStatistics
 from awqdist.recipe import Smoothing, WeightScheme
 
-_SCREENED_ROWS = 256  # rows that rank the candidates, half of them the worst; used where a mapping has at least twice as many
-_NUM_FINALISTS = 2
+_SCREENED_ROWS = (
+    256  # rows that rank the candidates, half of them the worst; used where a mapping has at least twice as many
+)
+_NUM_FINALISTS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,9 +102,7 @@ def _stack_by_scheme(balance: Sequence[BalanceWeight]) -> list[Stack]:
     return [(torch.cat([b.weight for b in balance if b.scheme == scheme]), scheme) for scheme in schemes]
 
 
-def _candidates(
-    stacks: Sequence[Stack], mean_abs: Tensor, source: Tensor, settings: Smoothing
-) -> list[_Candidate]:
+def _candidates(stacks: Sequence[Stack], mean_abs: Tensor, source: Tensor, settings: Smoothing) -> list[_Candidate]:
     """The identity first, then the grid of DESIGN: n_grid candidates in all (with duo "both": half of them each way)."""
     x_mean, w_mean = _tie(mean_abs, source), _tie(weight_mean(stacks), source)
     num = settings.n_grid
@@ -152,7 +152,8 @@ def _screened(
     samples = [_sample(stack, errors) for stack, errors in zip(stacks, row_errors, strict=True)]
     estimates = []
     for candidate in candidates:
-        parts = [_row_errors((s.weight, s.scheme), candidate.scales, statistics, dtype) * s.counts for s in samples]
+        differences = [rounding_difference(s.weight, candidate.scales, s.scheme, dtype) for s in samples]
+        parts = [statistics.rough_row_errors(d) * s.counts for d, s in zip(differences, samples, strict=True)]
         estimates.append(sum(float(part.sum()) for part in parts))
     order = sorted(range(len(candidates)), key=lambda i: (not math.isfinite(estimates[i]), estimates[i]))
     return [candidates[i] for i in order[:_NUM_FINALISTS]]

@@ -32,17 +32,18 @@ class InputStatistics:
         self._keeps_rows = num_tokens < num_inputs
         self._rows: list[Tensor] = []
         self._gram = None if self._keeps_rows else torch.zeros(num_inputs, num_inputs, device=device)
+        self._rough_gram: Tensor | None = None
 
     def add(self, activations: Tensor) -> None:
         """Adds a chunk. activations: (..., I), any float dtype."""
         rows = activations.detach().reshape(-1, self.num_inputs)  # (T_chunk, I)
         self.num_tokens += rows.shape[0]
-        self._sum_abs += rows.abs().sum(0, dtype=torch.float32)
+        wide = rows.float()
+        self._sum_abs += wide.abs().sum(0)
         if self._gram is None:
-            self._rows.append(rows.float())
+            self._rows.append(wide)
             return
         with exact_for(rows.dtype):
-            wide = rows.float()
             self._gram.addmm_(wide.T, wide)
 
     @property
@@ -57,6 +58,13 @@ class InputStatistics:
         rows = self.rows()
         return rows.T @ rows
 
+    def take_smoothed_gram(self, scales: Tensor) -> Tensor:
+        """The Gram matrix of the input divided by scales (I,), (I, I) float32. Errors cannot be asked for any more: it takes their place."""
+        gram = self.gram()
+        self._gram = self._rough_gram = None
+        self._rows = []
+        return gram.div_(scales.unsqueeze(0)).div_(scales.unsqueeze(1))
+
     def rows(self) -> Tensor:
         """X, (T, I) float32, where the rows are what is kept."""
         return torch.cat(self._rows) if self._rows else self._sum_abs.new_zeros(0, self.num_inputs)
@@ -68,12 +76,28 @@ class InputStatistics:
     def row_errors(self, difference: Tensor) -> Tensor:
         """The output error of every row of difference (O, I) float32: (O,) float64."""
         if self._gram is None:
-            return torch.stack([(rows @ difference.T).square_().sum(0, dtype=torch.float64) for rows in self._rows]).sum(0)
+            return torch.stack(
+                [(rows @ difference.T).square_().sum(0, dtype=torch.float64) for rows in self._rows]
+            ).sum(0)
         return quadratic_form_rows(difference, self._gram)
+
+    def rough_row_errors(self, difference: Tensor) -> Tensor:
+        """`row_errors` to about three digits, in bfloat16 products where the hardware has units for them: to rank, not to report."""
+        if self._gram is None or not has_fast_bfloat16(difference.device):
+            return self.row_errors(difference)
+        if self._rough_gram is None:
+            self._rough_gram = self._gram.bfloat16()
+        return (difference.bfloat16() @ self._rough_gram).float().mul_(difference).sum(1, dtype=torch.float64)
 
     def is_finite(self) -> bool:
         """Whether every activation that was added was finite."""
         return bool(torch.isfinite(self._sum_abs).all())
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 products run on matrix units here; other CPUs emulate them, slower than float32."""
+    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    return device.type == "cuda" or bool(capabilities.get("amx_bf16"))
 
 
 def quadratic_form(difference: Tensor, gram: Tensor) -> float:

@@ -8,6 +8,7 @@ import sys
 import torch
 
 from awqdist.errors import AwqdistError
+from awqdist.quant.stats import has_fast_bfloat16
 
 
 def choose_device(name: str) -> torch.device:
@@ -29,8 +30,7 @@ def compute_dtype(device: torch.device, checkpoint: torch.dtype) -> torch.dtype:
     """What layers are run in: the checkpoint's dtype, but float32 on a CPU that would only emulate the narrower one."""
     if device.type == "cuda" or checkpoint == torch.float32:
         return checkpoint
-    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-    return checkpoint if checkpoint == torch.bfloat16 and capabilities.get("amx_bf16") else torch.float32
+    return checkpoint if checkpoint == torch.bfloat16 and has_fast_bfloat16(device) else torch.float32
 
 
 def peak_memory_bytes(device: torch.device) -> int:

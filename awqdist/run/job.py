@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 
@@ -12,13 +13,14 @@ from torch import Tensor
 
 from awqdist.checkpoint.index import CheckpointIndex, read_index
 from awqdist.checkpoint.reader import sample_checksum
-from awqdist.errors import CheckpointError
+from awqdist.errors import CheckpointError, OutputError
 from awqdist.export.formats import Format, output_format
 from awqdist.model.skeleton import Skeleton, build_skeleton, read_config
 from awqdist.recipe import Recipe
 from awqdist.recipe.settings import RunSettings
 from awqdist.run.device import choose_device, compute_dtype
 from awqdist.run.plan import Plan, make_plan
+from awqdist.run.records import LayerRecord
 
 _LIBRARIES = ("awqdist", "torch", "transformers", "compressed-tensors")
 
@@ -34,6 +36,10 @@ class Job:
     settings: RunSettings
     format: Format
     device: torch.device
+
+    def source_sample(self, disk_names: Iterable[str]) -> int:
+        """Checksum of a few bytes of each of the tensors."""
+        return sample_checksum([self.index.entries[name] for name in sorted(disk_names)])
 
 
 def prepare(recipe: Recipe, settings: RunSettings) -> Job:
@@ -53,7 +59,7 @@ def fingerprint(job: Job, samples: Tensor) -> dict[str, str]:
         "recipe": job.recipe.to_yaml(),
         "format": job.format.name,
         "source": job.index.fingerprint()[:16],
-        "source data": f"{sample_checksum(job.index):08x}",
+        "source embeddings": f"{job.source_sample(job.skeleton.outside_names().values()):08x}",
         "source config": _hash((job.settings.model / "config.json").read_bytes()),
         "calibration samples": f"{tuple(samples.shape)} {_hash(samples.numpy().tobytes())}",
         "chunk tokens": str(job.settings.chunk_tokens),
@@ -61,6 +67,20 @@ def fingerprint(job: Job, samples: Tensor) -> dict[str, str]:
         "device": f"{job.device.type} {compute_dtype(job.device, job.skeleton.dtype)}",
         "versions": json.dumps({name: version(name) for name in _LIBRARIES}),
     }
+
+
+def check_sources(job: Job, finished: Mapping[int, LayerRecord]) -> None:
+    """Raises OutputError if a finished layer was made from other weights than the source holds now, as far as samples of them tell."""
+    for task in job.plan.tasks:
+        if task.layer in finished and finished[task.layer].source_sample != job.source_sample(task.disk_names.values()):
+            raise other_weights(job, task.layer)
+
+
+def other_weights(job: Job, layer: int) -> OutputError:
+    return OutputError(
+        f"layer {layer} of {job.settings.output} was made from other weights than {job.settings.model} holds now;"
+        " use another output folder, or remove this one to begin anew"
+    )
 
 
 def _check_shapes(skeleton: Skeleton, index: CheckpointIndex) -> None:

@@ -93,6 +93,8 @@ def open_journal(output: Path, fingerprint: dict[str, str], *, overwrite: bool =
         if overwrite and (is_finished(output) or entries.fingerprint != fingerprint):
             remove_model(output)
             entries = JournalEntries()
+        if not entries.layers:  # nothing to go on with, so nothing to compare with
+            entries = JournalEntries()
         file = output / STATE_FOLDER / JOURNAL_FILE
         if not entries.fingerprint:
             entries = JournalEntries(fingerprint=fingerprint)

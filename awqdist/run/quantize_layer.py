@@ -50,16 +50,13 @@ class LayerResult:
 
 
 @dataclass(frozen=True, slots=True)
-class _SmoothedInput:
-    """An input site after smoothing: its channels divided by `scales` (I,). grid_dtype: of the group scales to store."""
+class _Site:
+    """An input site after smoothing. gram: (I, I) of the input divided by scales (I,); grid_dtype: of the group scales to store."""
 
-    statistics: InputStatistics
+    gram: Tensor
     scales: Tensor
+    num_dead_inputs: int
     grid_dtype: torch.dtype
-
-    def gram(self) -> Tensor:
-        """(I, I) float32."""
-        return self.statistics.gram() / self.scales.unsqueeze(0) / self.scales.unsqueeze(1)
 
 
 def quantize_layer(
@@ -80,8 +77,8 @@ def quantize_layer(
         smoothed = dict(parameters)
         scales = {}
         for mapping in task.mappings:
-            site = mapping.balance[0]
-            changed, scales[site] = apply_scales(smoothed, mapping, choices[site].scales)
+            first = mapping.balance[0]
+            changed, scales[first] = apply_scales(smoothed, mapping, choices[first].scales)
             smoothed.update(changed)
     with watch.stage("check"):
         smoothing_error = _check_function(task, parameters, smoothed, choices, trial)
@@ -89,11 +86,8 @@ def quantize_layer(
     linears: list[LinearRecord] = []
     with watch.stage("round"):
         for paths in task.sites:
-            first = parameters[f"{paths[0]}.weight"]
-            site_scales = scales.get(paths[0], torch.ones(first.shape[1], device=first.device))
-            site_weights, records = _round_site(
-                task, paths, smoothed, _SmoothedInput(statistics[paths[0]], site_scales, first.dtype), recipe
-            )
+            site = _site(statistics[paths[0]], scales.get(paths[0]), parameters[f"{paths[0]}.weight"].dtype)
+            site_weights, records = _round_site(task, paths, smoothed, site, recipe)
             weights.update(site_weights)
             linears += records
     return LayerResult(
@@ -146,18 +140,25 @@ def _check_function(
     return change
 
 
+def _site(statistics: InputStatistics, scales: Tensor | None, grid_dtype: torch.dtype) -> _Site:
+    """Takes the Gram matrix out of `statistics`, to hold only one."""
+    if scales is None:
+        scales = torch.ones_like(statistics.mean_abs)
+    num_dead_inputs = int((statistics.mean_abs == 0).sum())
+    return _Site(statistics.take_smoothed_gram(scales), scales, num_dead_inputs, grid_dtype)
+
+
 def _round_site(
-    task: LayerTask, paths: tuple[str, ...], smoothed: Parameters, inputs: _SmoothedInput, recipe: Recipe
+    task: LayerTask, paths: tuple[str, ...], smoothed: Parameters, site: _Site, recipe: Recipe
 ) -> tuple[dict[str, QuantizedWeight], list[LinearRecord]]:
     """Rounds the linears of one input site. Those under one scheme go through stacked: their rows are independent."""
     quantized = [path for path in paths if path in task.schemes]
-    gram = inputs.gram()
     weights: dict[str, QuantizedWeight] = {}
     records = []
     for scheme in dict.fromkeys(task.schemes[path] for path in quantized):
         stacked = [path for path in quantized if task.schemes[path] == scheme]
         parts = [smoothed[f"{path}.weight"].float() for path in stacked]
-        result, clipped = _round(torch.cat(parts), gram, scheme, recipe, inputs.grid_dtype)
+        result, clipped = _round(torch.cat(parts), scheme, site, recipe)
         first = 0
         for path, part in zip(stacked, parts, strict=True):
             rows = slice(first, first + part.shape[0])
@@ -165,44 +166,39 @@ def _round_site(
             weights[path] = QuantizedWeight(
                 result.codes[rows], result.weight_scale[rows], result.zero_point[rows], scheme
             )
-            records.append(_linear_record(task.disk_module(path), part, weights[path], gram, inputs, clipped))
+            records.append(_linear_record(task.disk_module(path), part, weights[path], site, clipped))
     return weights, records
 
 
-def _round(
-    weight: Tensor, gram: Tensor, scheme: WeightScheme, recipe: Recipe, grid_dtype: torch.dtype
-) -> tuple[QuantizedWeight, float]:
+def _round(weight: Tensor, scheme: WeightScheme, site: _Site, recipe: Recipe) -> tuple[QuantizedWeight, float]:
     """Fixes the grid, then rounds. weight: (O, I) float32, smoothed. Also returns the share of clipped groups."""
-    stored = weight.to(grid_dtype)  # what compressed-tensors' observer would see
+    stored = weight.to(site.grid_dtype)  # what compressed-tensors' observer would see
     clipped = 0.0
     if recipe.clip:
-        low, high, clipped = clipped_range(weight, gram, scheme)
-        low, high = low.to(grid_dtype), high.to(grid_dtype)
+        low, high, clipped = clipped_range(weight, site.gram, scheme)
+        low, high = low.to(site.grid_dtype), high.to(site.grid_dtype)
     else:
         low, high = group_range(stored, scheme)
     weight_scale, zero_point = grid_parameters(low, high, scheme)
     if recipe.rounding.method == "nearest":
         return round_to_nearest(stored, weight_scale, zero_point, scheme), clipped
-    return round_gptq(weight, gram, weight_scale, zero_point, scheme, recipe.rounding), clipped
+    return round_gptq(weight, site.gram, weight_scale, zero_point, scheme, recipe.rounding), clipped
 
 
-def _linear_record(
-    name: str, weight: Tensor, result: QuantizedWeight, gram: Tensor, inputs: _SmoothedInput, clipped: float
-) -> LinearRecord:
-    signal = max(quadratic_form(weight, gram), 1e-30)
-    unsmoothed = weight / inputs.scales
-    ones = torch.ones_like(inputs.scales)
-    nearest = inputs.statistics.output_error(rounding_difference(unsmoothed, ones, result.scheme, inputs.grid_dtype))
+def _linear_record(name: str, weight: Tensor, result: QuantizedWeight, site: _Site, clipped: float) -> LinearRecord:
+    signal = max(quadratic_form(weight, site.gram), 1e-30)
+    ones = torch.ones_like(site.scales)
+    nearest = rounding_difference(weight / site.scales, ones, result.scheme, site.grid_dtype).mul_(site.scales)
     return LinearRecord(
         name=name,
         shape=(weight.shape[0], weight.shape[1]),
         num_bits=result.scheme.num_bits,
         group_size=result.scheme.group_size,
         symmetric=result.scheme.symmetric,
-        relative_error_nearest=nearest / signal,
-        relative_error=quadratic_form(result.dequantize() - weight, gram) / signal,
+        relative_error_nearest=quadratic_form(nearest, site.gram) / signal,
+        relative_error=quadratic_form(result.dequantize().sub_(weight), site.gram) / signal,
         clipped_share=clipped,
-        num_dead_inputs=int((inputs.statistics.mean_abs == 0).sum()),
+        num_dead_inputs=site.num_dead_inputs,
     )
 
 

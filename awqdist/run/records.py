@@ -72,6 +72,7 @@ class LayerRecord:
     skipped: tuple[SkippedMapping, ...]
     seconds: dict[str, float]  # by stage of STAGES
     peak_memory_bytes: int
+    source_sample: int = 0  # checksum of a few bytes of each of the layer's tensors: read at no cost when the run is resumed
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -16,7 +16,7 @@ from awqdist.errors import NumericalError
 from awqdist.model.forward import LayerCall, forward_layer, head_inputs, record_calls, with_buffers
 from awqdist.quant.stats import InputStatistics
 from awqdist.run.device import compute_dtype, peak_memory_bytes
-from awqdist.run.events import ChunkForwarded, Emit, LayerFinished, MappingSearched
+from awqdist.run.events import ChunkForwarded, Emit, MappingSearched
 from awqdist.run.job import Job
 from awqdist.run.plan import LayerTask
 from awqdist.run.quantize_layer import LayerResult, Trial, quantize_layer
@@ -99,7 +99,7 @@ class Worker:
         return output
 
     def finish(self) -> LayerRecord:
-        """Quantizes the layer and writes its file, once all chunks went through. Raises NumericalError, OutputError."""
+        """Quantizes the layer and writes its file, once all chunks went through. It is finished when it is journalled. Raises NumericalError, OutputError."""
         layer = self._under_way()
         layer.working = {}
         for site, statistics in layer.statistics.items():
@@ -116,7 +116,6 @@ class Worker:
         self._layer = None
         for mapping in record.mappings:
             self._emit(MappingSearched(record.layer, mapping))
-        self._emit(LayerFinished(record.layer, record))
         return record
 
     def leave(self) -> int:
@@ -145,6 +144,7 @@ class Worker:
             skipped=task.skipped,
             seconds=layer.watch.seconds,
             peak_memory_bytes=peak_memory_bytes(self._job.device),
+            source_sample=self._job.source_sample(task.disk_names.values()),
         )
 
     def _read(self, names: dict[str, str], where: str) -> tuple[dict[str, Tensor], int]:
