@@ -119,7 +119,9 @@ def die_at(output: Path, moment: int) -> Callable[[], None]:
 
         def hook(event: str, args: tuple[Any, ...]) -> None:
             nonlocal count
-            if event in ("open", "os.rename", "os.remove", "os.mkdir", "os.truncate") and str(args[0]).startswith(str(output)):
+            if event in ("open", "os.rename", "os.remove", "os.mkdir", "os.truncate") and str(args[0]).startswith(
+                str(output)
+            ):
                 count += 1
                 if count == moment:
                     os.kill(os.getpid(), signal.SIGKILL)

@@ -7,6 +7,7 @@ import os
 import shutil
 import struct
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -89,9 +90,7 @@ def change_config(model: Path, **changes: object) -> None:
     (model / "config.json").write_text(json.dumps({**config, **changes}))
 
 
-def test_an_architecture_that_transformers_does_not_have_is_refused(
-    tiny: Tiny, tmp_path: Path, copied: Copied
-) -> None:
+def test_an_architecture_that_transformers_does_not_have_is_refused(tiny: Tiny, tmp_path: Path, copied: Copied) -> None:
     model = copied()
     change_config(model, architectures=["NobodysForCausalLM"], model_type="nobodys")
     assert "nobodys" in refusal(tiny, tmp_path, model=model)
@@ -452,9 +451,10 @@ def test_a_name_that_is_too_long_is_refused(tiny: Tiny, tmp_path: Path) -> None:
 
 def as_nobody(tiny: Tiny, tmp_path: Path, output: Path) -> Outcome:
     """A run by a user who may not write everywhere."""
-    for folder in (tiny.model, tmp_path):
+    temporary = Path(tempfile.gettempdir())
+    for folder in (tiny.model, tiny.text.parent, tmp_path):
         for parent in [folder, *folder.parents]:
-            if parent != Path("/tmp") and parent.is_relative_to("/tmp"):
+            if parent != temporary and parent.is_relative_to(temporary):
                 parent.chmod(0o755)
     streams = tmp_path / "streams"
     streams.mkdir(mode=0o777)

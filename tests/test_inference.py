@@ -199,6 +199,15 @@ def test_a_users_mapping_that_changes_the_function_stops_the_run(
     assert not list((tmp_path / "output").glob("*.safetensors"))
 
 
+def test_the_error_of_a_mapping_that_changes_the_function_names_that_mapping_alone(tmp_path: Path) -> None:
+    source = tiny_checkpoint("llama", tmp_path / "source")
+    right = AWQMapping("re:.*input_layernorm$", ["re:.*q_proj$", "re:.*k_proj$", "re:.*v_proj$"])
+    wrong = AWQMapping("re:.*gate_proj$", ["re:.*down_proj$"])
+
+    with pytest.raises(NumericalError, match=r"architecture: mlp\.gate_proj -> mlp\.down_proj; nothing"):
+        quantized(source, tmp_path / "output", right, wrong)
+
+
 def test_a_users_pattern_that_names_nothing_is_refused_with_the_nearest_name(tmp_path: Path) -> None:
     source = tiny_checkpoint("llama", tmp_path / "source")
 

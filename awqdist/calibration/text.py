@@ -118,7 +118,7 @@ def _read_file(file: Path) -> str:
     if file.is_dir():
         raise CalibrationError(f"{file} is a folder; give a text file or a hub dataset")
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise CalibrationError(f"cannot read calibration text {file}: {error}") from None
     if file.suffix != ".jsonl":

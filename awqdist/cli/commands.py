@@ -22,6 +22,7 @@ from awqdist.cli.tables import show_bytes, summary_table
 from awqdist.demo import calibration_text, demo_folder, evaluation_text
 from awqdist.recipe import load_recipe
 from awqdist.recipe.settings import RunSettings
+from awqdist.run.device import choose_device
 from awqdist.run.estimate import Estimate, estimate
 from awqdist.run.job import Job, prepare
 from awqdist.run.plan import LayerTask, Plan
@@ -111,6 +112,7 @@ def show_evaluation(
     model: str, text: Path, *, against: str | None, limits: tuple[int, int], device: str, as_json: bool
 ) -> None:
     """limits: (max_tokens, window)."""
+    device = str(choose_device(device))
     result = evaluate(model, text, against=against, max_tokens=limits[0], window=limits[1], device=device)
     if as_json:
         print(json.dumps(asdict(result), indent=2))

@@ -153,7 +153,7 @@ def evaluate(
     show_evaluation(model, text, against=against, limits=(max_tokens, window), device=device, as_json=as_json)
 
 
-@app.command()
+@app.command(epilog="Example: awqdist demo ./awqdist-demo")
 def demo(
     output: Annotated[Path, typer.Argument(help="Folder for the result.")] = Path("awqdist-demo"),
 ) -> None:
@@ -174,6 +174,9 @@ def clear_errors() -> Iterator[None]:
         yield
     except AwqdistError as error:
         typer.echo(f"awqdist: error: {error}", err=True)
+        raise SystemExit(2) from None
+    except PermissionError as error:
+        typer.echo(f"awqdist: error: {error.strerror}: {error.filename}; choose a place that you may use", err=True)
         raise SystemExit(2) from None
     except typer.TyperException as error:
         if error.format_message():

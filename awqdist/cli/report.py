@@ -81,8 +81,12 @@ def render_report(summary: RunSummary) -> str:
 def write_report(summary: RunSummary, folder: Path) -> Path:
     """Write `report.html` into an existing folder, whole or not at all."""
     unfinished = folder / "report.html.tmp"
-    unfinished.write_text(render_report(summary), encoding="utf-8")
-    return unfinished.replace(folder / "report.html")
+    try:
+        unfinished.write_text(render_report(summary), encoding="utf-8")
+        return unfinished.replace(folder / "report.html")
+    except OSError:
+        unfinished.unlink(missing_ok=True)
+        raise
 
 
 def _script_json(value: Any) -> str:

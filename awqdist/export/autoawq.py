@@ -33,13 +33,16 @@ class AutoAWQFormat:
                 + ", ".join(sorted(f"{s.num_bits} bit in groups of {s.group_size}" for s in schemes))
             )
 
+    def grid_dtype(self, checkpoint: torch.dtype) -> torch.dtype:
+        return torch.float16
+
     def pack(self, weight: QuantizedWeight) -> dict[str, Tensor]:
         if weight.codes.shape[0] % 8:
             raise RecipeError(f"the autoawq format needs outputs in multiples of 8; a linear has {weight.codes.shape[0]}")
         return {
             "qweight": _pack(weight.codes.T),
             "qzeros": _pack(weight.zero_point.T),
-            "scales": weight.weight_scale.T.to(torch.float16).contiguous(),
+            "scales": weight.weight_scale.T.to(torch.float16).contiguous(),  # float16 already: see grid_dtype
         }
 
     def unpack(self, tensors: dict[str, Tensor], scheme: WeightScheme) -> QuantizedWeight:

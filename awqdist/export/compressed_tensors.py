@@ -27,6 +27,9 @@ class CompressedTensorsFormat:
     def check(self, recipe: Recipe) -> None:
         """Every scheme that a recipe can hold fits."""
 
+    def grid_dtype(self, checkpoint: torch.dtype) -> torch.dtype:
+        return checkpoint
+
     def pack(self, weight: QuantizedWeight) -> dict[str, Tensor]:
         bits = weight.scheme.num_bits
         tensors = {
@@ -43,16 +46,14 @@ class CompressedTensorsFormat:
         bits, weight_scale = scheme.num_bits, tensors["weight_scale"]
         codes = _unsigned(unpack_from_int32(tensors["weight_packed"], bits, shape), bits)
         if scheme.symmetric:
-            zero_point = torch.full(weight_scale.shape, 1 << (bits - 1), dtype=torch.uint8)
+            zero_point = torch.full_like(weight_scale, 1 << (bits - 1), dtype=torch.uint8)
         else:
             grid = torch.Size((shape[0], weight_scale.shape[1]))
             zero_point = _unsigned(unpack_from_int32(tensors["weight_zero_point"], bits, grid, packed_dim=0), bits)
         return QuantizedWeight(codes, weight_scale, zero_point, scheme)
 
     def config(self, recipe: Recipe, ignored: Sequence[str]) -> dict[str, Any]:
-        groups = {group.name: QuantizationScheme(**json.loads(group.definition)) for group in recipe.groups}
-        for scheme in groups.values():
-            scheme.format = _FORMAT
+        groups = {group.name: _described(json.loads(group.definition)) for group in recipe.groups}
         config = QuantizationConfig(
             config_groups=groups,
             format=_FORMAT,
@@ -62,6 +63,15 @@ class CompressedTensorsFormat:
         described: dict[str, Any] = config.model_dump(mode="json", exclude={"moe_sparsity_config"})
         # empty entries and the version are what llm-compressor writes beside the package's own fields
         return {**described, "sparsity_config": {}, "transform_config": {}, "version": version("compressed-tensors")}
+
+
+def _described(definition: dict[str, Any]) -> QuantizationScheme:
+    """The scheme with what llm-compressor fills in where a recipe is silent; newer compressed-tensors leave defaults out."""
+    weights = dict(definition["weights"])
+    weights["observer"] = weights.get("observer") or "memoryless_minmax"
+    if not weights["symmetric"]:
+        weights["zp_dtype"] = weights.get("zp_dtype") or "torch.int8"
+    return QuantizationScheme(**{**definition, "weights": weights, "format": _FORMAT})
 
 
 def _signed(unsigned: Tensor, bits: int) -> Tensor:

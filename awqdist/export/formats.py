@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from awqdist.errors import RecipeError
@@ -20,6 +21,9 @@ class Format(Protocol):
 
     def check(self, recipe: Recipe) -> None:
         """Raises RecipeError if the format cannot hold what the recipe asks for."""
+
+    def grid_dtype(self, checkpoint: torch.dtype) -> torch.dtype:
+        """The dtype that group scales are stored in; the grid is fixed in it. checkpoint: dtype of the original weight."""
 
     def pack(self, weight: QuantizedWeight) -> dict[str, Tensor]:
         """Tensors of one linear by their last name, such as `weight_packed`."""

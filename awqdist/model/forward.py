@@ -24,10 +24,11 @@ Watch = Callable[[Tensor], None]
 
 @dataclass(frozen=True, slots=True)
 class LayerCall:
-    """The arguments of one decoder layer beside its hidden states."""
+    """The arguments of one decoder layer beside its hidden states, which are of `num_sequences` sequences."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    num_sequences: int
 
     def cast(self, device: torch.device, dtype: torch.dtype, batch: int | None = None) -> LayerCall:
         """On `device`, floating tensors in `dtype`; with `batch`, per-sequence tensors cut to the first sequences."""
@@ -35,11 +36,15 @@ class LayerCall:
         def convert(value: Any) -> Any:
             if not isinstance(value, Tensor):
                 return value
-            if batch is not None and value.ndim > 1 and value.shape[0] > batch:
+            if batch is not None and value.ndim > 1 and value.shape[0] == self.num_sequences:
                 value = value[:batch]
             return value.to(device, dtype if value.is_floating_point() else None)
 
-        return LayerCall(tree_map(convert, self.args), tree_map(convert, self.kwargs))
+        return LayerCall(
+            tree_map(convert, self.args),
+            tree_map(convert, self.kwargs),
+            min(self.num_sequences, batch or self.num_sequences),
+        )
 
     def equals(self, other: LayerCall) -> bool:
         ours, our_spec = tree_flatten((self.args, self.kwargs))
@@ -68,7 +73,7 @@ def record_calls(skeleton: Skeleton, outside: Parameters, input_ids: Tensor) -> 
     def recorder(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not calls:
             first.append(hidden_states)
-        calls.append(LayerCall(args, kwargs))
+        calls.append(LayerCall(args, kwargs, input_ids.shape[0]))
         if len(calls) == skeleton.num_layers:
             raise _AllLayersSeen
         if hidden_states.ndim < first[0].ndim:

@@ -18,35 +18,52 @@ from awqdist.quant.grid import QuantizedWeight
 from awqdist.recipe import Rounding, WeightScheme
 
 _SUB_BLOCK = 32
+_INVERSE_BLOCK = 512
 _MAX_DAMPENING = 1.0
 
 
 def inverse_factor(gram: Tensor, order: Tensor, dampening_frac: float) -> tuple[Tensor, float]:
     """Upper triangular U (I, I) with Uᵀ·U = (H + λI)⁻¹, λ = dampening · mean(diag), and the dampening that was needed.
 
-    H is `gram` with rows and columns in `order` (I,). Inputs that were never active get a unit diagonal: they are rounded to nearest.
+    H is `gram` with rows and columns in `order` (I,). Inputs that were never active get the mean diagonal of the others, and are thereby
+    rounded to nearest; the mean, so that neither their number nor the size of the activations decides how much dampening the others get.
     If the factorisation fails the dampening is raised tenfold. Raises NumericalError above 1.
     """
     # with J the reversal, J·H·J = L·Lᵀ gives U = J·L⁻¹·J: one factorisation and one triangular inverse
     turned = order.flip(0)
     hessian = gram[turned.unsqueeze(1), turned]
     diagonal = hessian.diagonal()
-    diagonal[diagonal == 0] = 1.0
-    mean = float(diagonal.mean())
+    dead = diagonal == 0
+    mean = float(diagonal.sum() / (~dead).sum().clamp(min=1)) or 1.0
+    diagonal[dead] = mean
     added, dampening = 0.0, dampening_frac
-    while dampening <= _MAX_DAMPENING:
+    while dampening <= max(_MAX_DAMPENING, dampening_frac):
         diagonal += dampening * mean - added
         added = dampening * mean
         lower, failed = torch.linalg.cholesky_ex(hessian)
         if not int(failed):
             del hessian, diagonal
-            identity = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
-            return torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1), dampening
+            _invert_lower(lower)
+            return lower.flip(0, 1), dampening
         dampening = max(dampening * 10, 1e-4)
     raise NumericalError(
         f"the Gram matrix of {gram.shape[0]} inputs is not positive definite even with dampening 1; "
         "check the calibration text and the weights of this layer, or use rounding: nearest"
     )
+
+
+def _invert_lower(lower: Tensor) -> None:
+    """Replaces a lower triangular L (I, I) by its inverse. By halves, [[A, 0], [B, C]] -> [[A⁻¹, 0], [-C⁻¹·B·A⁻¹, C⁻¹]]: mostly matrix
+    products, and no second matrix of that size."""
+    size = lower.shape[0]
+    if size <= _INVERSE_BLOCK:
+        unit = torch.eye(size, dtype=lower.dtype, device=lower.device)
+        lower.copy_(torch.linalg.solve_triangular(lower, unit, upper=False))
+        return
+    half = size // 2
+    _invert_lower(lower[:half, :half])
+    _invert_lower(lower[half:, half:])
+    lower[half:, :half] = (lower[half:, half:] @ (lower[half:, :half] @ lower[:half, :half])).neg_()
 
 
 def round_gptq(

@@ -76,12 +76,14 @@ def search_scales(
     finite = [c for c in candidates if bool(torch.isfinite(c.scales).all())]
     identity, others = finite[0], finite[1:]
     row_errors = [_row_errors(stack, identity.scales, statistics, dtype) for stack in stacks]
+    num_nonfinite = len(candidates) - len(finite)
     if sum(errors.shape[0] for errors in row_errors) >= 2 * _SCREENED_ROWS:
-        others = _screened(stacks, row_errors, others, statistics, dtype)
+        others, num_dropped = _screened(stacks, row_errors, others, statistics, dtype)
+        num_nonfinite += num_dropped
     finalists = [identity, *others]
     errors = [sum(float(e.sum()) for e in row_errors), *(_error(stacks, c.scales, statistics, dtype) for c in others)]
     usable = [(error, i) for i, error in enumerate(errors) if math.isfinite(error)]
-    num_nonfinite = len(candidates) - len(finite) + len(errors) - len(usable)
+    num_nonfinite += len(errors) - len(usable)
     best_error, best = min(usable, default=(errors[0], 0))
     chosen = finalists[best]
     return ScaleChoice(chosen.scales, chosen.ratio, chosen.duo_scaling, errors[0], best_error, num_nonfinite)
@@ -147,16 +149,16 @@ def _screened(
     candidates: list[_Candidate],
     statistics: InputStatistics,
     dtype: torch.dtype,
-) -> list[_Candidate]:
-    """The candidates worth an exact evaluation. row_errors: (O,) of every stack under the identity."""
+) -> tuple[list[_Candidate], int]:
+    """The candidates worth an exact evaluation, and how many gave no finite error. row_errors: (O,) of every stack under the identity."""
     samples = [_sample(stack, errors) for stack, errors in zip(stacks, row_errors, strict=True)]
     estimates = []
     for candidate in candidates:
         differences = [rounding_difference(s.weight, candidate.scales, s.scheme, dtype) for s in samples]
         parts = [statistics.rough_row_errors(d) * s.counts for d, s in zip(differences, samples, strict=True)]
         estimates.append(sum(float(part.sum()) for part in parts))
-    order = sorted(range(len(candidates)), key=lambda i: (not math.isfinite(estimates[i]), estimates[i]))
-    return [candidates[i] for i in order[:_NUM_FINALISTS]]
+    usable = sorted((estimate, i) for i, estimate in enumerate(estimates) if math.isfinite(estimate))
+    return [candidates[i] for _, i in usable[:_NUM_FINALISTS]], len(candidates) - len(usable)
 
 
 def _sample(stack: Stack, errors: Tensor) -> _Sample:

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-_FORM_BLOCK = 1024  # columns per block of the quadratic form; only its lower triangle of blocks is multiplied
+_BLOCK = 1024  # columns per block of a Gram matrix; only the blocks on and below its diagonal are multiplied
 
 
 class InputStatistics:
@@ -32,19 +32,23 @@ class InputStatistics:
         self._keeps_rows = num_tokens < num_inputs
         self._rows: list[Tensor] = []
         self._gram = None if self._keeps_rows else torch.zeros(num_inputs, num_inputs, device=device)
+        self._symmetric = True  # whether the blocks above the diagonal are filled in
         self._rough_gram: Tensor | None = None
 
     def add(self, activations: Tensor) -> None:
         """Adds a chunk. activations: (..., I), any float dtype."""
         rows = activations.detach().reshape(-1, self.num_inputs)  # (T_chunk, I)
         self.num_tokens += rows.shape[0]
-        wide = rows.float()
+        wide = rows.to(torch.float32, copy=self._gram is None)  # rows that are kept are ours: the layer may go on to overwrite them
         self._sum_abs += wide.abs().sum(0)
         if self._gram is None:
             self._rows.append(wide)
             return
+        self._symmetric = False
         with exact_for(rows.dtype):
-            self._gram.addmm_(wide.T, wide)
+            for start in range(0, self.num_inputs, _BLOCK):
+                block = slice(start, start + _BLOCK)
+                self._gram[start:, block].addmm_(wide[:, start:].T, wide[:, block])
 
     @property
     def mean_abs(self) -> Tensor:
@@ -54,6 +58,7 @@ class InputStatistics:
     def gram(self) -> Tensor:
         """XᵀX, (I, I) float32. Not to be written to."""
         if self._gram is not None:
+            self._mirror(self._gram)
             return self._gram
         rows = self.rows()
         return rows.T @ rows
@@ -69,6 +74,13 @@ class InputStatistics:
         """X, (T, I) float32, where the rows are what is kept."""
         return torch.cat(self._rows) if self._rows else self._sum_abs.new_zeros(0, self.num_inputs)
 
+    def _mirror(self, gram: Tensor) -> None:
+        """Fills in the blocks above the diagonal."""
+        for start in range(0, 0 if self._symmetric else self.num_inputs, _BLOCK):
+            stop = start + _BLOCK
+            gram[start:stop, stop:] = gram[stop:, start:stop].T
+        self._symmetric = True
+
     def output_error(self, difference: Tensor) -> float:
         """‖X·Dᵀ‖²_F of difference (O, I) float32, exact in float32."""
         return float(self.row_errors(difference).sum())
@@ -76,9 +88,10 @@ class InputStatistics:
     def row_errors(self, difference: Tensor) -> Tensor:
         """The output error of every row of difference (O, I) float32: (O,) float64."""
         if self._gram is None:
-            return torch.stack(
-                [(rows @ difference.T).square_().sum(0, dtype=torch.float64) for rows in self._rows]
-            ).sum(0)
+            total = torch.zeros(difference.shape[0], dtype=torch.float64, device=difference.device)
+            for rows in self._rows:
+                total += (rows @ difference.T).square_().sum(0, dtype=torch.float64)
+            return total
         return quadratic_form_rows(difference, self._gram)
 
     def rough_row_errors(self, difference: Tensor) -> Tensor:
@@ -86,7 +99,7 @@ class InputStatistics:
         if self._gram is None or not has_fast_bfloat16(difference.device):
             return self.row_errors(difference)
         if self._rough_gram is None:
-            self._rough_gram = self._gram.bfloat16()
+            self._rough_gram = self.gram().bfloat16()
         return (difference.bfloat16() @ self._rough_gram).float().mul_(difference).sum(1, dtype=torch.float64)
 
     def is_finite(self) -> bool:
@@ -108,11 +121,11 @@ def quadratic_form(difference: Tensor, gram: Tensor) -> float:
 def quadratic_form_rows(difference: Tensor, gram: Tensor) -> Tensor:
     """d·G·dᵀ of every row d of D (O, I): (O,) float64. G's symmetry saves nearly half of the product."""
     total = torch.zeros(difference.shape[0], dtype=torch.float64, device=difference.device)
-    for start in range(0, gram.shape[0], _FORM_BLOCK):
-        stop = min(start + _FORM_BLOCK, gram.shape[0])
+    for start in range(0, gram.shape[0], _BLOCK):
+        stop = min(start + _BLOCK, gram.shape[0])
         columns = difference[:, start:stop]
-        if start:  # blocks left of the diagonal stand for themselves and for their mirror image
-            projected = difference[:, :start] @ gram[:start, start:stop]  # (O, block)
+        if start:  # a block below the diagonal stands for itself and for its mirror image
+            projected = difference[:, :start] @ gram[start:stop, :start].T  # (O, block)
             total += 2 * projected.mul_(columns).sum(1, dtype=torch.float64)
         projected = columns @ gram[start:stop, start:stop]
         total += projected.mul_(columns).sum(1, dtype=torch.float64)

@@ -132,11 +132,16 @@ def _head_task(skeleton: Skeleton, recipe: Recipe) -> LayerTask | None:
     if name is None or group is None:
         return None
     if f"{name}.weight" in skeleton.model.all_tied_weights_keys:
-        raise ModelError(f'{name} is tied to the embeddings and cannot be quantized alone; add "{name}" to the recipe\'s ignore')
+        raise ModelError(
+            f'{name} is tied to the embeddings and cannot be quantized alone; add "{name}" to the recipe\'s ignore'
+        )
     shape = skeleton.linears()[name]
     _check_width(name, shape, group.weights)
-    names = {key.removeprefix(name.rpartition(".")[0] + ".") if "." in name else key: value
-             for key, value in skeleton.on_disk.items() if key.startswith(f"{name}.")}
+    names = {
+        key.removeprefix(name.rpartition(".")[0] + ".") if "." in name else key: value
+        for key, value in skeleton.on_disk.items()
+        if key.startswith(f"{name}.")
+    }
     path = name.rpartition(".")[2]
     return LayerTask(skeleton.num_layers, names, ((path,),), {path: shape}, {path: group.weights}, (), ())
 
@@ -153,7 +158,9 @@ def _check_width(name: str, shape: tuple[int, int], scheme: WeightScheme) -> Non
 def _check_recipe(recipe: Recipe, skeleton: Skeleton, tasks: list[LayerTask]) -> None:
     """Every pattern of the recipe must name something; something must be quantized."""
     linears = list(skeleton.linears())
-    modules = [task.disk_module(p.removesuffix(".weight")) for task in tasks for p in task.disk_names if p.endswith(".weight")]
+    modules = [
+        task.disk_module(p.removesuffix(".weight")) for task in tasks for p in task.disk_names if p.endswith(".weight")
+    ]
     on_disk = [skeleton.disk_module(name) for name in linears]
     check_patterns_match(recipe.ignore, [*linears, *on_disk, *modules, "lm_head"], "ignore")
     targets = [target for group in recipe.groups for target in group.targets if target != "Linear"]

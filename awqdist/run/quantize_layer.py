@@ -1,6 +1,6 @@
 """The algorithm, for one decoder layer: search scales, smooth, check, fix the grid, round.
 
-A pure function of (weights, input statistics, recipe): the same layer gives the same bytes on any worker, in any order.
+A pure function of (weights, input statistics, method): the same layer gives the same bytes on any worker, in any order.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from awqdist.errors import NumericalError
+from awqdist.export.formats import Format
 from awqdist.model.forward import LayerCall
 from awqdist.model.mapping import ResolvedMapping
 from awqdist.model.preserve import TOLERANCE, apply_scales, change_of_output
@@ -26,6 +27,14 @@ from awqdist.run.records import LinearRecord, MappingRecord, SiteRecord
 from awqdist.run.stopwatch import Stopwatch
 
 Parameters = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """How every layer is quantized. layout: the format to be written, which decides the dtype that a grid is fixed in."""
+
+    recipe: Recipe
+    layout: Format
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +72,7 @@ def quantize_layer(
     task: LayerTask,
     parameters: Parameters,
     statistics: Mapping[str, InputStatistics],
-    recipe: Recipe,
+    method: Method,
     trial: Trial | None,
     watch: Stopwatch,
 ) -> LayerResult:
@@ -73,7 +82,7 @@ def quantize_layer(
     by its first linear. Raises NumericalError where smoothing would change the layer's function.
     """
     with watch.stage("search"):
-        choices = {m.balance[0]: _search(task, m, parameters, statistics[m.balance[0]], recipe) for m in task.mappings}
+        choices = {m.balance[0]: _search(task, m, parameters, statistics[m.balance[0]], method) for m in task.mappings}
         smoothed = dict(parameters)
         scales = {}
         for mapping in task.mappings:
@@ -86,8 +95,9 @@ def quantize_layer(
     linears: list[LinearRecord] = []
     with watch.stage("round"):
         for paths in task.sites:
-            site = _site(statistics[paths[0]], scales.get(paths[0]), parameters[f"{paths[0]}.weight"].dtype)
-            site_weights, records = _round_site(task, paths, smoothed, site, recipe)
+            grid_dtype = method.layout.grid_dtype(parameters[f"{paths[0]}.weight"].dtype)
+            site = _site(statistics[paths[0]], scales.get(paths[0]), grid_dtype)
+            site_weights, records = _round_site(task, paths, smoothed, site, method.recipe)
             weights.update(site_weights)
             linears += records
     return LayerResult(
@@ -105,13 +115,14 @@ def quantize_layer(
 
 
 def _search(
-    task: LayerTask, mapping: ResolvedMapping, parameters: Parameters, statistics: InputStatistics, recipe: Recipe
+    task: LayerTask, mapping: ResolvedMapping, parameters: Parameters, statistics: InputStatistics, method: Method
 ) -> ScaleChoice:
-    assert recipe.smoothing is not None
+    smoothing = method.recipe.smoothing
+    assert smoothing is not None
     weights = [parameters[f"{path}.weight"] for path in mapping.balance]
     balance = [BalanceWeight(w.float(), task.schemes.get(p)) for w, p in zip(weights, mapping.balance, strict=True)]
     source = mapping.source_channels(weights[0].shape[1]).to(weights[0].device)
-    choice = search_scales(balance, statistics, source, recipe.smoothing, weights[0].dtype)
+    choice = search_scales(balance, statistics, source, smoothing, method.layout.grid_dtype(weights[0].dtype))
     if choice.error_after != choice.error_after:
         raise NumericalError(
             f"layer {task.layer}, mapping {mapping.smooth} -> {', '.join(mapping.balance)}: no candidate gives a finite error;"
@@ -132,7 +143,10 @@ def _check_function(
         return 0.0
     change = change_of_output(trial.layer, parameters, smoothed, trial.hidden, trial.call)
     if not change <= TOLERANCE:
-        mappings = "; ".join(f"{m.smooth} -> {', '.join(m.balance)}" for m in task.mappings)
+        guilty = [
+            m for m in task.mappings if not _change_by(m, parameters, choices, trial) <= TOLERANCE
+        ] or task.mappings
+        mappings = "; ".join(f"{m.smooth} -> {', '.join(m.balance)}" for m in guilty)
         raise NumericalError(
             f"layer {task.layer}: smoothing changed its output by {change:.2e} (at most {TOLERANCE:.0e} is expected), so one of the"
             f" mappings misses a consumer or does not fit this architecture: {mappings}; nothing of this layer was written"
@@ -146,6 +160,14 @@ def _site(statistics: InputStatistics, scales: Tensor | None, grid_dtype: torch.
         scales = torch.ones_like(statistics.mean_abs)
     num_dead_inputs = int((statistics.mean_abs == 0).sum())
     return _Site(statistics.take_smoothed_gram(scales), scales, num_dead_inputs, grid_dtype)
+
+
+def _change_by(
+    mapping: ResolvedMapping, parameters: Parameters, choices: Mapping[str, ScaleChoice], trial: Trial
+) -> float:
+    """The relative change of the layer's output by one mapping alone."""
+    changed, _ = apply_scales(parameters, mapping, choices[mapping.balance[0]].scales)
+    return change_of_output(trial.layer, parameters, {**parameters, **changed}, trial.hidden, trial.call)
 
 
 def _round_site(

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from awqdist.checkpoint.index import INDEX_FILE, CheckpointIndex, read_index
+from awqdist.checkpoint.index import INDEX_FILE, CheckpointIndex, read_header, read_index
 from awqdist.checkpoint.reader import read_tensor
 from awqdist.errors import CheckpointError, OutputError
 from awqdist.export.formats import Format, output_format
@@ -64,10 +64,12 @@ def verify(output: Path, source: Path | None = None) -> Verification:
     original = read_index(source) if source else None
     try:
         index = read_index(output)
+        stored = {entry.name for name in files if (output / name).is_file() for entry in read_header(output / name)}
     except CheckpointError as error:
         return Verification((*problems, str(error)), len(files), ())
     named = {entry.file.name for entry in index.entries.values()}
     problems += [f"{name} is in the index but not in the journal" for name in sorted(named - set(files))]
+    problems += [f"{name} is stored but not in {INDEX_FILE}" for name in sorted(stored - set(index.entries))]
     layout = output_format(entries.fingerprint["format"])
     records = [linear for record in entries.layers.values() for linear in record.linears]
     linears = tuple(_check_linear(record, index, layout, original) for record in records)

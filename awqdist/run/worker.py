@@ -15,11 +15,11 @@ from awqdist.checkpoint.writer import write_safetensors
 from awqdist.errors import NumericalError
 from awqdist.model.forward import LayerCall, forward_layer, head_inputs, record_calls, with_buffers
 from awqdist.quant.stats import InputStatistics
-from awqdist.run.device import compute_dtype, peak_memory_bytes
+from awqdist.run.device import compute_dtype, peak_memory_bytes, release_host_memory
 from awqdist.run.events import ChunkForwarded, Emit, MappingSearched
 from awqdist.run.job import Job
 from awqdist.run.plan import LayerTask
-from awqdist.run.quantize_layer import LayerResult, Trial, quantize_layer
+from awqdist.run.quantize_layer import LayerResult, Method, Trial, quantize_layer
 from awqdist.run.records import LayerRecord
 from awqdist.run.stopwatch import Stopwatch
 
@@ -44,6 +44,7 @@ class Worker:
         self._job = job
         self._emit = emit
         self._dtype = compute_dtype(job.device, job.skeleton.dtype)
+        self._method = Method(job.recipe, job.format)
         self._token_chunks: list[Tensor] = []
         self._calls: list[list[LayerCall]] = []  # by chunk, then by layer
         self._layer: _Layer | None = None
@@ -65,6 +66,7 @@ class Worker:
 
     def begin(self, task: LayerTask, *, forward_only: bool = False) -> None:
         """Reads a layer. With `forward_only` no statistics are gathered, and it cannot be finished."""
+        release_host_memory()
         watch = Stopwatch(task.layer, self._job.device, self._emit)
         with watch.stage("read"):
             head = task.layer == self._job.skeleton.num_layers
@@ -102,6 +104,7 @@ class Worker:
         """Quantizes the layer and writes its file, once all chunks went through. It is finished when it is journalled. Raises NumericalError, OutputError."""
         layer = self._under_way()
         layer.working = {}
+        release_host_memory()
         for site, statistics in layer.statistics.items():
             if not statistics.is_finite():
                 raise NumericalError(
@@ -109,7 +112,7 @@ class Worker:
                     " convert the model to a wider dtype; the layers before it are kept"
                 )
         result = quantize_layer(
-            layer.task, layer.parameters, layer.statistics, self._job.recipe, layer.trial, layer.watch
+            layer.task, layer.parameters, layer.statistics, self._method, layer.trial, layer.watch
         )
         with layer.watch.stage("write"):
             record = self._write(layer, result)

@@ -1,0 +1,111 @@
+"""What `plan` foretells is what a run then does."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from command_line import awqdist
+from conftest import RECIPE, Tiny, write_tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from awqdist.recipe import load_recipe
+from awqdist.recipe.settings import RunSettings
+from awqdist.run.estimate import Estimate, estimate
+from awqdist.run.job import prepare
+
+
+def foretold(model: Path, recipe: Path, output: Path = Path("output"), **settings: object) -> Estimate:
+    given = RunSettings(model, output, num_samples=8, sequence_length=32, device="cpu", **settings)  # type: ignore[arg-type]
+    return estimate(prepare(load_recipe(recipe), given))
+
+
+RECIPES = {
+    "4 bit": RECIPE,
+    "symmetric": RECIPE.replace("symmetric: false", "symmetric: true"),
+    "8 bit": RECIPE.replace("num_bits: 4", "num_bits: 8"),
+    "groups of 64": RECIPE.replace("group_size: 32", "group_size: 64"),
+    "some left out": RECIPE.replace("[lm_head]", "[lm_head, 're:.*v_proj']"),
+    "lm_head too": RECIPE.replace("[lm_head]", "[]"),
+}
+
+
+@pytest.mark.parametrize("kind", RECIPES)
+def test_the_bytes_written_are_those_foretold(tiny: Tiny, tmp_path: Path, kind: str) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPES[kind])
+    expected = foretold(tiny.model, recipe)
+    options = tiny.options("--recipe", recipe)
+    assert awqdist("quantize", tiny.model, tmp_path / "output", *options).code == 0
+    index = json.loads((tmp_path / "output" / "model.safetensors.index.json").read_text())
+    assert expected.written_bytes == index["metadata"]["total_size"]
+    files = sum(file.stat().st_size for file in (tmp_path / "output").glob("*.safetensors"))
+    assert expected.written_bytes < files
+
+
+def test_the_bytes_written_for_autoawq_are_those_foretold(tiny: Tiny, tmp_path: Path) -> None:
+    expected = foretold(tiny.model, tiny.recipe, format="autoawq")
+    assert awqdist("quantize", tiny.model, tmp_path / "output", *tiny.options("--format", "autoawq")).code == 0
+    index = json.loads((tmp_path / "output" / "model.safetensors.index.json").read_text())
+    assert expected.written_bytes == pytest.approx(index["metadata"]["total_size"], rel=0.01)
+
+
+def test_the_bytes_written_of_a_tied_model_in_float32_are_those_foretold(tiny: Tiny, tmp_path: Path) -> None:
+    config = LlamaConfig(
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        attention_bias=True,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    model = tmp_path / "model"
+    LlamaForCausalLM(config).save_pretrained(model)
+    write_tokenizer(model)
+    expected = foretold(model, tiny.recipe)
+    assert awqdist("quantize", model, tmp_path / "output", *tiny.options()).code == 0
+    index = json.loads((tmp_path / "output" / "model.safetensors.index.json").read_text())
+    assert expected.written_bytes == index["metadata"]["total_size"]
+
+
+def test_every_tensor_is_read_once_and_the_embeddings_twice(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import os
+
+    expected = foretold(tiny.model, tiny.recipe)
+    read = 0
+    preadv = os.preadv
+
+    def counting(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        nonlocal read
+        count = preadv(descriptor, buffers, offset)
+        read += count
+        return count
+
+    monkeypatch.setattr(os, "preadv", counting)
+    assert awqdist("quantize", tiny.model, tmp_path / "output", *tiny.options()).code == 0
+    # beside the tensors: samples of 256 bytes of each layer's nine, and snapshots, which are not read here
+    assert expected.read_bytes <= read <= expected.read_bytes + 256 * 9 * 4 * 2 + 1024
+
+
+def test_memory_grows_with_what_it_is_needed_for(tiny: Tiny) -> None:
+    base = foretold(tiny.model, tiny.recipe)
+    assert base.activation_bytes == 8 * 32 * 64 * 2
+    assert base.peak_device_bytes == 0  # on a CPU, all is host memory
+    assert base.peak_host_bytes > base.activation_bytes
+    wider = foretold(tiny.model, tiny.recipe, chunk_tokens=1 << 20)
+    assert wider.peak_host_bytes > base.peak_host_bytes
+    assert wider.read_bytes == base.read_bytes
+
+
+def test_the_sum_of_the_layers_is_the_whole(tiny: Tiny) -> None:
+    whole = foretold(tiny.model, tiny.recipe)
+    outside = 128 * 64 * 2 * 2 + 64 * 2  # embeddings, lm_head, final norm
+    assert whole.written_bytes == sum(layer.written_bytes for layer in whole.layers) + outside
+    assert len({layer.written_bytes for layer in whole.layers}) == 1
