@@ -4,9 +4,10 @@ Per mapping the candidates are the identity and s = mean_abs^r / (w_mean^(1-r) +
 s /= sqrt(max·min). The one whose rounded weights change the outputs of the balance layers least is chosen. Nothing of the model
 is run again and nothing is mutated.
 
-Large layers are screened first: errors of all candidates on a sample of the rows, then the exact error of the best few and of the identity
-decides. The sample takes the rows with the largest error under the identity, which it evaluates anyway, and every n-th of the others, counted
-n times. (An evenly spaced sample alone chose scales up to 28 % worse on a model with outliers: a few rows carry most of the error.)
+Large layers are screened first: errors of all candidates on a sample of the rows, then the exact error of the best few and of the
+identity decides. The sample takes the rows with the largest error under the identity, which it evaluates anyway, and every n-th of the
+others, counted n times. (An evenly spaced sample alone chose scales up to 28 % worse on a model with outliers: a few rows carry most of
+the error.)
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ def _candidates(stacks: Sequence[Stack], mean_abs: Tensor, source: Tensor, setti
     num = settings.n_grid
     if settings.duo_scaling == "both":
         half = max(num // 2, 2)
-        grid = [(k / (half - 1), duo) for duo in (False, True) for k in range(half)]
+        grid = [(k / (half - 1), duo) for duo in (False, True) for k in range(half) if k or duo]
     elif settings.duo_scaling:
         grid = [(k / max(num - 2, 1), True) for k in range(num - 1)]
     else:

@@ -64,7 +64,7 @@ class InputStatistics:
         return rows.T @ rows
 
     def take_smoothed_gram(self, scales: Tensor) -> Tensor:
-        """The Gram matrix of the input divided by scales (I,), (I, I) float32. Errors cannot be asked for any more: it takes their place."""
+        """The Gram matrix of the input divided by scales (I,), (I, I) float32. It is taken out: errors cannot be asked for any more."""
         gram = self.gram()
         self._gram = self._rough_gram = None
         self._rows = []

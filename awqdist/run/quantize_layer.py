@@ -22,6 +22,7 @@ from awqdist.quant.rounding import round_gptq
 from awqdist.quant.search import BalanceWeight, ScaleChoice, search_scales
 from awqdist.quant.stats import InputStatistics, quadratic_form
 from awqdist.recipe import Recipe, WeightScheme
+from awqdist.run.device import release_host_memory
 from awqdist.run.plan import LayerTask
 from awqdist.run.records import LinearRecord, MappingRecord, SiteRecord
 from awqdist.run.stopwatch import Stopwatch
@@ -95,6 +96,7 @@ def quantize_layer(
     linears: list[LinearRecord] = []
     with watch.stage("round"):
         for paths in task.sites:
+            release_host_memory()
             grid_dtype = method.layout.grid_dtype(parameters[f"{paths[0]}.weight"].dtype)
             site = _site(statistics[paths[0]], scales.get(paths[0]), grid_dtype)
             site_weights, records = _round_site(task, paths, smoothed, site, method.recipe)

@@ -97,6 +97,7 @@ class Worker:
                 watches = {path: statistics.add for path, statistics in layer.statistics.items()}
                 output = forward_layer(module, layer.working, hidden, call.cast(job.device, self._dtype), watches)
             output = output.to("cpu", job.skeleton.dtype)
+        release_host_memory()
         self._emit(ChunkForwarded(layer.task.layer, index, len(self._token_chunks), chunk[..., 0].numel()))
         return output
 
