@@ -88,7 +88,9 @@ class Child:
 
     def wait(self) -> Outcome:
         """The exit code is negative for a signal that ended the child."""
-        code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        ended: list[int] = []
+        self.await_that(lambda: ended.extend(os.waitpid(self.pid, os.WNOHANG)) or ended[-2] != 0)
+        code = os.waitstatus_to_exitcode(ended[-1])
         return Outcome(code, *(file.read_text() if file.exists() else "" for file in self._files))
 
     def await_event(self, event: str, count: int = 1) -> None:
@@ -98,7 +100,9 @@ class Child:
     def await_that(self, condition: Callable[[], bool]) -> None:
         deadline = time.monotonic() + 60
         while not condition():
-            assert time.monotonic() < deadline, "the child did not come so far"
+            if time.monotonic() > deadline:
+                os.kill(self.pid, signal.SIGKILL)
+                raise AssertionError(f"the child hung: {[f.read_text() for f in self._files if f.exists()]}")
             time.sleep(0.001)
 
     def kill(self, number: int = signal.SIGKILL) -> Outcome:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tiny models are slower on more, and tests fork
+os.environ["OMP_NUM_THREADS"] = (
+    "1"  # before torch: a child that is forked beside OpenMP's threads waits for them for ever
+)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import shutil
@@ -18,6 +20,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+torch.set_num_threads(1)
 
 NUM_LAYERS = 4
 TEXT = "".join(

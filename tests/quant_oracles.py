@@ -17,9 +17,9 @@ Array = NDArray[Any]
 ASYMMETRIC_4 = WeightScheme(num_bits=4, symmetric=False, group_size=16)
 
 
-def stored_as(value: float, dtype: torch.dtype) -> np.float32:
-    """`value` rounded to `dtype`."""
-    return np.float32(torch.tensor(value, dtype=torch.float32).to(dtype).float().item())
+def stored_as(values: Any, dtype: torch.dtype) -> Array:
+    """`values` rounded to `dtype`, as float32."""
+    return torch.tensor(values, dtype=torch.float32).to(dtype).float().numpy()
 
 
 def group_slices(num_inputs: int, scheme: WeightScheme) -> list[slice]:
@@ -27,18 +27,19 @@ def group_slices(num_inputs: int, scheme: WeightScheme) -> list[slice]:
     return [slice(start, start + size) for start in range(0, num_inputs, size)]
 
 
-def group_grid(low: Any, high: Any, scheme: WeightScheme, dtype: torch.dtype) -> tuple[np.float32, np.float32]:
-    """Scale and unsigned zero point of one group, in float32 but for the scale, which is stored in `dtype`."""
+def group_grid(low: Any, high: Any, scheme: WeightScheme, dtype: torch.dtype) -> tuple[Array, Array]:
+    """Scale and unsigned zero point of groups with these ranges, in float32 but for the scale, which is stored in `dtype`."""
     limit = np.float32(2**scheme.num_bits - 1)
-    low, high = min(np.float32(low), np.float32(0)), max(np.float32(high), np.float32(0))
+    low, high = np.minimum(low, np.float32(0)), np.maximum(high, np.float32(0))
     with np.errstate(all="ignore"):
         if scheme.symmetric:
-            scale, zero = stored_as(max(-low, high) / (limit / 2), dtype), np.float32(2 ** (scheme.num_bits - 1))
+            scale = stored_as(np.maximum(-low, high) / (limit / 2), dtype)
+            zero = np.full_like(scale, 2 ** (scheme.num_bits - 1))
         else:
             scale = stored_as((high - low) / limit, dtype)
             ratio = -low / scale
-            zero = np.float32(0) if np.isnan(ratio) else np.rint(np.clip(ratio, 0, limit))
-    return (np.float32(torch.finfo(dtype).eps) if scale == 0 else scale), zero
+            zero = np.where(np.isnan(ratio), np.float32(0), np.rint(np.clip(ratio, 0, limit)))
+    return np.where(scale == 0, np.float32(torch.finfo(dtype).eps), scale), zero
 
 
 def group_codes(group: Array, scale: Any, zero: Any, scheme: WeightScheme) -> Array:
@@ -49,11 +50,10 @@ def group_codes(group: Array, scale: Any, zero: Any, scheme: WeightScheme) -> Ar
 def fake_quantized(weight: Array, scheme: WeightScheme, dtype: torch.dtype) -> Array:
     """Weights (O, I) rounded to nearest on the grid of their own ranges, group after group."""
     result = np.empty_like(weight)
-    for row in range(weight.shape[0]):
-        for part in group_slices(weight.shape[1], scheme):
-            group = weight[row, part]
-            scale, zero = group_grid(group.min(), group.max(), scheme, dtype)
-            result[row, part] = (group_codes(group, scale, zero, scheme) - zero) * scale
+    for part in group_slices(weight.shape[1], scheme):
+        group = weight[:, part]
+        scale, zero = group_grid(group.min(1, keepdims=True), group.max(1, keepdims=True), scheme, dtype)
+        result[:, part] = (group_codes(group, scale, zero, scheme) - zero) * scale
     return result
 
 

@@ -98,6 +98,15 @@ def test_a_run_killed_at_a_random_time_resumes_to_the_same_bytes(
     check_second_run(tiny, tmp_path / "output", undisturbed, child.kill(), "--snapshot-every", 2)
 
 
+def test_a_run_killed_again_and_again_comes_to_the_same_bytes(tiny: Tiny, undisturbed: Path, tmp_path: Path) -> None:
+    output, chance = tmp_path / "output", random.Random(SEED)
+    while not (output / "model.safetensors.index.json").exists():
+        moment = chance.randint(8, 40)  # each time far enough for one more layer
+        print(f"killed at file operation {moment}")
+        start(tmp_path, "quantize", tiny.model, output, *tiny.options(), prepare=die_at(output, moment)).wait()
+    assert model_files(output) == model_files(undisturbed)
+
+
 def check_second_run(tiny: Tiny, output: Path, undisturbed: Path, first: Outcome, *options: object) -> None:
     if (output / "model.safetensors.index.json").exists():  # it came to its end, all but the last words
         assert model_files(output) == model_files(undisturbed)
@@ -459,6 +468,20 @@ def test_a_second_run_on_the_same_output_is_refused(tiny: Tiny, tmp_path: Path, 
         assert "in use" in outcome.error_line()
     finally:
         child.kill()
+
+
+@pytest.mark.parametrize("more", [(), ("--overwrite",)])
+def test_of_three_runs_that_start_together_one_does_the_work(
+    tiny: Tiny, undisturbed: Path, tmp_path: Path, more: tuple[str, ...]
+) -> None:
+    folders = [tmp_path / str(number) for number in range(3)]
+    for folder in folders:
+        folder.mkdir()
+    arguments = ("quantize", tiny.model, tmp_path / "output", *tiny.options(), *more)
+    outcomes = [child.wait() for child in [start(folder, *arguments) for folder in folders]]
+    assert {outcome.code for outcome in outcomes} <= {0, 2}
+    assert any(outcome.code == 0 for outcome in outcomes)
+    assert model_files(tmp_path / "output") == model_files(undisturbed)
 
 
 def test_the_lock_of_a_dead_process_does_not_hold(tiny: Tiny, undisturbed: Path, tmp_path: Path) -> None:

@@ -227,7 +227,8 @@ def test_candidates_that_overflow_are_skipped_and_counted(num_outputs: int) -> N
     num_bad = sum(not math.isfinite(c.error) for c in candidates)
     assert 0 < num_bad < 19
     choice = search(balance, x, dtype=torch.float16)
-    assert choice.num_nonfinite == num_bad
+    assert 0 < choice.num_nonfinite <= num_bad, "those that screening drops may overflow in rows that it did not look at"
+    assert num_outputs > 16 or choice.num_nonfinite == num_bad
     assert choice.error_after == pytest.approx(best_of(candidates).error, rel=2e-4)
 
 
@@ -235,7 +236,7 @@ def test_candidates_nearer_than_bfloat16_resolves_are_told_apart() -> None:
     """PEERS.md, defect 7: losses summed in bfloat16."""
     told_apart = 0
     for seed in range(4):
-        balance, x = linears(24, seed=seed), activations(64, NUM_INPUTS, seed, outlier=2)
+        balance, x = linears(400, seed=seed), activations(64, NUM_INPUTS, seed, outlier=2)
         candidates = slow_search(balance, x, torch.arange(NUM_INPUTS), Smoothing(None, True, 100))
         choice = search(balance, x, settings=Smoothing(None, True, 100))
         assert choice.error_after == pytest.approx(best_of(candidates).error, rel=2e-5)
@@ -277,15 +278,9 @@ def test_screening_loses_less_than_a_percent(duo_scaling: Any, spread: float) ->
         for num_outputs in (400, 200, 57):  # more rows than are screened
             size = torch.exp(spread * torch.randn(num_outputs, 1, generator=generator))
             balance.append(BalanceWeight(torch.randn(num_outputs, 64, generator=generator) * 0.05 * size, ASYMMETRIC_4))
-        candidates = quick_search(balance, x, settings)
+        candidates = slow_search(balance, x, torch.arange(64), settings)
         choice = search(balance, x, settings=settings)
         assert choice.error_before == pytest.approx(candidates[0].error, rel=2e-4)
         assert choice.error_after <= 1.01 * best_of(candidates).error
         found = [c for c in candidates if (c.ratio, c.duo_scaling) == (choice.ratio, choice.duo_scaling)]
         assert choice.error_after == pytest.approx(found[0].error, rel=2e-4), "the error is of all rows, not estimated"
-
-
-def quick_search(balance: Sequence[BalanceWeight], x: Tensor, settings: Smoothing) -> list[Candidate]:
-    """`slow_search` for linears under one scheme: all their rows as one."""
-    stacked = [BalanceWeight(torch.cat([b.weight for b in balance]), balance[0].scheme)]
-    return slow_search(stacked, x, torch.arange(x.shape[1]), settings)

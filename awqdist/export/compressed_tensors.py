@@ -48,8 +48,10 @@ class CompressedTensorsFormat:
         if scheme.symmetric:
             zero_point = torch.full_like(weight_scale, 1 << (bits - 1), dtype=torch.uint8)
         else:
-            grid = torch.Size((shape[0], weight_scale.shape[1]))
-            zero_point = _unsigned(unpack_from_int32(tensors["weight_zero_point"], bits, grid, packed_dim=0), bits)
+            # turned here, by a copy: unpacking along dim 0 itself fails in compressed-tensors 0.20 for one row of words
+            packed = tensors["weight_zero_point"].T.clone(memory_format=torch.contiguous_format)
+            grid = torch.Size((weight_scale.shape[1], shape[0]))
+            zero_point = _unsigned(unpack_from_int32(packed, bits, grid), bits).T.contiguous()
         return QuantizedWeight(codes, weight_scale, zero_point, scheme)
 
     def config(self, recipe: Recipe, ignored: Sequence[str]) -> dict[str, Any]:

@@ -87,7 +87,8 @@ def _layer(job: Job, task: LayerTask, num_tokens: int) -> LayerEstimate:
     working = sum(prod(e.shape) for e in entries.values()) * compute.itemsize if compute != job.skeleton.dtype else 0
     statistics = sum(4 * width_in * min(width_in, num_tokens) for width_in in _widths(task))
     forward = working + 6 * job.settings.chunk_tokens * max(sum(s) for s in task.shapes.values()) * compute.itemsize
-    smoothed = 4 * sum(prod(task.shapes[path]) for mapping in task.mappings for path in {mapping.smooth, *mapping.balance} if path in task.shapes)
+    touched = [path for mapping in task.mappings for path in {mapping.smooth, *mapping.balance} if path in task.shapes]
+    smoothed = 4 * sum(prod(task.shapes[path]) for path in touched)
     rounding = max((_rounding_bytes(task, site) for site in task.sites), default=0)
     return LayerEstimate(task.layer, read, written, read + statistics + max(forward, smoothed + rounding))
 

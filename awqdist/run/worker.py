@@ -102,7 +102,7 @@ class Worker:
         return output
 
     def finish(self) -> LayerRecord:
-        """Quantizes the layer and writes its file, once all chunks went through. It is finished when it is journalled. Raises NumericalError, OutputError."""
+        """Quantizes the layer and writes its file, after all chunks; the caller journals it. Raises NumericalError, OutputError."""
         layer = self._under_way()
         layer.working = {}
         release_host_memory()
