@@ -67,9 +67,7 @@ def oneshot(
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
         source = Path(folder) if in_memory else model_folder(str(model))
-        run = RunSettings(
-            source, Path(output_dir), num_samples=num_calibration_samples, sequence_length=max_seq_length
-        )
+        run = RunSettings(source, Path(output_dir), num_samples=num_calibration_samples, sequence_length=max_seq_length)
         return quantize(built, replace(run, **settings), dataset, tokenizer=tokenizer)
 
 
@@ -87,7 +85,9 @@ def load_tokenizer(model: str | Path) -> Any:
         return AutoTokenizer.from_pretrained(model)
     except Exception as error:  # transformers raises many kinds for a missing or broken tokenizer
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"no tokenizer can be loaded from {model} ({reason}); put its files next to the model") from None
+        raise CheckpointError(
+            f"no tokenizer can be loaded from {model} ({reason}); put its files next to the model"
+        ) from None
 
 
 def _tokenizer_of(model: Any, *, required: bool) -> Any:

@@ -49,7 +49,9 @@ def recipe(weights: str, ignore: str = "[lm_head]", awq: bool = False) -> Recipe
     return load_recipe(recipe_text(weights, ignore, awq))
 
 
-def recipe_text(weights: str, ignore: str = "[lm_head]", awq: bool = False, modifier: str = "QuantizationModifier") -> str:
+def recipe_text(
+    weights: str, ignore: str = "[lm_head]", awq: bool = False, modifier: str = "QuantizationModifier"
+) -> str:
     smoothing = "AWQModifier: {n_grid: 4}\n    " if awq else ""
     return f"""
 default_stage:
@@ -165,7 +167,9 @@ def test_compressed_tensors_hold_any_number_of_inputs_per_row(num_bits: int, num
 
 
 def test_the_lowest_code_sits_in_the_lowest_bits() -> None:
-    weight = QuantizedWeight(torch.arange(8, dtype=torch.uint8)[None], torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.uint8), PER_ROW)
+    weight = QuantizedWeight(
+        torch.arange(8, dtype=torch.uint8)[None], torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.uint8), PER_ROW
+    )
     packed = output_format("compressed-tensors").pack(weight)["weight_packed"]
     assert packed.dtype == torch.int32
     assert packed.tolist() == [[0x76543210]]  # q = [-8 .. -1]
@@ -215,7 +219,9 @@ def test_tensors_are_those_that_compressed_tensors_itself_compresses(
         result = round_gptq(weight.float(), x.T @ x, *grid, scheme, Rounding("gptq"))
     signed_zero = result.zero_point.to(torch.int16) - 2 ** (scheme.num_bits - 1)
     state = {
-        "weight": result.dequantize() if rounding == "gptq" else weight,  # bfloat16 has too few digits to tell 256 codes apart
+        "weight": result.dequantize()
+        if rounding == "gptq"
+        else weight,  # bfloat16 has too few digits to tell 256 codes apart
         "weight_scale": result.weight_scale,
         "weight_zero_point": signed_zero.to(torch.int8),
     }
@@ -301,7 +307,9 @@ def test_the_config_is_what_llm_compressor_writes(text: str, weights: dict[str, 
 def test_compressed_tensors_reads_the_config_back(text: str, weights: dict[str, Any]) -> None:
     written = output_format("compressed-tensors").config(load_recipe(text), ["lm_head"])
     for config in (written, peer_config(["lm_head"], **weights)):
-        read = QuantizationConfig.model_validate({k: v for k, v in config.items() if k not in ("version", "sparsity_config")})
+        read = QuantizationConfig.model_validate(
+            {k: v for k, v in config.items() if k not in ("version", "sparsity_config")}
+        )
         args = read.config_groups["group_0"].weights
         assert args is not None
         expected = load_recipe(text).groups[0].weights
@@ -415,7 +423,9 @@ for name, recipe in recipes.items():
 
 
 @pytest.mark.peer
-@pytest.mark.skipif(not os.environ.get("AWQDIST_PEER_PYTHON"), reason="AWQDIST_PEER_PYTHON names no Python with llm-compressor")
+@pytest.mark.skipif(
+    not os.environ.get("AWQDIST_PEER_PYTHON"), reason="AWQDIST_PEER_PYTHON names no Python with llm-compressor"
+)
 def test_llm_compressor_itself_writes_the_same_config(tmp_path: Path) -> None:
     source = tiny_checkpoint("llama", tmp_path / "source", torch.bfloat16)
     texts = {

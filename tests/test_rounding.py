@@ -14,7 +14,8 @@ from awqdist.quant.rounding import inverse_factor, round_gptq
 from awqdist.recipe import Rounding, WeightScheme
 
 NUM_INPUTS = 48
-TIES = 0.002  # share of codes that may differ, and their rows from there on, where float32 puts a weight on the other side of a half; here none do
+# share of codes that may differ, where float32 puts a weight on the other side of a half, and its row goes on from there; here none do
+TIES = 0.002
 SCHEMES = [WeightScheme(b, s, g) for b in (3, 4, 8) for s in (False, True) for g in (16, -1)]
 
 
@@ -217,7 +218,14 @@ def indefinite(lowest: float) -> Tensor:
 
 @pytest.mark.parametrize(
     ("lowest", "asked", "needed"),
-    [(0.1, 0.0, 0.0), (-0.005, 0.01, 0.01), (-0.05, 0.01, 0.1), (-0.5, 0.01, 1.0), (-5e-5, 0.0, 1e-4), (-0.5, 0.2, 2.0)],
+    [
+        (0.1, 0.0, 0.0),
+        (-0.005, 0.01, 0.01),
+        (-0.05, 0.01, 0.1),
+        (-0.5, 0.01, 1.0),
+        (-5e-5, 0.0, 1e-4),
+        (-0.5, 0.2, 2.0),
+    ],
 )
 def test_dampening_is_raised_tenfold_until_the_gram_is_positive_definite(
     lowest: float, asked: float, needed: float

@@ -1,4 +1,4 @@
-"""The scale search against a slow one that does what peers do: run all tokens through really fake-quantized weights, for every candidate."""
+"""The scale search against a slow one that does what peers do: it runs all tokens through really fake-quantized weights."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ from awqdist.recipe import Smoothing, WeightScheme
 BF16 = torch.bfloat16
 NUM_INPUTS = 32
 PLAIN = Smoothing(mappings=None, duo_scaling=True, n_grid=20)
-GROUPED_QUERIES = torch.arange(8).view(2, 1, 4).expand(2, 4, 4).reshape(-1)  # 2 kv heads of 4 values, 4 query heads each
+GROUPED_QUERIES = (
+    torch.arange(8).view(2, 1, 4).expand(2, 4, 4).reshape(-1)
+)  # 2 kv heads of 4 values, 4 query heads each
 SOURCES = {"one to one": torch.arange(NUM_INPUTS), "grouped-query attention": GROUPED_QUERIES}
 
 
@@ -227,7 +229,9 @@ def test_candidates_that_overflow_are_skipped_and_counted(num_outputs: int) -> N
     num_bad = sum(not math.isfinite(c.error) for c in candidates)
     assert 0 < num_bad < 19
     choice = search(balance, x, dtype=torch.float16)
-    assert 0 < choice.num_nonfinite <= num_bad, "those that screening drops may overflow in rows that it did not look at"
+    assert 0 < choice.num_nonfinite <= num_bad, (
+        "those that screening drops may overflow in rows that it did not look at"
+    )
     assert num_outputs > 16 or choice.num_nonfinite == num_bad
     assert choice.error_after == pytest.approx(best_of(candidates).error, rel=2e-4)
 
@@ -263,7 +267,10 @@ def test_no_activation_at_all_leaves_the_identity() -> None:
 
 def test_weight_mean_is_over_all_rows_of_all_quantized_linears() -> None:
     balance = [*linears(8, 4), BalanceWeight(random_weight(6, NUM_INPUTS, 7), WeightScheme(4, True, -1))]
-    stacks = [(torch.cat([b.weight for b in balance[:2]]), ASYMMETRIC_4), (balance[2].weight, WeightScheme(4, True, -1))]
+    stacks = [
+        (torch.cat([b.weight for b in balance[:2]]), ASYMMETRIC_4),
+        (balance[2].weight, WeightScheme(4, True, -1)),
+    ]
     np.testing.assert_allclose(weight_mean(stacks), slow_weight_mean(balance), rtol=1e-5)
 
 
@@ -284,3 +291,29 @@ def test_screening_loses_less_than_a_percent(duo_scaling: Any, spread: float) ->
         assert choice.error_after <= 1.01 * best_of(candidates).error
         found = [c for c in candidates if (c.ratio, c.duo_scaling) == (choice.ratio, choice.duo_scaling)]
         assert choice.error_after == pytest.approx(found[0].error, rel=2e-4), "the error is of all rows, not estimated"
+
+
+@pytest.mark.parametrize(
+    ("num_loud", "num_quiet", "size", "quiet_win"),
+    [(5, 1300, 128.0, False), (128, 1300, 20.0, False), (128, 400, 5.5, True), (128, 3000, 14.0, True)],
+    ids=["five rows carry the error", "the loud rows decide", "the quiet rows add up", "a great many of them do"],
+)
+def test_screening_weighs_rows_by_their_error_and_their_number(
+    num_loud: int, num_quiet: int, size: float, quiet_win: bool
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(96, NUM_INPUTS, generator=generator)
+    x[:, 0] *= 30
+    loud = torch.randn(num_loud, NUM_INPUTS, generator=generator) * 0.05 * size
+    quiet = torch.randn(num_quiet, NUM_INPUTS, generator=generator) * 0.05
+    quiet[:, 0] = 0.6  # the weight of the outlier is the largest already: another ratio is best than for the loud rows
+    whole = torch.cat([quiet[:7], loud, quiet[7:]])
+    settings, source = Smoothing(None, False, 20), torch.arange(NUM_INPUTS)
+    of_loud, of_quiet, of_all = (
+        slow_search([BalanceWeight(rows, ASYMMETRIC_4)], x, source, settings) for rows in (loud, quiet, whole)
+    )
+    errors = {candidate.ratio: candidate.error for candidate in of_all}
+    winners, losers = (of_quiet, of_loud) if quiet_win else (of_loud, of_quiet)
+    assert errors[best_of(losers).ratio] > 1.2 * errors[best_of(winners).ratio], "heeding the wrong rows must show"
+    choice = search([BalanceWeight(whole, ASYMMETRIC_4)], x, settings=settings)
+    assert choice.error_after <= 1.01 * best_of(of_all).error

@@ -92,7 +92,9 @@ def test_scales_of_one_change_nothing(unit_offset: bool) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_others", [0, 8, WIDTH], ids=["alone", "some rows more", "gate and up fused"])
-def test_a_linear_with_bias_and_what_reads_its_last_rows_keep_their_function(num_others: int, dtype: torch.dtype) -> None:
+def test_a_linear_with_bias_and_what_reads_its_last_rows_keep_their_function(
+    num_others: int, dtype: torch.dtype
+) -> None:
     smooth = random_weight(num_others + WIDTH, 16).to(dtype)
     bias = torch.randn(num_others + WIDTH, generator=torch.Generator().manual_seed(4)).to(dtype)
     reader, scales = random_weight(5, WIDTH, 9).to(dtype), scales_between(0.02, 50)
@@ -106,7 +108,9 @@ def test_a_linear_with_bias_and_what_reads_its_last_rows_keep_their_function(num
     before = outputs[:, num_others:] @ reader.double().T
     after = new_outputs[:, num_others:] @ balance_linear(reader, scales).double().T
     torch.testing.assert_close(after, before, rtol=0, atol=1e-6 * float(before.abs().max()))
-    torch.testing.assert_close(new_outputs[:, num_others:] * scales.double(), outputs[:, num_others:], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        new_outputs[:, num_others:] * scales.double(), outputs[:, num_others:], rtol=1e-5, atol=1e-5
+    )
 
 
 def test_functions_are_pure() -> None:

@@ -30,7 +30,9 @@ def difference(num_outputs: int = 12, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_tokens", KEPT.values(), ids=list(KEPT))
 @pytest.mark.parametrize(("mean", "outlier"), [(0, 1), (0, 300), (20, 1), (5, 300)])
-def test_the_output_error_is_that_of_all_tokens(num_tokens: int, dtype: torch.dtype, mean: float, outlier: float) -> None:
+def test_the_output_error_is_that_of_all_tokens(
+    num_tokens: int, dtype: torch.dtype, mean: float, outlier: float
+) -> None:
     x = activations(num_tokens, NUM_INPUTS, mean=mean, outlier=outlier).to(dtype)
     d = difference()
     statistics = statistics_of(x)
@@ -144,11 +146,14 @@ def test_the_precision_of_products_is_what_it_was_afterwards(dtype: torch.dtype,
         pass
     assert precisions() == before
     # only where each value of the dtype fits the multiplier unrounded: 8 significant bits in bfloat16, 11 in TF32
-    assert inside == {
-        torch.bfloat16: ("bf16", "tf32"),
-        torch.float16: (before[0], "tf32"),
-        torch.float32: before,
-    }[dtype]
+    assert (
+        inside
+        == {
+            torch.bfloat16: ("bf16", "tf32"),
+            torch.float16: (before[0], "tf32"),
+            torch.float32: before,
+        }[dtype]
+    )
 
 
 def test_precisions_nest() -> None:

@@ -28,7 +28,9 @@ def load_calibration(source: Any, tokenizer: Any, num_samples: int, sequence_len
     a datasets.Dataset, a list of texts, or a list of token-id lists. Raises CalibrationError if it is missing, empty or too short.
     """
     if num_samples < 1 or sequence_length < 1:
-        raise CalibrationError(f"{num_samples} samples of {sequence_length} tokens are no calibration; both must be 1 or more")
+        raise CalibrationError(
+            f"{num_samples} samples of {sequence_length} tokens are no calibration; both must be 1 or more"
+        )
     where = "the calibration dataset"
     if isinstance(source, str | Path):
         where = str(source)
@@ -38,13 +40,21 @@ def load_calibration(source: Any, tokenizer: Any, num_samples: int, sequence_len
         if rows and not isinstance(rows[0], str):
             return _samples_of_ids(rows, num_samples, sequence_length)
         if not all(isinstance(row, str) for row in rows):
-            raise CalibrationError(f"{where} mixes texts with something else; give texts only, or lists of token ids only")
+            raise CalibrationError(
+                f"{where} mixes texts with something else; give texts only, or lists of token ids only"
+            )
         text = "\n\n".join(rows)
     return samples_of_text(text, tokenizer, num_samples, sequence_length, seed=seed, where=where)
 
 
 def samples_of_text(
-    text: str, tokenizer: Any, num_samples: int, sequence_length: int, *, seed: int = 0, where: str = "the calibration text"
+    text: str,
+    tokenizer: Any,
+    num_samples: int,
+    sequence_length: int,
+    *,
+    seed: int = 0,
+    where: str = "the calibration text",
 ) -> Tensor:
     """Samples taken evenly over `text`; `seed` moves the places. See `load_calibration`."""
     if not text.strip():
@@ -59,7 +69,9 @@ def samples_of_text(
         turn = random.Random(seed).randrange(len(text))
         text = f"{text[turn:]}\n{text[:turn]}"
     spacing = len(text) // num_samples
-    pieces = [text[i * spacing : i * spacing + min(spacing, wanted * _CHARACTERS_PER_TOKEN)] for i in range(num_samples)]
+    pieces = [
+        text[i * spacing : i * spacing + min(spacing, wanted * _CHARACTERS_PER_TOKEN)] for i in range(num_samples)
+    ]
     samples = [ids[:wanted] for ids in _tokenize(tokenizer, pieces)]
     if any(len(ids) < wanted for ids in samples):  # a short text: tokenize it whole
         ids = _tokenize(tokenizer, [text])[0]
@@ -109,7 +121,12 @@ def is_text(source: Any) -> bool:
 
 def _is_path(source: str) -> bool:
     """Whether a calibration source is meant as a file here: it exists, or no hub dataset can have that name."""
-    return Path(source).exists() or Path(source).suffix in _TEXT_SUFFIXES or source.startswith((".", "/", "~")) or source.count("/") > 1
+    return (
+        Path(source).exists()
+        or Path(source).suffix in _TEXT_SUFFIXES
+        or source.startswith((".", "/", "~"))
+        or source.count("/") > 1
+    )
 
 
 def _read_file(file: Path) -> str:

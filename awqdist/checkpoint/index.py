@@ -131,12 +131,18 @@ def _entry(file: Path, data_start: int, name: str, info: dict[str, Any]) -> Tens
         start, stop = (int(offset) for offset in info["data_offsets"])
         dtype, shape = str(info["dtype"]), tuple(int(n) for n in info["shape"])
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{file}: the header's entry of {name} is damaged ({error!r}); download it again") from None
+        raise CheckpointError(
+            f"{file}: the header's entry of {name} is damaged ({error!r}); download it again"
+        ) from None
     if dtype not in DTYPES:
-        raise CheckpointError(f"{file}: tensor {name} has dtype {dtype}, which cannot be read; known: {', '.join(DTYPES)}")
+        raise CheckpointError(
+            f"{file}: tensor {name} has dtype {dtype}, which cannot be read; known: {', '.join(DTYPES)}"
+        )
     num_bytes = prod(shape) * DTYPES[dtype].itemsize
     if start < 0 or stop - start != num_bytes:
-        raise CheckpointError(f"{file}: tensor {name} takes {num_bytes} bytes, its header gives {stop - start}; download it again")
+        raise CheckpointError(
+            f"{file}: tensor {name} takes {num_bytes} bytes, its header gives {stop - start}; download it again"
+        )
     return TensorEntry(name, file, dtype, shape, data_start + start, data_start + stop)
 
 

@@ -52,7 +52,9 @@ def check_finite(tensors: dict[str, Tensor], where: str) -> None:
             finite = torch.isfinite(tensor.float())
             count = int(tensor.numel() - finite.sum())
             if count:
-                raise CheckpointError(f"{where}: tensor {name} holds {count} values that are NaN or infinite; repair the source")
+                raise CheckpointError(
+                    f"{where}: tensor {name} holds {count} values that are NaN or infinite; repair the source"
+                )
 
 
 def _read_bytes(entry: TensorEntry) -> Tensor:

@@ -96,7 +96,9 @@ def sync_folder(folder: Path) -> None:
 def output_error(file: Path, error: OSError) -> OutputError:
     """The clear form of an operating-system error while writing `file`."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return OutputError(f"no space left on the disk while writing {file}; free some and run the same command again to resume")
+        return OutputError(
+            f"no space left on the disk while writing {file}; free some and run the same command again to resume"
+        )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return OutputError(f"cannot write {file}: {error.strerror}; choose a folder that you may write to")
     return OutputError(f"cannot write {file}: {error.strerror or error}")

@@ -131,7 +131,9 @@ def run_demo(output: Path) -> None:
 
 def _print_evaluation(result: Evaluation) -> None:
     before = f"{result.against_perplexity:.2f} before, " if result.against_perplexity is not None else ""
-    _console.print(f"perplexity {before}{result.perplexity:.2f}{' after' if before else ''}, {result.num_tokens} tokens")
+    _console.print(
+        f"perplexity {before}{result.perplexity:.2f}{' after' if before else ''}, {result.num_tokens} tokens"
+    )
     if result.kl is not None and math.isfinite(result.kl):
         _console.print(f"KL(float || quantized) {result.kl:.6f} per token")
 

@@ -43,7 +43,9 @@ class OutputFormat(StrEnum):
 
 
 Model = Annotated[str, typer.Argument(help="Folder of a transformers checkpoint, or a Hugging Face hub id.")]
-RecipeOption = Annotated[str, typer.Option(help="Preset name (default, awq) or YAML file, as llm-compressor writes it.")]
+RecipeOption = Annotated[
+    str, typer.Option(help="Preset name (default, awq) or YAML file, as llm-compressor writes it.")
+]
 NumSamples = Annotated[int, typer.Option(min=1, help="Calibration samples.")]
 SeqLen = Annotated[int, typer.Option(min=8, help="Tokens per calibration sample.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
@@ -195,9 +197,10 @@ def _interrupt(number: int, frame: Any) -> None:
 def main() -> None:
     """Entry point of the `awqdist` command."""
     gc.disable()  # nothing that is imported becomes garbage: collecting meanwhile costs a second
-    with clear_errors():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, _interrupt)
-        raise SystemExit(app(standalone_mode=False))
-
-
+    try:
+        with clear_errors():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, _interrupt)
+            raise SystemExit(app(standalone_mode=False))
+    finally:
+        gc.freeze()  # nor is it worth collecting on the way out

@@ -1,14 +1,12 @@
 """`report.html`: one page that shows a whole run, and needs nothing but itself.
 
-It is read months later, on another machine, without a network. So plotly's JavaScript stands inside it, and a content
-security policy in its head forbids the browser every load from elsewhere.
+It is read months later, without a network: plotly's JavaScript stands inside it, and a content security policy forbids every load.
 
-Charts are plain dictionaries as `Plotly.newPlot` takes them; plotly's own Python classes would cost seconds of import
-for the same JSON. What all charts share (font, margins) and the words around them stand in `report.html.j2`. Colors are
-named by CSS variables (`var(--series-1)`) that the page resolves, for light and dark.
+Charts are plain dictionaries as `Plotly.newPlot` takes them; plotly's Python classes would cost seconds of import. What all charts
+share, and the words around them, stand in `report.html.j2`. Colors are CSS variables that the page resolves, for light and dark.
 
-Names come from checkpoints, so they are hostile until escaped: text by jinja's autoescape, JSON by `_script_json`, and
-labels inside charts by `html.escape`, since plotly reads a little HTML there.
+Names come from checkpoints, so they are hostile until escaped: text by jinja's autoescape, JSON by `_script_json`, chart labels by
+`html.escape`, since plotly reads a little HTML there.
 """
 
 from __future__ import annotations

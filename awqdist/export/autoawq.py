@@ -38,7 +38,9 @@ class AutoAWQFormat:
 
     def pack(self, weight: QuantizedWeight) -> dict[str, Tensor]:
         if weight.codes.shape[0] % 8:
-            raise RecipeError(f"the autoawq format needs outputs in multiples of 8; a linear has {weight.codes.shape[0]}")
+            raise RecipeError(
+                f"the autoawq format needs outputs in multiples of 8; a linear has {weight.codes.shape[0]}"
+            )
         return {
             "qweight": _pack(weight.codes.T),
             "qzeros": _pack(weight.zero_point.T),

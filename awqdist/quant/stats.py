@@ -39,7 +39,9 @@ class InputStatistics:
         """Adds a chunk. activations: (..., I), any float dtype."""
         rows = activations.detach().reshape(-1, self.num_inputs)  # (T_chunk, I)
         self.num_tokens += rows.shape[0]
-        wide = rows.to(torch.float32, copy=self._gram is None)  # rows that are kept are ours: the layer may go on to overwrite them
+        wide = rows.to(
+            torch.float32, copy=self._gram is None
+        )  # rows that are kept are ours: the layer may go on to overwrite them
         self._sum_abs += wide.abs().sum(0)
         if self._gram is None:
             self._rows.append(wide)

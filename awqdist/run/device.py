@@ -21,7 +21,9 @@ def choose_device(name: str) -> torch.device:
     except RuntimeError:
         raise AwqdistError(f"unknown device {name!r}; use auto, cpu, cuda or cuda:N") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise AwqdistError(f"device {name} is not there: {torch.cuda.device_count()} CUDA devices found; use --device cpu")
+        raise AwqdistError(
+            f"device {name} is not there: {torch.cuda.device_count()} CUDA devices found; use --device cpu"
+        )
     if device.type not in ("cpu", "cuda"):
         raise AwqdistError(f"device {name!r} is not supported; use auto, cpu, cuda or cuda:N")
     return device

@@ -80,7 +80,9 @@ def _layer(job: Job, task: LayerTask, num_tokens: int) -> LayerEstimate:
     width = job.skeleton.dtype.itemsize
     quantized = {f"{path}.weight": scheme for path, scheme in task.schemes.items()}
     written = sum(
-        packed_bytes(task.shapes[name.removesuffix(".weight")], quantized[name], width) if name in quantized else e.num_bytes
+        packed_bytes(task.shapes[name.removesuffix(".weight")], quantized[name], width)
+        if name in quantized
+        else e.num_bytes
         for name, e in entries.items()
     )
     compute = compute_dtype(job.device, job.skeleton.dtype)

@@ -89,7 +89,9 @@ def open_journal(output: Path, fingerprint: dict[str, str], *, overwrite: bool =
     try:
         entries = read_journal(output)
         if is_finished(output) and not overwrite:
-            raise OutputError(f"{output} holds a finished model already; use --overwrite to replace it, or another folder")
+            raise OutputError(
+                f"{output} holds a finished model already; use --overwrite to replace it, or another folder"
+            )
         if overwrite and (is_finished(output) or entries.fingerprint != fingerprint):
             remove_model(output)
             entries = JournalEntries()

@@ -49,7 +49,9 @@ def check_layers(output: Path, plan: Plan, entries: JournalEntries) -> None:
             raise OutputError(f"{output}: layer {task.layer} is missing; run the same command again")
         file = output / record.file
         if not file.is_file() or file.stat().st_size != record.num_bytes:
-            raise OutputError(f"{file} is missing or has another size than the journal says; run the same command again")
+            raise OutputError(
+                f"{file} is missing or has another size than the journal says; run the same command again"
+            )
 
 
 def build_index(output: Path, files: list[str]) -> dict[str, Any]:
@@ -86,5 +88,3 @@ def _config(job: Job) -> dict[str, Any]:
     config: dict[str, Any] = json.loads((job.settings.model / "config.json").read_text())
     config["quantization_config"] = job.format.config(job.recipe, job.plan.ignored)
     return config
-
-

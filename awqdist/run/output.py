@@ -88,7 +88,13 @@ def remove_model(output: Path) -> None:
 
     The index goes first: from then on the folder is no model. The journal goes last: until then it is a run that can be resumed.
     """
-    weights = [INDEX_FILE, SINGLE_FILE, *_indexed_files(output), "model-layer-*.safetensors*", "model-outside.safetensors*"]
+    weights = [
+        INDEX_FILE,
+        SINGLE_FILE,
+        *_indexed_files(output),
+        "model-layer-*.safetensors*",
+        "model-outside.safetensors*",
+    ]
     try:
         for pattern in (*weights, *_COMPANIONS):
             for file in output.glob(pattern):

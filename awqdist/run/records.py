@@ -72,7 +72,9 @@ class LayerRecord:
     skipped: tuple[SkippedMapping, ...]
     seconds: dict[str, float]  # by stage of STAGES
     peak_memory_bytes: int
-    source_sample: int = 0  # checksum of a few bytes of each of the layer's tensors: read at no cost when the run is resumed
+    source_sample: int = (
+        0  # checksum of a few bytes of each of the layer's tensors: read at no cost when the run is resumed
+    )
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -80,7 +82,9 @@ class LayerRecord:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> LayerRecord:
         def records(kind: Any, key: str) -> tuple[Any, ...]:
-            return tuple(kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in item.items()}) for item in data[key])
+            return tuple(
+                kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in item.items()}) for item in data[key]
+            )
 
         return cls(
             **{

@@ -35,10 +35,14 @@ def warnings_of(job: Job, layers: tuple[LayerRecord, ...]) -> tuple[str, ...]:
     """What a user should know although the run succeeded."""
     found = []
     if job.plan.inferred:
-        found.append(f"{job.plan.architecture} is not in the registry: its mappings were inferred from its structure and verified")
+        found.append(
+            f"{job.plan.architecture} is not in the registry: its mappings were inferred from its structure and verified"
+        )
     if job.skeleton.unknown:
         names = ", ".join(job.skeleton.unknown[:3])
-        found.append(f"{len(job.skeleton.unknown)} tensors that the model does not have were copied unchanged: {names}, …")
+        found.append(
+            f"{len(job.skeleton.unknown)} tensors that the model does not have were copied unchanged: {names}, …"
+        )
     nonfinite = sum(mapping.num_nonfinite_candidates for record in layers for mapping in record.mappings)
     if nonfinite:
         found.append(f"{nonfinite} candidates of the scale searches were not finite and were left out")

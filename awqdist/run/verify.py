@@ -56,7 +56,9 @@ def verify(output: Path, source: Path | None = None) -> Verification:
     if not entries.fingerprint:
         raise OutputError(f"{output} has no journal in {STATE_FOLDER}; it is not an output of awqdist")
     if not (output / INDEX_FILE).is_file():
-        raise OutputError(f"{output} is not finished ({len(entries.layers)} layers done); run the same quantize command again")
+        raise OutputError(
+            f"{output} is not finished ({len(entries.layers)} layers done); run the same quantize command again"
+        )
     files = {record.file: (record.num_bytes, record.sha256) for record in entries.layers.values()}
     if entries.outside:
         files[entries.outside.name] = (entries.outside.num_bytes, entries.outside.sha256)
@@ -82,7 +84,9 @@ def fit_error(quantized: Tensor, source: Tensor) -> float:
     for _ in range(4):
         for dim in (0, 1):  # columns, then rows
             norm = (fitted * fitted).sum(dim, keepdim=True)
-            fitted = fitted * torch.where(norm > 0, (quantized * fitted).sum(dim, keepdim=True) / norm, torch.ones_like(norm))
+            fitted = fitted * torch.where(
+                norm > 0, (quantized * fitted).sum(dim, keepdim=True) / norm, torch.ones_like(norm)
+            )
     return float((quantized - fitted).norm() / fitted.norm().clamp(min=1e-20))
 
 
@@ -110,7 +114,9 @@ def _config_problems(output: Path, index: CheckpointIndex, records: list[LinearR
             yield f"{record.name} is stored both quantized and in full precision"
 
 
-def _check_linear(record: LinearRecord, index: CheckpointIndex, layout: Format, source: CheckpointIndex | None) -> LinearCheck:
+def _check_linear(
+    record: LinearRecord, index: CheckpointIndex, layout: Format, source: CheckpointIndex | None
+) -> LinearCheck:
     tensors = {e.name.removeprefix(f"{record.name}."): read_tensor(e) for e in index.under(f"{record.name}.")}
     tensors.pop("bias", None)
     scheme = WeightScheme(record.num_bits, record.symmetric, record.group_size)

@@ -1,7 +1,7 @@
 """A worker: holds one layer at a time, takes chunks of activations through it, quantizes it, writes it.
 
-The steps of a layer are `begin`, `forward` for every chunk in order, and `finish`. Who calls them, where the chunks come from and where they
-go is a backend's business. A worker emits events, never prints, and keeps no journal.
+The steps of a layer are `begin`, `forward` for every chunk in order, and `finish`. Who calls them, where the chunks come from and where
+they go is a backend's business. A worker emits events, never prints, and keeps no journal.
 """
 
 from __future__ import annotations
@@ -97,7 +97,6 @@ class Worker:
                 watches = {path: statistics.add for path, statistics in layer.statistics.items()}
                 output = forward_layer(module, layer.working, hidden, call.cast(job.device, self._dtype), watches)
             output = output.to("cpu", job.skeleton.dtype)
-        release_host_memory()
         self._emit(ChunkForwarded(layer.task.layer, index, len(self._token_chunks), chunk[..., 0].numel()))
         return output
 
@@ -112,9 +111,7 @@ class Worker:
                     f"layer {layer.task.layer}: the input of {site} is not finite on the calibration text; check the weights, or"
                     " convert the model to a wider dtype; the layers before it are kept"
                 )
-        result = quantize_layer(
-            layer.task, layer.parameters, layer.statistics, self._method, layer.trial, layer.watch
-        )
+        result = quantize_layer(layer.task, layer.parameters, layer.statistics, self._method, layer.trial, layer.watch)
         with layer.watch.stage("write"):
             record = self._write(layer, result)
         self._layer = None
