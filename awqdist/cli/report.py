@@ -6,8 +6,7 @@ Charts are plain dictionaries as `Plotly.newPlot` takes them; plotly's Python cl
 share, and the words around them, stand in `report.html.j2`. Colors are CSS variables that the page resolves, for light and dark.
 
 Names come from checkpoints, so they are hostile until escaped: text by jinja's autoescape, JSON by `_script_json`, chart labels by
-`html.escape`, since plotly reads a little HTML there.
-"""
+`html.escape`."""
 
 from __future__ import annotations
 
@@ -26,7 +25,7 @@ from awqdist.cli import tables
 from awqdist.cli.progress import strict_json
 from awqdist.run.records import STAGES, RunSummary, SiteRecord
 
-FLOOR_STAGES = ("read", "forward", "write")
+FLOOR_STAGES = "read", "forward", "write"
 STACKED_STAGES = (*FLOOR_STAGES, *(stage for stage in STAGES if stage not in FLOOR_STAGES))
 
 Item = tuple[str, int, Any]  # label, layer, record
