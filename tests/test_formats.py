@@ -454,3 +454,9 @@ def all_formats() -> list[Format]:
     with pytest.raises(RecipeError) as refusal:
         output_format("?")
     return [output_format(name) for name in str(refusal.value).rpartition("known: ")[2].split(", ")]
+
+
+def test_autoawq_names_a_linear_whose_outputs_do_not_come_by_eights_before_the_run() -> None:
+    with pytest.raises(RecipeError, match=r"model\.layers\.0\.gate has 12"):
+        output_format("autoawq").check_linears({"model.layers.0.gate": (12, 64)})
+    output_format("compressed-tensors").check_linears({"model.layers.0.gate": (12, 64)})

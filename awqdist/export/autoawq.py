@@ -7,7 +7,7 @@ Per linear (O, I): qweight int32 (I, O/8), eight codes of consecutive outputs in
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +32,14 @@ class AutoAWQFormat:
                 "the autoawq format holds one 4 bit scheme for the whole model; the recipe asks for "
                 + ", ".join(sorted(f"{s.num_bits} bit in groups of {s.group_size}" for s in schemes))
             )
+
+    def check_linears(self, shapes: Mapping[str, tuple[int, int]]) -> None:
+        for name, (rows, _) in shapes.items():
+            if rows % 8:
+                raise RecipeError(
+                    f"the autoawq format packs outputs by eights, and linear {name} has {rows}; add it to ignore, or use"
+                    " --format compressed-tensors"
+                )
 
     def grid_dtype(self, checkpoint: torch.dtype) -> torch.dtype:
         return torch.float16

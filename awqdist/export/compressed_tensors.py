@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -26,6 +26,9 @@ class CompressedTensorsFormat:
 
     def check(self, recipe: Recipe) -> None:
         """Every scheme that a recipe can hold fits."""
+
+    def check_linears(self, shapes: Mapping[str, tuple[int, int]]) -> None:
+        """Every shape fits."""
 
     def grid_dtype(self, checkpoint: torch.dtype) -> torch.dtype:
         return checkpoint

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, Protocol
 
@@ -21,6 +21,9 @@ class Format(Protocol):
 
     def check(self, recipe: Recipe) -> None:
         """Raises RecipeError if the format cannot hold what the recipe asks for."""
+
+    def check_linears(self, shapes: Mapping[str, tuple[int, int]]) -> None:
+        """Raises RecipeError if the format cannot hold one of the quantized linears: on-disk module -> (O, I)."""
 
     def grid_dtype(self, checkpoint: torch.dtype) -> torch.dtype:
         """The dtype that group scales are stored in; the grid is fixed in it. checkpoint: dtype of the original weight."""

@@ -102,7 +102,7 @@ class InputStatistics:
             return self.row_errors(difference)
         if self._rough_gram is None:
             self._rough_gram = self.gram().bfloat16()
-        return (difference.bfloat16() @ self._rough_gram).float().mul_(difference).sum(1, dtype=torch.float64)
+        return _rough_form_rows(difference, self._rough_gram)
 
     def is_finite(self) -> bool:
         """Whether every activation that was added was finite."""
@@ -113,6 +113,18 @@ def has_fast_bfloat16(device: torch.device) -> bool:
     """Whether bfloat16 products run on matrix units here; other CPUs emulate them, slower than float32."""
     capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
     return device.type == "cuda" or bool(capabilities.get("amx_bf16"))
+
+
+def rough_quadratic_form(difference: Tensor, gram: Tensor) -> float:
+    """`quadratic_form` to about three digits where bfloat16 is fast, else exact."""
+    if not has_fast_bfloat16(difference.device):
+        return quadratic_form(difference, gram)
+    return float(_rough_form_rows(difference, gram.bfloat16()).sum())
+
+
+def _rough_form_rows(difference: Tensor, rough_gram: Tensor) -> Tensor:
+    """difference: (O, I) float32; rough_gram: (I, I) bfloat16. Returns (O,) float64."""
+    return (difference.bfloat16() @ rough_gram).float().mul_(difference).sum(1).double()
 
 
 def quadratic_form(difference: Tensor, gram: Tensor) -> float:
@@ -128,9 +140,9 @@ def quadratic_form_rows(difference: Tensor, gram: Tensor) -> Tensor:
         columns = difference[:, start:stop]
         if start:  # a block below the diagonal stands for itself and for its mirror image
             projected = difference[:, :start] @ gram[start:stop, :start].T  # (O, block)
-            total += 2 * projected.mul_(columns).sum(1, dtype=torch.float64)
+            total += 2 * projected.mul_(columns).sum(1)
         projected = columns @ gram[start:stop, start:stop]
-        total += projected.mul_(columns).sum(1, dtype=torch.float64)
+        total += projected.mul_(columns).sum(1)
     return total
 
 

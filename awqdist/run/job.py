@@ -50,7 +50,9 @@ def prepare(recipe: Recipe, settings: RunSettings) -> Job:
     index = read_index(settings.model)
     skeleton = build_skeleton(read_config(settings.model), index.entries)
     _check_shapes(skeleton, index)
-    return Job(make_plan(skeleton, index, recipe), skeleton, index, recipe, settings, layout, device)
+    plan = make_plan(skeleton, index, recipe)
+    layout.check_linears({task.disk_module(path): task.shapes[path] for task in plan.tasks for path in task.schemes})
+    return Job(plan, skeleton, index, recipe, settings, layout, device)
 
 
 def fingerprint(job: Job, samples: Tensor) -> dict[str, str]:

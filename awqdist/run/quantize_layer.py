@@ -20,7 +20,7 @@ from awqdist.quant.clip import clipped_range
 from awqdist.quant.grid import QuantizedWeight, grid_parameters, group_range, round_to_nearest, rounding_difference
 from awqdist.quant.rounding import round_gptq
 from awqdist.quant.search import BalanceWeight, ScaleChoice, search_scales
-from awqdist.quant.stats import InputStatistics, quadratic_form
+from awqdist.quant.stats import InputStatistics, quadratic_form, rough_quadratic_form
 from awqdist.recipe import Recipe, WeightScheme
 from awqdist.run.device import release_host_memory
 from awqdist.run.plan import LayerTask
@@ -210,7 +210,7 @@ def _round(weight: Tensor, scheme: WeightScheme, site: _Site, recipe: Recipe) ->
 
 
 def _linear_record(name: str, weight: Tensor, result: QuantizedWeight, site: _Site, clipped: float) -> LinearRecord:
-    signal = max(quadratic_form(weight, site.gram), 1e-30)
+    signal = max(rough_quadratic_form(weight, site.gram), 1e-30)
     ones = torch.ones_like(site.scales)
     nearest = rounding_difference(weight / site.scales, ones, result.scheme, site.grid_dtype).mul_(site.scales)
     return LinearRecord(
@@ -219,7 +219,7 @@ def _linear_record(name: str, weight: Tensor, result: QuantizedWeight, site: _Si
         num_bits=result.scheme.num_bits,
         group_size=result.scheme.group_size,
         symmetric=result.scheme.symmetric,
-        relative_error_nearest=quadratic_form(nearest, site.gram) / signal,
+        relative_error_nearest=rough_quadratic_form(nearest, site.gram) / signal,
         relative_error=quadratic_form(result.dequantize().sub_(weight), site.gram) / signal,
         clipped_share=clipped,
         num_dead_inputs=site.num_dead_inputs,

@@ -26,14 +26,14 @@ class MappingRecord:
 
 @dataclass(frozen=True, slots=True)
 class LinearRecord:
-    """The outcome of one quantized linear. Errors are relative: ‖X·Dᵀ‖²_F / ‖X·Wᵀ‖²_F."""
+    """The outcome of one quantized linear. Errors are relative, ‖X·Dᵀ‖²_F / ‖X·Wᵀ‖²_F, to about three digits."""
 
     name: str
     shape: tuple[int, int]  # (O, I)
     num_bits: int
     group_size: int
     symmetric: bool
-    relative_error_nearest: float  # round-to-nearest of the original weight
+    relative_error_nearest: float  # round-to-nearest without smoothing of its inputs
     relative_error: float  # what was written
     clipped_share: float  # share of groups whose range was shrunk
     num_dead_inputs: int  # input channels that were always zero
