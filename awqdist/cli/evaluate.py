@@ -20,9 +20,11 @@ by the transformers library and run as float32.
 
 from __future__ import annotations
 
+import io
 import math
 import re
 import time
+from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,8 +74,10 @@ def evaluate(
     tokenizers = [_load_tokenizer(name) for name in names]
     _refuse_different_vocabularies(names, tokenizers)
     windows = _windows(tokenizers[0], content, text, max_tokens=max_tokens, window=window)
-    models = [_load_model(name, device) for name in names]
-    losses, divergence = _mean_scores(models, windows)
+    local = all(Path(name).is_dir() for name in names)
+    with redirect_stderr(io.StringIO()) if local else nullcontext():  # a progress bar for each of five steps of loading
+        models = [_load_model(name, device) for name in names]
+        losses, divergence = _mean_scores(models, windows)
     for name, loss in zip(names, losses, strict=True):
         if not math.isfinite(loss):
             raise NumericalError(f"model {name}: its loss on {text} is {loss}; look for damaged weights")
