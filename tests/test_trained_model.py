@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from awqdist import RunSettings, load_recipe, quantize
 from awqdist.cli.evaluate import evaluate
 from awqdist.run.verify import verify
