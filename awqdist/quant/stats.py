@@ -16,7 +16,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-_BLOCK = 1024  # columns per block of a Gram matrix; only the blocks on and below its diagonal are multiplied
+_BLOCK = 256  # columns per block of a Gram matrix; only the blocks on and below its diagonal are multiplied
 
 
 class InputStatistics:
@@ -42,7 +42,7 @@ class InputStatistics:
         wide = rows.to(
             torch.float32, copy=self._gram is None
         )  # rows that are kept are ours: the layer may go on to overwrite them
-        self._sum_abs += wide.abs().sum(0)
+        self._sum_abs += torch.linalg.vector_norm(wide, 1, 0)
         if self._gram is None:
             self._rows.append(wide)
             return
@@ -110,9 +110,9 @@ class InputStatistics:
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
-    """Whether bfloat16 products run on matrix units here; other CPUs emulate them, slower than float32."""
+    """Whether the hardware multiplies bfloat16 here; other CPUs emulate it, slower than float32."""
     capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-    return device.type == "cuda" or bool(capabilities.get("amx_bf16"))
+    return device.type == "cuda" or any(capabilities.get(unit) for unit in ("amx_bf16", "avx512_bf16"))
 
 
 def rough_quadratic_form(difference: Tensor, gram: Tensor) -> float:
