@@ -12,33 +12,62 @@ from typing import Any
 from torch import Tensor
 
 from awqdist.backends.local import run_local
+from awqdist.backends.room import choose_backend
 from awqdist.calibration.text import is_text, load_calibration
 from awqdist.checkpoint.hub import model_folder
 from awqdist.errors import CalibrationError, CheckpointError
 from awqdist.model import registry
 from awqdist.recipe import AWQMapping, MappingPattern, Recipe, load_recipe
-from awqdist.recipe.settings import RunSettings
-from awqdist.run.events import Emit, Event
+from awqdist.recipe.settings import Placement, RunSettings
+from awqdist.run.events import Listen, Message
 from awqdist.run.job import Job, prepare
 from awqdist.run.output import check_output
 from awqdist.run.records import RunSummary
 
 
 def quantize(
-    recipe: Recipe, settings: RunSettings, calibration: Any, *, tokenizer: Any = None, emit: Emit | None = None
+    recipe: Recipe,
+    settings: RunSettings,
+    calibration: Any,
+    *,
+    tokenizer: Any = None,
+    listen: Listen | None = None,
+    placement: Placement | None = None,
 ) -> RunSummary:
     """Quantizes the checkpoint `settings.model` into `settings.output`; the same call again resumes an interrupted run.
 
-    calibration: whatever `load_calibration` takes; tokenizer: for texts, the model's own if None; emit: is given every event.
+    calibration: whatever `load_calibration` takes; tokenizer: for texts, the model's own if None; listen: is given every message.
+    placement: where the workers run; under torchrun every rank calls this, and all get the summary.
     Raises AwqdistError for bad input, before any tensor is read wherever that is possible.
     """
-    check_output(settings)
-    job = prepare(recipe, settings)
+    placement, listen = placement or Placement(), listen or _ignore
+
+    def begin() -> tuple[Job, Tensor]:
+        check_output(settings)
+        job = prepare(recipe, settings)
+        return job, _samples(job, calibration, tokenizer)
+
+    match choose_backend(placement):
+        case "ray":
+            from awqdist.backends.ray import run_ray
+
+            return run_ray(*begin(), placement, listen)
+        case "torchrun":
+            from awqdist.backends.torchrun import run_torchrun
+
+            return run_torchrun(begin, recipe, settings, listen)
+        case _:
+            return run_local(*begin(), listen)
+
+
+def _samples(job: Job, calibration: Any, tokenizer: Any) -> Tensor:
+    """The calibration samples (N, L) of a job."""
+    settings = job.settings
     if tokenizer is None and is_text(calibration):
         tokenizer = load_tokenizer(settings.model)
     samples = load_calibration(calibration, tokenizer, settings.num_samples, settings.sequence_length, settings.seed)
     _check_tokens(samples, job)
-    return run_local(job, samples, emit or _ignore)
+    return samples
 
 
 def oneshot(
@@ -113,5 +142,5 @@ def _check_tokens(samples: Tensor, job: Job) -> None:
         )
 
 
-def _ignore(event: Event) -> None:
+def _ignore(message: Message) -> None:
     """For callers who do not listen."""

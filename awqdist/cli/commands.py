@@ -6,6 +6,7 @@ import gc
 import json
 import math
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,18 @@ from rich.console import Console
 from rich.table import Table
 
 from awqdist.api import quantize
+from awqdist.backends.room import choose_backend, launcher_value
 from awqdist.checkpoint.hub import model_folder
 from awqdist.cli.evaluate import Evaluation, evaluate
 from awqdist.cli.progress import Kind, renderer
 from awqdist.cli.report import write_report
+from awqdist.cli.simulation import SimulationOptions, forecast, print_forecast, print_workers, schedule_of
 from awqdist.cli.tables import show_bytes, summary_table
 from awqdist.demo import calibration_text, demo_folder, evaluation_text
 from awqdist.recipe import load_recipe
-from awqdist.recipe.settings import RunSettings
+from awqdist.recipe.settings import Placement, RunSettings
 from awqdist.run.device import choose_device
-from awqdist.run.estimate import Estimate, estimate
+from awqdist.run.estimate import Estimate, deal, estimate
 from awqdist.run.job import Job, prepare
 from awqdist.run.plan import LayerTask, Plan
 from awqdist.run.records import RunSummary
@@ -33,15 +36,25 @@ _console = Console()
 
 
 def quantize_and_report(
-    settings: RunSettings, recipe: str, calibration: str, *, progress: Kind = "auto", report: bool = True
+    settings: RunSettings,
+    recipe: str,
+    calibration: str,
+    placement: Placement | None = None,
+    *,
+    progress: Kind = "auto",
+    report: bool = True,
 ) -> RunSummary:
-    """Quantizes, shows the end table, writes report.html."""
+    """Quantizes, shows the end table, writes report.html. Of several ranks only the first shows anything."""
     built = load_recipe(recipe)
     settings = replace(settings, model=model_folder(str(settings.model)))
     gc.enable()
     gc.freeze()
-    with renderer(progress) as emit:
-        summary = quantize(built, settings, calibration, emit=emit)
+    placement = placement or Placement()
+    is_leader = choose_backend(placement) != "torchrun" or launcher_value("RANK") == "0"
+    with renderer(progress) if is_leader else nullcontext() as listen:
+        summary = quantize(built, settings, calibration, listen=listen, placement=placement)
+    if not is_leader:
+        return summary
     if report:
         _write_report(summary, settings.output)
     if progress != "json":
@@ -58,15 +71,26 @@ def _write_report(summary: RunSummary, output: Path) -> None:
         print(f"awqdist: warning: report.html was not written: {error.strerror or error}", file=sys.stderr)
 
 
-def show_plan(settings: RunSettings, recipe: str, *, as_json: bool) -> None:
-    """Shows the plan and the estimate of a run."""
+def show_plan(settings: RunSettings, recipe: str, options: SimulationOptions, *, as_json: bool) -> None:
+    """Shows the plan and the estimate of a run, or what a simulation of it tells."""
+    options.check()
     job = _job(replace(settings, model=model_folder(str(settings.model))), recipe)
     expected = estimate(job)
+    schedule = schedule_of(settings, len(job.plan.tasks), options.num_workers)
+    workers = deal(expected, schedule)
+    seen = forecast(schedule, options, settings) if options.simulate else None
     if as_json:
-        print(json.dumps({**_plan_json(job.plan), "estimate": expected.to_json()}, indent=2))
+        simulation = {"simulation": seen.to_json()} if seen else {}
+        dealt = {"estimate": expected.to_json(), "workers": [asdict(worker) for worker in workers]}
+        print(json.dumps({**_plan_json(job.plan), **dealt, **simulation}, indent=2))
         return
     _console.print(f"[bold]{job.plan.architecture}[/bold], {len(job.plan.layers)} layers, on {job.device}")
+    if seen:
+        print_forecast(_console, seen, settings)
+        return
     _console.print(_estimate_table(job.plan, expected))
+    if options.num_workers > 1:
+        print_workers(_console, workers)
     _console.print(
         f"read {show_bytes(expected.read_bytes)}, write {show_bytes(expected.written_bytes)};"
         f" peak host memory {show_bytes(expected.peak_host_bytes)}"

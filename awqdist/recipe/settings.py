@@ -1,5 +1,5 @@
 """How a run is carried out, as opposed to what is done to the weights (the recipe). No setting here changes the result, except
-`format` and the calibration samples."""
+`format`, the calibration samples and their chunks, and, on a CPU, `threads`: libraries sum in another order when there are more."""
 
 from __future__ import annotations
 
@@ -20,4 +20,16 @@ class RunSettings:
     seed: int = 0
     chunk_tokens: int = 2048  # how many tokens go through a layer at once
     snapshot_every: int = 8  # layers between two snapshots of the boundary activations
+    layers_per_block: int = 1  # consecutive layers that one worker does
+    threads: int | None = None  # of a worker; None: those of the run that is resumed, else as many as there are cores for it
     overwrite: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where workers run. backend: "local", "ray", "torchrun", or "auto": torchrun where its variables are set, else local."""
+
+    backend: str = "auto"
+    num_workers: int | None = None  # of Ray; None: one for every GPU, or one for every node without any
+    ray_address: str | None = None  # None: the cluster that this machine belongs to, else one of its own
+    max_restarts: int = 3  # how many lost workers are replaced (Ray)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import resource
 import sys
+from pathlib import Path
 
 import torch
 
 from awqdist.errors import AwqdistError
 from awqdist.quant.stats import has_fast_bfloat16
+from awqdist.run.events import WorkerStatus
 
 
 def choose_device(name: str) -> torch.device:
@@ -49,3 +52,16 @@ def peak_memory_bytes(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def worker_status(device: torch.device) -> WorkerStatus:
+    """What this process and its GPU hold now, and how busy the GPU is where the driver can be asked."""
+    statm = Path("/proc/self/statm")
+    resident = int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
+    if device.type != "cuda":
+        return WorkerStatus(resident, 0, None)
+    try:
+        utilization = torch.cuda.utilization(device)
+    except (ImportError, RuntimeError):  # NVML's Python package is not installed, or the driver does not answer
+        utilization = None
+    return WorkerStatus(resident, torch.cuda.memory_allocated(device), utilization)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 
 import torch
@@ -19,6 +19,7 @@ from awqdist.model.skeleton import Skeleton, build_skeleton, read_config
 from awqdist.recipe import Recipe
 from awqdist.recipe.settings import RunSettings
 from awqdist.run.device import choose_device, compute_dtype
+from awqdist.run.journal import read_journal
 from awqdist.run.plan import Plan, make_plan
 from awqdist.run.records import LayerRecord
 
@@ -67,8 +68,23 @@ def fingerprint(job: Job, samples: Tensor) -> dict[str, str]:
         "chunk tokens": str(job.settings.chunk_tokens),
         "mappings": _hash(repr([task.mappings for task in job.plan.tasks]).encode()),
         "device": f"{job.device.type} {compute_dtype(job.device, job.skeleton.dtype)}",
+        **({"threads": str(job.settings.threads or torch.get_num_threads())} if job.device.type == "cpu" else {}),
         "versions": json.dumps({name: version(name) for name in _LIBRARIES}),
     }
+
+
+def with_threads(settings: RunSettings, num_cores: int) -> RunSettings:
+    """The settings with the number of threads settled: as given, or that of the run that is resumed, or one for each core."""
+    if settings.threads is not None:
+        return settings
+    entries = read_journal(settings.output)
+    earlier = entries.fingerprint.get("threads") if entries.layers else None
+    return replace(settings, threads=int(earlier) if earlier else num_cores)
+
+
+def token_chunks(settings: RunSettings, samples: Tensor) -> list[Tensor]:
+    """The calibration samples (N, L) in the pieces (B, L) that go through a layer at once."""
+    return list(samples.split(max(1, settings.chunk_tokens // samples.shape[1])))
 
 
 def check_sources(job: Job, finished: Mapping[int, LayerRecord]) -> None:

@@ -17,12 +17,14 @@ from awqdist.errors import OutputError
 from awqdist.recipe.settings import RunSettings
 
 STATE_FOLDER = ".awqdist"
+EVENTS_FILE = "events.jsonl"
 LOCK_FILE = "lock"
 _COMPANIONS = (
     "config.json",
     "generation_config.json",
     "added_tokens.json",
     "chat_template.*",
+    EVENTS_FILE,
     "merges.txt",
     "preprocessor_config.json",
     "processor_config.json",
@@ -81,6 +83,11 @@ def lock_output(output: Path) -> int:
             ) from None
         raise output_error(folder / LOCK_FILE, error) from error
     return lock
+
+
+def check_free(output: Path) -> None:
+    """Raises OutputError if another process holds the folder now; for a look before a long preparation."""
+    os.close(lock_output(output))
 
 
 def remove_model(output: Path) -> None:

@@ -108,6 +108,7 @@ class RunSummary:
     recipe: str  # YAML
     num_calibration_samples: int
     sequence_length: int
+    num_workers: int
     layers: tuple[LayerRecord, ...]
     seconds: dict[str, float]  # whole stages outside the layers: "start", "embed", "merge"; and "total"
     source_bytes: int
@@ -117,5 +118,6 @@ class RunSummary:
 
     @property
     def floor_seconds(self) -> float:
-        """Time that no method can do without: read the weights once, one forward pass, one write."""
-        return sum(record.seconds.get(stage, 0.0) for record in self.layers for stage in ("read", "forward", "write"))
+        """Time that no method can do without: read the weights once, one forward pass, one write; shared by all workers."""
+        stages = ("read", "forward", "write")
+        return sum(record.seconds.get(stage, 0.0) for record in self.layers for stage in stages) / self.num_workers

@@ -1,5 +1,5 @@
-"""Boundary activations on disk, so that a resumed run need not begin at the first layer. The two newest are kept; a damaged one is passed
-over for the one before it, and in the end for the embeddings."""
+"""Boundary activations on disk, so that a resumed run need not begin at the first layer. A damaged one is passed over for the one
+before it, and in the end for the embeddings."""
 
 from __future__ import annotations
 
@@ -10,27 +10,38 @@ from torch import Tensor
 from awqdist.checkpoint.index import read_header
 from awqdist.checkpoint.reader import read_tensor
 from awqdist.checkpoint.writer import write_safetensors
+from awqdist.run.events import SnapshotSaved
 from awqdist.run.journal import Journal, SnapshotRecord, file_hash
 
 _NUM_KEPT = 2
 
 
-def save_snapshot(journal: Journal, layer: int, chunks: list[Tensor]) -> None:
-    """Stores the inputs of `layer`: chunks of (B, L, H)."""
-    file = journal.folder / f"boundary-{layer:05d}.safetensors"
+def save_snapshot(folder: Path, layer: int, chunks: list[Tensor]) -> SnapshotSaved:
+    """Stores the inputs of `layer`, chunks of (B, L, H), in the state folder."""
+    file = folder / f"boundary-{layer:05d}.safetensors"
     written = write_safetensors(file, {f"chunk-{i:06d}": chunk for i, chunk in enumerate(chunks)})
-    journal.add_snapshot(SnapshotRecord(layer, written.name, written.sha256))
-    for old in journal.entries.snapshots[:-_NUM_KEPT]:
-        (journal.folder / old.file).unlink(missing_ok=True)
+    return SnapshotSaved(layer, written.name, written.sha256)
 
 
-def load_newest_snapshot(journal: Journal, last_layer: int) -> tuple[int, list[Tensor]] | None:
-    """The newest usable snapshot at or before `last_layer`: its layer and its chunks, or None."""
+def load_snapshot(folder: Path, record: SnapshotRecord) -> list[Tensor]:
+    """The chunks of a snapshot."""
+    return [read_tensor(entry) for entry in sorted(read_header(folder / record.file), key=lambda e: e.name)]
+
+
+def newest_usable(journal: Journal, last_layer: int) -> SnapshotRecord | None:
+    """The newest undamaged snapshot at or before `last_layer`."""
     for record in sorted(journal.entries.snapshots, key=lambda r: r.layer, reverse=True):
         file = journal.folder / record.file
         if record.layer <= last_layer and file.is_file() and file_hash(file) == record.sha256:
-            return record.layer, [read_tensor(entry) for entry in sorted(read_header(file), key=lambda e: e.name)]
+            return record
     return None
+
+
+def remove_old_snapshots(journal: Journal, first_unfinished: int) -> None:
+    """Keeps the newest two from which a run could be resumed, and those in front of layers that others have yet to catch up with."""
+    usable = sorted((r for r in journal.entries.snapshots if r.layer <= first_unfinished), key=lambda r: r.layer)
+    for old in usable[:-_NUM_KEPT]:
+        (journal.folder / old.file).unlink(missing_ok=True)
 
 
 def remove_snapshots(folder: Path) -> None:

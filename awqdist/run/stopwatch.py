@@ -1,4 +1,4 @@
-"""Times the stages of a layer and tells the world when one begins."""
+"""Times the stages of a layer and tells the world when one begins and ends."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-from awqdist.run.events import Emit, StageStarted
+from awqdist.run.events import Emit, StageEnded, StageStarted
 from awqdist.run.records import STAGES
 
 
@@ -21,7 +21,16 @@ class Stopwatch:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
+        """Times a stage that is done in one go."""
         self._emit(StageStarted(self._layer, name))
+        before = self.seconds[name]
+        with self.piece(name):
+            yield
+        self._emit(StageEnded(self._layer, name, self.seconds[name] - before))
+
+    @contextmanager
+    def piece(self, name: str) -> Iterator[None]:
+        """Times a piece of a stage, of which nobody is told."""
         start = time.perf_counter()
         try:
             yield

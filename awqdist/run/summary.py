@@ -10,7 +10,12 @@ from awqdist.run.records import LayerRecord, RunSummary
 
 
 def summarize(
-    job: Job, entries: JournalEntries, samples: Tensor, seconds: dict[str, float], output_bytes: int
+    job: Job,
+    entries: JournalEntries,
+    samples: Tensor,
+    seconds: dict[str, float],
+    output_bytes: int,
+    num_workers: int,
 ) -> RunSummary:
     """samples: (N, L); seconds: of the stages outside the layers, "total" among them."""
     layers = tuple(entries.layers[layer] for layer in sorted(entries.layers))
@@ -22,6 +27,7 @@ def summarize(
         recipe=job.recipe.to_yaml(),
         num_calibration_samples=samples.shape[0],
         sequence_length=samples.shape[1],
+        num_workers=num_workers,
         layers=layers,
         seconds=seconds,
         source_bytes=job.index.num_bytes,

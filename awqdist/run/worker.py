@@ -1,32 +1,57 @@
 """A worker: holds one layer at a time, takes chunks of activations through it, quantizes it, writes it.
 
-The steps of a layer are `begin`, `forward` for every chunk in order, and `finish`. Who calls them, where the chunks come from and where
-they go is a backend's business. A worker emits events, never prints, and keeps no journal.
+The steps of a layer are `read_layer`, `begin`, `forward` for every chunk in order, `search` and `write_layer`. Who calls them, where the
+chunks come from and where they go is not its business. The first and the last may run in threads of their own: they move bytes and do
+no arithmetic. A worker emits events, never prints, and keeps no journal.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from awqdist.checkpoint.index import TensorEntry
 from awqdist.checkpoint.reader import check_finite, read_tensors
 from awqdist.checkpoint.writer import write_safetensors
 from awqdist.errors import NumericalError
 from awqdist.model.forward import LayerCall, forward_layer, head_inputs, record_calls, with_buffers
 from awqdist.quant.stats import InputStatistics
 from awqdist.run.device import compute_dtype, peak_memory_bytes, release_host_memory
-from awqdist.run.events import ChunkForwarded, Emit, MappingSearched
-from awqdist.run.job import Job
+from awqdist.run.events import ChunkForwarded, Emit, LayerFinished, MappingSearched, StageStarted
+from awqdist.run.job import Job, token_chunks
 from awqdist.run.plan import LayerTask
 from awqdist.run.quantize_layer import LayerResult, Method, Trial, quantize_layer
 from awqdist.run.records import LayerRecord
 from awqdist.run.stopwatch import Stopwatch
 
 
+@dataclass(frozen=True, slots=True)
+class LoadedLayer:
+    """A layer's tensors as they are on disk, in host memory, by their names in the layer; and the checksum of their bytes."""
+
+    task: LayerTask
+    watch: Stopwatch
+    parameters: dict[str, Tensor]
+    source_crc32: int
+
+
+@dataclass(frozen=True, slots=True)
+class SearchedLayer:
+    """What is to be written of a layer, in host memory, by on-disk names; and what was found about it."""
+
+    task: LayerTask
+    watch: Stopwatch
+    tensors: dict[str, Tensor]
+    result: LayerResult
+    source_crc32: int
+    peak_memory_bytes: int
+
+
 @dataclass(slots=True)
 class _Layer:
-    """The layer under way. parameters: as on disk, by their names in the layer; working: what it is run with."""
+    """The layer under way. parameters: on the device, in the checkpoint's dtype; working: what it is run with."""
 
     task: LayerTask
     watch: Stopwatch
@@ -51,10 +76,10 @@ class Worker:
 
     def embed(self, samples: Tensor) -> list[Tensor]:
         """Takes in the calibration samples (N, L) int64. Returns the inputs of the first layer, chunks of (B, L, H) on the CPU."""
-        outside = self._read_outside()
+        outside = self._outside()
         chunks = []
         distinct: list[list[LayerCall]] = []  # calls are equal for chunks of equal shape; they are kept once
-        self._token_chunks = list(samples.split(max(1, self._job.settings.chunk_tokens // samples.shape[1])))
+        self._token_chunks = token_chunks(self._job.settings, samples)
         for tokens in self._token_chunks:
             hidden, calls = record_calls(self._job.skeleton, outside, tokens.to(self._job.device))
             known = next((d for d in distinct if all(a.equals(b) for a, b in zip(d, calls, strict=True))), None)
@@ -64,27 +89,30 @@ class Worker:
             chunks.append(hidden.to("cpu", self._job.skeleton.dtype))
         return chunks
 
-    def begin(self, task: LayerTask, *, forward_only: bool = False) -> None:
-        """Reads a layer. With `forward_only` no statistics are gathered, and it cannot be finished."""
+    def begin(self, loaded: LoadedLayer, *, forward_only: bool = False) -> None:
+        """Takes up a layer that was read. With `forward_only` no statistics are gathered, and it cannot be searched."""
         release_host_memory()
-        watch = Stopwatch(task.layer, self._job.device, self._emit)
-        with watch.stage("read"):
-            head = task.layer == self._job.skeleton.num_layers
-            parameters, checksum = self._read(task.disk_names, "lm_head" if head else f"layer {task.layer}")
-            if head:
-                working = self._read_outside()
+        task, job = loaded.task, self._job
+        self._emit(StageStarted(task.layer, "forward"))
+        with loaded.watch.piece("forward"):
+            is_head = task.layer == job.skeleton.num_layers
+            check_finite(loaded.parameters, "lm_head" if is_head else f"layer {task.layer}")
+            parameters = {name: tensor.to(job.device) for name, tensor in loaded.parameters.items()}
+            if is_head:
+                working = self._outside()
             else:
                 converted = {name: tensor.to(self._dtype) for name, tensor in parameters.items()}
-                working = with_buffers(self._job.skeleton.layers[task.layer], converted, self._job.device)
+                working = with_buffers(job.skeleton.layers[task.layer], converted, job.device)
         num_tokens = sum(tokens.numel() for tokens in self._token_chunks)
         widths = {} if forward_only else {site[0]: task.shapes[site[0]][1] for site in task.sites}
-        statistics = {path: InputStatistics(width, num_tokens, self._job.device) for path, width in widths.items()}
-        self._layer = _Layer(task, watch, parameters, checksum, working, statistics)
+        statistics = {path: InputStatistics(width, num_tokens, job.device) for path, width in widths.items()}
+        self._layer = _Layer(task, loaded.watch, parameters, loaded.source_crc32, working, statistics)
 
     def forward(self, index: int, chunk: Tensor) -> Tensor:
         """Takes chunk number `index`, (B, L, H), through the layer. Returns its output on the CPU, in the checkpoint's dtype."""
         layer, job = self._under_way(), self._job
-        with layer.watch.stage("forward"):
+        before = layer.watch.seconds["forward"] if index else 0.0  # the first chunk answers for `begin` as well
+        with layer.watch.piece("forward"):
             hidden = chunk.to(job.device, self._dtype)
             if layer.task.layer == job.skeleton.num_layers:
                 tokens = self._token_chunks[index].to(job.device)
@@ -97,11 +125,13 @@ class Worker:
                 watches = {path: statistics.add for path, statistics in layer.statistics.items()}
                 output = forward_layer(module, layer.working, hidden, call.cast(job.device, self._dtype), watches)
             output = output.to("cpu", job.skeleton.dtype)
-        self._emit(ChunkForwarded(layer.task.layer, index, len(self._token_chunks), chunk[..., 0].numel()))
+        seconds = layer.watch.seconds["forward"] - before
+        num_chunks = len(self._token_chunks)
+        self._emit(ChunkForwarded(layer.task.layer, index, num_chunks, chunk[..., 0].numel(), seconds))
         return output
 
-    def finish(self) -> LayerRecord:
-        """Quantizes the layer and writes its file, after all chunks; the caller journals it. Raises NumericalError, OutputError."""
+    def search(self) -> SearchedLayer:
+        """Quantizes the layer, after all chunks. Raises NumericalError."""
         layer = self._under_way()
         layer.working = {}
         release_host_memory()
@@ -112,12 +142,13 @@ class Worker:
                     " convert the model to a wider dtype; the layers before it are kept"
                 )
         result = quantize_layer(layer.task, layer.parameters, layer.statistics, self._method, layer.trial, layer.watch)
-        with layer.watch.stage("write"):
-            record = self._write(layer, result)
+        for mapping in result.mappings:
+            self._emit(MappingSearched(layer.task.layer, mapping))
+        with layer.watch.stage("round"):
+            tensors = self._packed(layer.task, result)
         self._layer = None
-        for mapping in record.mappings:
-            self._emit(MappingSearched(record.layer, mapping))
-        return record
+        peak = peak_memory_bytes(self._job.device)
+        return SearchedLayer(layer.task, layer.watch, tensors, result, layer.source_crc32, peak)
 
     def leave(self) -> int:
         """Ends a layer that was only forwarded. Returns the checksum of the weights that it was run with."""
@@ -125,40 +156,19 @@ class Worker:
         self._layer = None
         return checksum
 
-    def _write(self, layer: _Layer, result: LayerResult) -> LayerRecord:
-        task = layer.task
+    def _packed(self, task: LayerTask, result: LayerResult) -> dict[str, Tensor]:
         tensors = {task.disk_names[name]: tensor for name, tensor in result.parameters.items()}
         for path, weight in result.weights.items():
             for kind, tensor in self._job.format.pack(weight).items():
                 tensors[f"{task.disk_module(path)}.{kind}"] = tensor
-        written = write_safetensors(self._job.settings.output / layer_file(task.layer), tensors)
-        return LayerRecord(
-            layer=task.layer,
-            file=written.name,
-            num_bytes=written.num_bytes,
-            sha256=written.sha256,
-            source_crc32=layer.source_crc32,
-            smoothing_error=result.smoothing_error,
-            mappings=result.mappings,
-            linears=result.linears,
-            sites=result.sites,
-            skipped=task.skipped,
-            seconds=layer.watch.seconds,
-            peak_memory_bytes=peak_memory_bytes(self._job.device),
-            source_sample=self._job.source_sample(task.disk_names.values()),
-        )
+        return {name: tensor.cpu() for name, tensor in tensors.items()}
 
-    def _read(self, names: dict[str, str], where: str) -> tuple[dict[str, Tensor], int]:
-        """Tensors by their names in the layer, on the device, checked for NaN; and the checksum of their bytes."""
-        entries = [self._job.index.entries[disk] for disk in names.values()]
-        tensors, checksum = read_tensors(sorted(entries, key=lambda e: (e.file.name, e.start)))
-        check_finite(tensors, where)
-        return {name: tensors[disk].to(self._job.device) for name, disk in names.items()}, checksum
-
-    def _read_outside(self) -> dict[str, Tensor]:
+    def _outside(self) -> dict[str, Tensor]:
         """Parameters and buffers of the decoder that are in no layer."""
-        tensors, _ = self._read(self._job.skeleton.outside_names(), "the tensors outside the decoder layers")
-        parameters = {name: tensor.to(self._dtype) for name, tensor in tensors.items()}
+        names = self._job.skeleton.outside_names()
+        tensors, _ = _read(self._job, names, lambda: None)
+        check_finite(tensors, "the tensors outside the decoder layers")
+        parameters = {name: tensor.to(self._job.device, self._dtype) for name, tensor in tensors.items()}
         return with_buffers(self._job.skeleton.decoder, parameters, self._job.device)
 
     def _under_way(self) -> _Layer:
@@ -166,6 +176,50 @@ class Worker:
         return self._layer
 
 
+def read_layer(job: Job, task: LayerTask, emit: Emit, check: Callable[[], None]) -> LoadedLayer:
+    """Reads the tensors of a layer. `check` is called before each of them, and ends the reading by raising. Raises CheckpointError."""
+    watch = Stopwatch(task.layer, job.device, emit)
+    with watch.stage("read"):
+        parameters, checksum = _read(job, task.disk_names, check)
+    return LoadedLayer(task, watch, parameters, checksum)
+
+
+def write_layer(job: Job, searched: SearchedLayer, emit: Emit) -> None:
+    """Writes the file of a layer durably and tells so, which is when the leader may journal it. Raises OutputError."""
+    task, result, watch = searched.task, searched.result, searched.watch
+    with watch.stage("write"):
+        written = write_safetensors(job.settings.output / layer_file(task.layer), searched.tensors)
+    record = LayerRecord(
+        layer=task.layer,
+        file=written.name,
+        num_bytes=written.num_bytes,
+        sha256=written.sha256,
+        source_crc32=searched.source_crc32,
+        smoothing_error=result.smoothing_error,
+        mappings=result.mappings,
+        linears=result.linears,
+        sites=result.sites,
+        skipped=task.skipped,
+        seconds=watch.seconds,
+        peak_memory_bytes=searched.peak_memory_bytes,
+        source_sample=job.source_sample(task.disk_names.values()),
+    )
+    emit(LayerFinished(task.layer, record))
+
+
 def layer_file(layer: int) -> str:
     """Name of the output file of a layer."""
     return f"model-layer-{layer:05d}.safetensors"
+
+
+def _read(job: Job, names: dict[str, str], check: Callable[[], None]) -> tuple[dict[str, Tensor], int]:
+    """Tensors by their names in the layer, in host memory; and the checksum of their bytes in the order of the files."""
+    entries = sorted((job.index.entries[disk] for disk in names.values()), key=lambda e: (e.file.name, e.start))
+
+    def checked() -> Iterator[TensorEntry]:
+        for entry in entries:
+            check()
+            yield entry
+
+    tensors, checksum = read_tensors(checked())
+    return {name: tensors[disk] for name, disk in names.items()}, checksum

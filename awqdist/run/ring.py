@@ -1,0 +1,210 @@
+"""One worker's part of a run: the steps of the schedule, one after the other, with reading and writing in the background.
+
+The worker does not know who launched it. It is given an `Assignment`, a `Transport` to its neighbours and a function for its events,
+and is the same in one process, in a Ray actor and in a rank of torchrun. Background threads move and hash bytes only; all arithmetic
+is done here, in one thread, so that the bytes do not depend on what happens at the same time.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from socket import gethostname
+from typing import Generic, Protocol, TypeVar
+
+from torch import Tensor
+
+from awqdist.run.device import worker_status
+from awqdist.run.events import Emit, LayerForwarded, WorkerStarted
+from awqdist.run.job import Job, other_weights
+from awqdist.run.journal import SnapshotRecord
+from awqdist.run.output import STATE_FOLDER
+from awqdist.run.schedule import Schedule, Step
+from awqdist.run.snapshots import load_snapshot, save_snapshot
+from awqdist.run.worker import LoadedLayer, SearchedLayer, Worker, read_layer, write_layer
+
+_STATUS_EVERY_S = 2.0
+T = TypeVar("T")
+
+
+class RingBroken(Exception):
+    """Another worker is gone, or the run is to stop: no chunk will come any more."""
+
+
+class Transport(Protocol):
+    """The way to the neighbours in the ring."""
+
+    def send(self, layer: int, chunk: int, hidden: Tensor) -> None:
+        """Hands an input of `layer`, (B, L, H) on the CPU, to its worker. Does not wait until it has arrived."""
+
+    def receive(self, layer: int, chunk: int) -> Tensor:
+        """Waits for an input of `layer`. Raises RingBroken if it will not come."""
+
+    def check(self) -> None:
+        """Raises RingBroken if the ring is broken."""
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """What one worker is to do. finished: checksums of the weights that finished layers were made from, by layer."""
+
+    worker: int
+    schedule: Schedule
+    finished: dict[int, int]
+    snapshot: SnapshotRecord | None  # holds the inputs of the schedule's first layer; None: they are the embeddings
+
+
+def work(job: Job, samples: Tensor, assignment: Assignment, transport: Transport, emit: Emit) -> None:
+    """Does all steps of one worker. samples: (N, L), the same for all workers.
+
+    A layer whose search has begun is finished and written even if the ring breaks meanwhile. Raises RingBroken, AwqdistError.
+    """
+    layers = assignment.schedule.layers_of(assignment.worker)
+    emit(WorkerStarted(gethostname(), str(job.device), tuple(layers)))
+    if not layers:
+        return
+    with _status_told(job, emit), _Course(job, assignment, transport, emit) as course:
+        course.prepare(samples)
+        for step in assignment.schedule.steps(assignment.worker):
+            course.take(step)
+
+
+class _Course:
+    """A worker on its way through its steps. Leaving it waits for what the background has begun."""
+
+    def __init__(self, job: Job, assignment: Assignment, transport: Transport, emit: Emit) -> None:
+        self._job, self._assignment, self._transport, self._emit = job, assignment, transport, emit
+        self._worker = Worker(job, emit)
+        self._reader: _Background[LoadedLayer] = _Background()
+        self._writer: _Background[None] = _Background()
+        self._chunks: list[Tensor | None] = [
+            None
+        ] * assignment.schedule.num_chunks  # inputs, then outputs, of the layer under way
+        self._inputs: list[Tensor] = []  # kept for a snapshot
+        self._searched: SearchedLayer | None = None
+
+    def __enter__(self) -> _Course:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self._reader.close()
+        self._writer.close(raising=error is None)
+
+    def prepare(self, samples: Tensor) -> None:
+        """Embeds the samples, and takes up the inputs of the first layer if it is this worker's."""
+        schedule, snapshot = self._assignment.schedule, self._assignment.snapshot
+        embedded = self._worker.embed(samples)
+        if schedule.owner(schedule.first) == self._assignment.worker:
+            self._chunks = list(load_snapshot(self._state_folder, snapshot) if snapshot else embedded)
+
+    def take(self, step: Step) -> None:
+        self._writer.check()
+        match step.kind:
+            case "load":
+                task = self._job.plan.tasks[step.layer]
+                self._reader.start(lambda: read_layer(self._job, task, self._emit, self._reader.check_open))
+            case "receive":
+                self._chunks[step.chunk] = self._transport.receive(step.layer, step.chunk)
+            case "forward":
+                self._forward(step.layer, step.chunk)
+            case "send":
+                self._transport.send(step.layer + 1, step.chunk, self._chunk(step.chunk))
+                self._chunks[step.chunk] = None
+            case "search":
+                self._searched = self._worker.search()
+            case "write":
+                searched, self._searched = self._searched, None
+                assert searched is not None, "a layer is searched before it is written"
+                self._writer.start(lambda: write_layer(self._job, searched, self._emit))
+
+    def _forward(self, layer: int, index: int) -> None:
+        self._transport.check()
+        schedule, is_finished = self._assignment.schedule, layer in self._assignment.finished
+        if index == 0:
+            self._worker.begin(self._reader.wait(), forward_only=is_finished)
+        chunk = self._chunk(index)
+        if self._is_snapshot(layer):
+            self._inputs.append(chunk)
+        self._chunks[index] = self._worker.forward(index, chunk)
+        if index + 1 < schedule.num_chunks:
+            return
+        if self._is_snapshot(layer):
+            inputs, self._inputs = self._inputs, []
+            self._writer.start(lambda: self._emit(save_snapshot(self._state_folder, layer, inputs)))
+        if is_finished:
+            if self._worker.leave() != self._assignment.finished[layer]:
+                raise other_weights(self._job, layer)
+            self._emit(LayerForwarded(layer))
+
+    def _is_snapshot(self, layer: int) -> bool:
+        return layer > self._assignment.schedule.first and layer % self._job.settings.snapshot_every == 0
+
+    def _chunk(self, index: int) -> Tensor:
+        chunk = self._chunks[index]
+        assert chunk is not None, f"chunk {index} has not come"
+        return chunk
+
+    @property
+    def _state_folder(self) -> Path:
+        return self._job.settings.output / STATE_FOLDER
+
+
+class _Background(Generic[T]):
+    """Does one thing at a time behind the worker's back. An error in it comes out at the next call."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1)
+        self._pending: Future[T] | None = None
+        self._closed = False
+
+    def start(self, job: Callable[[], T]) -> None:
+        """Waits until what was begun before is done, and begins something else."""
+        if self._pending is not None:
+            self.wait()
+        self._pending = self._pool.submit(job)
+
+    def wait(self) -> T:
+        """The result of what was begun."""
+        assert self._pending is not None, "nothing was begun"
+        pending, self._pending = self._pending, None
+        return pending.result()
+
+    def check(self) -> None:
+        """Raises the error of what was begun, if it has failed by now."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
+
+    def check_open(self) -> None:
+        """For long tasks: raises RingBroken if nobody waits for the result any more."""
+        if self._closed:
+            raise RingBroken
+
+    def close(self, *, raising: bool = False) -> None:
+        """Waits for the end of what was begun."""
+        self._closed = True
+        self._pool.shutdown(wait=True)
+        if raising and self._pending is not None:
+            self.wait()
+
+
+@contextmanager
+def _status_told(job: Job, emit: Emit) -> Iterator[None]:
+    """Emits a WorkerStatus every few seconds."""
+    over = threading.Event()
+
+    def tell() -> None:
+        emit(worker_status(job.device))
+        while not over.wait(_STATUS_EVERY_S):
+            emit(worker_status(job.device))
+
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
