@@ -15,9 +15,12 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from ring_messages import EPOCH, ring
 
 from awqdist.cli.report import render_report, write_report
 from awqdist.cli.tables import mapping_rows, show_layers, skipped_rows, summary_table, worst_linears
+from awqdist.run.event_log import EVENTS_FILE
+from awqdist.run.events import Message, WorkerLost, WorkerStarted
 from awqdist.run.records import LayerRecord, LinearRecord, MappingRecord, RunSummary, SiteRecord, SkippedMapping
 
 NAN = float("nan")
@@ -51,6 +54,7 @@ def run_summary(num_layers: int = 8, *, num_experts: int = 0, **changes: Any) ->
         recipe="bits: 4\n",
         num_calibration_samples=16,
         sequence_length=256,
+        num_workers=1,
         layers=layers,
         seconds={"start": 1.0, "embed": 0.5, "merge": 0.5, "total": 8.5 * num_layers + 2},
         source_bytes=4 * 2**20,
@@ -139,6 +143,13 @@ def test_the_time_chart_sets_the_floor_against_all_stages_and_the_clock() -> Non
     assert clock == pytest.approx(summary.seconds["total"])
 
 
+def test_the_floor_is_shared_by_all_workers() -> None:
+    """Two layers of 4 s each that cannot be done without, on 4 workers."""
+    summary = run_summary(2, num_workers=4)
+    bars = Page(render_report(summary)).charts["time-1"]["data"]
+    assert sum(bar["x"][0] or 0.0 for bar in bars) == pytest.approx(summary.floor_seconds) == pytest.approx(2.0)
+
+
 @pytest.mark.parametrize("value", [NAN, math.inf, -math.inf])
 def test_numbers_that_are_not_finite_leave_gaps_in_the_charts_and_break_nothing(value: float) -> None:
     summary = run_summary(3)
@@ -202,6 +213,43 @@ def test_the_report_of_eight_layers_is_written_in_half_a_second(tmp_path: Path) 
     assert time.perf_counter() - began < 0.5
     assert path == tmp_path / "report.html"
     assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_the_page_has_a_timeline_of_the_last_run_in_the_folder(tmp_path: Path) -> None:
+    """The earlier run had one worker and was killed; the last had four, each of which computed 88 s of 101 s."""
+    runs = [*ring(num_workers=1, begins=EPOCH - 1000)[:50], *ring()]
+    lines = [message.to_json() for message in runs]
+    (tmp_path / EVENTS_FILE).write_text("\n".join([*lines, lines[0][:30]]))
+    page = Page(write_report(run_summary(16), tmp_path).read_text())
+    forward = page.charts["timeline-0"]["data"][1]
+    assert sorted(set(forward["y"])) == [0, 1, 2, 3]
+    assert [layer for layer, _ in sorted(forward["customdata"])] == list(range(16))
+    assert "0 node-0 cuda:0 4 32.0 s 56.0 s 16.0 s 8.00 s 13.0 s 87.1 %" in page.text
+    assert set(page.charts) <= set(page.ids)
+
+
+def test_the_page_does_without_a_timeline_where_no_events_are(tmp_path: Path) -> None:
+    without = Page(write_report(run_summary(2), tmp_path).read_text())
+    (tmp_path / EVENTS_FILE).write_text("not JSON\n")
+    with_foreign_lines = Page(write_report(run_summary(2), tmp_path).read_text())
+    for page in (without, with_foreign_lines):
+        assert "timeline-0" not in page.charts
+        assert "Workers" not in page.text
+
+
+@pytest.mark.parametrize("hostile", ["</script><b>x</b>", "<img src=http://evil>"])
+def test_hostile_hosts_and_reasons_stay_text(hostile: str) -> None:
+    started, lost = WorkerStarted(hostile, hostile, (0,)), WorkerLost(hostile, 1, 3)
+    told = [*ring(num_workers=2), *(Message(event, 1, EPOCH + 9) for event in (started, lost))]
+    plain, page = Page(render_report(run_summary(2))), Page(render_report(run_summary(2), told))
+    assert [page.tags.count(tag) for tag in ("script", "b", "img")] == [plain.tags.count("script"), 4, 0]
+    assert hostile in page.text
+    assert hostile not in json.dumps(page.charts)
+
+
+def test_the_page_of_a_large_run_is_hardly_larger_for_its_timeline() -> None:
+    summary, told = run_summary(126), ring(num_workers=16, num_layers=126, num_chunks=64)
+    assert len(render_report(summary, told)) - len(render_report(summary)) < 60_000
 
 
 def test_the_table_tells_mappings_worst_linears_reasons_time_and_bytes() -> None:

@@ -2,54 +2,39 @@
 
 It is read months later, without a network: plotly's JavaScript stands inside it, and a content security policy forbids every load.
 
-Charts are plain dictionaries as `Plotly.newPlot` takes them; plotly's Python classes would cost seconds of import. What all charts
-share, and the words around them, stand in `report.html.j2`. Colors are CSS variables that the page resolves, for light and dark.
+The words of the page, and what all its charts share, stand in `report.html.j2`; the charts are made in `charts.py` and `timeline.py`.
 
 Names come from checkpoints, so they are hostile until escaped: text by jinja's autoescape, JSON by `_script_json`, chart labels by
-`html.escape`."""
+`html.escape`.
+"""
 
 from __future__ import annotations
 
-import html
 import math
-import textwrap
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
-from statistics import fmean, median
 from typing import Any
 
 from awqdist.cli import tables
+from awqdist.cli.charts import charts_of
 from awqdist.cli.progress import strict_json
-from awqdist.run.records import STAGES, RunSummary, SiteRecord
-
-FLOOR_STAGES = "read", "forward", "write"
-STACKED_STAGES = (*FLOOR_STAGES, *(stage for stage in STAGES if stage not in FLOOR_STAGES))
-
-Item = tuple[str, int, Any]  # label, layer, record
-Combine = Callable[[Any], float]
-Series = dict[str, list[float | None]]  # by label; one value per layer of the run
+from awqdist.cli.timeline import COLUMNS, lane_rows, timeline_chart
+from awqdist.run.event_log import EVENTS_FILE, last_run, read_events
+from awqdist.run.events import Message
+from awqdist.run.records import RunSummary
+from awqdist.run.timeline import timeline
 
 
-@dataclass(frozen=True, slots=True)
-class Chart:
-    """One drawing: `data` and `layout` go to Plotly.newPlot."""
-
-    data: list[dict[str, Any]]
-    layout: dict[str, Any]
-    title: str = ""
-    height: int = 340
-
-
-def render_report(summary: RunSummary) -> str:
-    """The page as text."""
+def render_report(summary: RunSummary, messages: Sequence[Message] = ()) -> str:
+    """The page as text. messages: of the run that ended it; without them the page has no timeline."""
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
     from plotly.offline import get_plotlyjs
 
-    charts = _charts(summary)
+    times = timeline(messages)
+    charts = {**charts_of(summary), **({"timeline": [timeline_chart(times)]} if times.lanes else {})}
     drawn = {
         f"{key}-{number}": {"data": chart.data, "layout": chart.layout}
         for key, group in charts.items()
@@ -64,6 +49,9 @@ def render_report(summary: RunSummary) -> str:
         tiles=_tiles(summary),
         facts=_facts(summary),
         charts=charts,
+        timeline=times,
+        lanes=lane_rows(times),
+        lane_columns=COLUMNS,
         mappings=tables.mapping_rows(summary),
         mappings_by_layer=tables.mapping_rows(summary, by_layer=True),
         worst=tables.worst_linears(summary, 20),
@@ -76,10 +64,11 @@ def render_report(summary: RunSummary) -> str:
 
 
 def write_report(summary: RunSummary, folder: Path) -> Path:
-    """Write `report.html` into an existing folder, whole or not at all."""
+    """Write `report.html` into the run's output folder, whole or not at all, with a timeline if events.jsonl lies there."""
     unfinished = folder / "report.html.tmp"
     try:
-        unfinished.write_text(render_report(summary), encoding="utf-8")
+        messages = last_run(read_events(folder / EVENTS_FILE))
+        unfinished.write_text(render_report(summary, messages), encoding="utf-8")
         return unfinished.replace(folder / "report.html")
     except OSError:
         unfinished.unlink(missing_ok=True)
@@ -122,129 +111,3 @@ def _facts(summary: RunSummary) -> dict[str, str]:
         "Dead inputs": f"{sum(x.num_dead_inputs for x in linears):,} channels were always zero",
         "Function kept": f"smoothing changed a layer's output by {tables.show_number(change)} at most (layer {layer})",
     }
-
-
-def _charts(summary: RunSummary) -> dict[str, list[Chart]]:
-    """All charts by the section of the page that shows them."""
-    labels = tables.run_labels(summary)
-    layers = summary.layers
-    mappings = [(tables.mapping_label(mapping, labels), x.layer, mapping) for x in layers for mapping in x.mappings]
-    linears = [(labels[tables.pattern_of(linear.name)], x.layer, linear) for x in layers for linear in x.linears]
-    sites = [(_site_label(site, labels), x.layer, site) for x in layers for site in x.sites]
-
-    before = _series(summary, mappings, lambda mapping: mapping.error_before, math.fsum)
-    after = _series(summary, mappings, lambda mapping: mapping.error_after, math.fsum)
-    pairs = {label: {"unsmoothed": before[label], "smoothed": after[label]} for label in before}
-    ratios = _series(summary, mappings, lambda mapping: mapping.ratio, median)
-    identities = [
-        (record.layer, label)
-        for label in after
-        for record, ratio, error in zip(layers, ratios[label], after[label], strict=True)
-        if ratio is None and error is not None
-    ]
-    clipped = _series(summary, linears, lambda linear: linear.clipped_share, fmean)
-    counts = [("tokens", layer, site) for _, layer, site in sites]
-    spread: dict[str, Combine] = {"fewest": min, "median": median, "most": max}
-    tokens = {name: _series(summary, counts, lambda x: x.num_tokens, how) for name, how in spread.items()}
-    return {
-        "errors": [_lines(summary, pair, title=label, height=270) for label, pair in pairs.items()],
-        "ratios": [_heat_map(summary, ratios, 1.0, identities)],
-        "written": [_lines(summary, _series(summary, linears, lambda linear: linear.relative_error, max))],
-        "clipped": [_heat_map(summary, clipped, max((x for row in clipped.values() for x in row if x), default=1.0))],
-        "outliers": [_lines(summary, _series(summary, sites, lambda site: site.max_over_median, max))],
-        "time": [_time_by_layer(summary), _time_in_all(summary)],
-        "tokens": [_lines(summary, {name: found.get("tokens", []) for name, found in tokens.items()})],
-    }
-
-
-def _site_label(site: SiteRecord, labels: dict[str, str]) -> str:
-    patterns = map(tables.pattern_of, site.linears)
-    return ", ".join(dict.fromkeys(labels.get(pattern, pattern) for pattern in patterns))
-
-
-def _series(summary: RunSummary, items: list[Item], value: Callable[[Any], float | None], combine: Combine) -> Series:
-    """One value for each label and layer, combined where they share both (experts); what is missing is a gap."""
-    groups: dict[str, dict[int, list[float]]] = {}
-    for label, layer, record in items:
-        found = value(record)
-        values = groups.setdefault(label, {}).setdefault(layer, [])
-        values += [found] if found is not None and math.isfinite(found) else []
-    return {
-        label: [float(f"{combine(at[x.layer]):.5g}") if at.get(x.layer) else None for x in summary.layers]
-        for label, at in groups.items()
-    }
-
-
-def _plot_text(label: str) -> str:
-    """Short lines, and no markup but their breaks."""
-    return "<br>".join(html.escape(line) for line in textwrap.wrap(label, 40, break_long_words=False))
-
-
-def _lines(summary: RunSummary, series: Series, *, title: str = "", height: int = 360) -> Chart:
-    """One line per label over the layers, on a logarithmic axis."""
-    layers = [record.layer for record in summary.layers]
-    data = [
-        {
-            "name": _plot_text(label),
-            "x": layers,
-            "y": [value if value and value > 0 else None for value in values],
-            "line": {"color": f"var(--series-{number % 8 + 1})", "dash": ("solid", "dot", "dash")[number // 8 % 3]},
-            "marker": {"size": 5 if len(layers) <= 40 else 3},
-        }
-        for number, (label, values) in enumerate(series.items())
-    ]
-    layout = {"xaxis": _layer_axis(summary), "yaxis": {"type": "log"}, "hovermode": "x unified"}
-    return Chart(data, layout, title, height)
-
-
-def _heat_map(summary: RunSummary, series: Series, top: float, marked: Sequence[tuple[int, str]] = ()) -> Chart:
-    """One row per label, colored from 0 to `top`; each (layer, label) of `marked` gets a cross."""
-    layers, labels = [record.layer for record in summary.layers], [_plot_text(label) for label in series]
-    cells = {"type": "heatmap", "x": layers, "y": labels, "z": list(series.values()), "zmax": top}
-    crosses = {
-        "mode": "markers",
-        "x": [layer for layer, _ in marked],
-        "y": [_plot_text(label) for _, label in marked],
-        "marker": {"symbol": "x-thin", "size": 6, "line": {"width": 1.5, "color": "var(--muted)"}},
-        "hovertemplate": "layer %{x}<br>%{y}<br>identity<extra></extra>",
-        "showlegend": False,
-    }
-    layout = {"xaxis": _layer_axis(summary), "yaxis": {"autorange": "reversed", "type": "category"}}
-    return Chart(
-        [cells, crosses],
-        layout,
-        height=110 + len(labels) * max(32, *(18 + 16 * label.count("<br>") for label in labels), 0),
-    )
-
-
-def _layer_axis(summary: RunSummary) -> dict[str, Any]:
-    layers = [record.layer for record in summary.layers] or [0]
-    step = next((step for step in (1, 2, 5, 10, 20) if len(layers) <= 16 * step), 50)
-    return {"title": {"text": "layer"}, "range": [min(layers) - 0.5, max(layers) + 0.5], "dtick": step, "tick0": 0}
-
-
-def _time_by_layer(summary: RunSummary) -> Chart:
-    """Stages stacked, those of the floor at the bottom."""
-    layers = [record.layer for record in summary.layers]
-    data = [_bar(stage, x=layers, y=[x.seconds.get(stage, 0.0) for x in summary.layers]) for stage in STACKED_STAGES]
-    layout = {"barmode": "stack", "xaxis": _layer_axis(summary), "yaxis": {"ticksuffix": " s"}, "bargap": 0.15}
-    return Chart(data, layout, "By layer")
-
-
-def _time_in_all(summary: RunSummary) -> Chart:
-    """The floor against all stages, and against the clock: several workers are faster than the sum of their stages."""
-    rows = ["floor", "all stages", "clock"]
-    in_layers = {stage: math.fsum(x.seconds.get(stage, 0.0) for x in summary.layers) for stage in STAGES}
-    around = {stage: value for stage, value in summary.seconds.items() if stage != "total"}
-    data = []
-    for stage in dict.fromkeys([*STACKED_STAGES, *around]):
-        spent = in_layers.get(stage, 0.0) + around.get(stage, 0.0)
-        floor = in_layers[stage] if stage in FLOOR_STAGES else None
-        data.append(_bar(stage, y=rows, x=[floor, spent, None], orientation="h"))
-    data.append(_bar("total", y=rows, x=[None, None, summary.seconds.get("total")], orientation="h", showlegend=False))
-    layout = {"barmode": "stack", "xaxis": {"ticksuffix": " s"}, "yaxis": {"autorange": "reversed"}}
-    return Chart(data, layout, "The whole run", 250)
-
-
-def _bar(stage: str, **trace: Any) -> dict[str, Any]:
-    return {"type": "bar", "name": _plot_text(stage), "marker": {"color": f"var(--stage-{stage})"}, **trace}

@@ -1,0 +1,131 @@
+"""`awqdist watch`: shows a run from the messages that it writes into its output folder, on any machine that sees the folder.
+
+It reads one file and touches nothing, so it may begin before the run, end at any time, and be there many times over. A run that is killed
+does not say so: what can be seen is that nothing was written for long, and that is what is said.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from awqdist.cli.display import LONG_SILENCE_S, display, silence
+from awqdist.cli.progress import Kind, renderer, resolve, strict_json
+from awqdist.cli.run_state import RunState, WorkerState
+from awqdist.errors import OutputError
+from awqdist.run.event_log import EVENTS_FILE, follow_events, last_run, read_events
+from awqdist.run.events import Message, RunFinished
+
+POLL_S = 0.5
+
+
+def show_now(output: Path, kind: Kind = "auto") -> None:
+    """The present state of the last run in `output`, on stdout: the live display once, or with "json" an object."""
+    state = RunState()
+    for message in last_run(read_events(output / EVENTS_FILE)):
+        state.observe(message)
+    if state.started is None:
+        raise OutputError(f"{output / EVENTS_FILE} tells of no run; name the output folder of a run that has begun")
+    now = max(state.time, time.time())
+    if kind == "json":
+        print(strict_json(_state_json(state, now)))
+        return
+    from rich.console import Console
+
+    console = Console(highlight=False, color_system=None if kind == "plain" else "auto")
+    console.print(display(state, now, console.width))
+
+
+def follow(output: Path, kind: Kind = "auto") -> None:
+    """Shows the last run in `output`, or the next, until it has finished. SIGINT and SIGTERM end the watching, not the run."""
+    signals: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: signals.append(number))
+    kind, clock, silent = resolve(kind), _RunClock(), _Silence()
+    if not (output / EVENTS_FILE).exists():
+        _say(f"waiting for a run to begin: there is no {output / EVENTS_FILE} yet")
+    with renderer(kind, clock.now) as listen:
+        for message in follow_events(output / EVENTS_FILE, POLL_S, lambda: bool(signals)):
+            if message is None:
+                clock.is_live = True
+                if kind != "rich" and silent.is_to_be_told(clock.silent_seconds()):  # the live display tells by itself
+                    _say(silence(clock.silent_seconds()))
+                continue
+            clock.hear(message)
+            listen(message)
+            if isinstance(message.event, RunFinished):
+                return
+    _say("no longer watching; the run itself goes on")
+    raise SystemExit(128 + signals[0])
+
+
+def _say(line: str) -> None:
+    print(f"awqdist: {line}", file=sys.stderr, flush=True)
+
+
+@dataclass(slots=True)
+class _RunClock:
+    """The present by the clock of the run. That of the machine that watches may differ, which shows when a message arrives."""
+
+    is_live: bool = False  # what was written before the watching began has been heard
+    newest: float | None = None
+    offset_s: float = 0.0
+
+    def hear(self, message: Message) -> None:
+        self.newest = message.time
+        if self.is_live:
+            self.offset_s = message.time - time.time()
+
+    def now(self) -> float:
+        return time.time() + self.offset_s
+
+    def silent_seconds(self) -> float:
+        return 0.0 if self.newest is None else self.now() - self.newest
+
+
+@dataclass(slots=True)
+class _Silence:
+    """When to speak of a silence: after a minute, then each time that it has doubled."""
+
+    next_s: float = LONG_SILENCE_S
+
+    def is_to_be_told(self, seconds: float) -> bool:
+        if seconds < LONG_SILENCE_S:
+            self.next_s = LONG_SILENCE_S
+        if seconds <= self.next_s:
+            return False
+        self.next_s = 2 * seconds
+        return True
+
+
+def _state_json(state: RunState, now: float) -> dict[str, Any]:
+    assert state.started is not None
+    return {
+        **asdict(state.started),
+        "num_done": state.num_done,
+        "finished": state.finished is not None,
+        "restarts": 0 if state.lost is None else state.lost.restart,
+        "elapsed_seconds": state.elapsed_seconds(now),
+        "remaining_seconds": state.remaining_seconds(now),
+        "silent_seconds": state.silent_seconds(now),
+        "workers": [_worker_json(worker) for worker in state.by_number()],
+    }
+
+
+def _worker_json(worker: WorkerState) -> dict[str, Any]:
+    return {
+        "worker": worker.number,
+        "host": worker.host,
+        "device": worker.device,
+        "stage": worker.stage,
+        "layer": worker.layer,
+        "chunk": worker.chunk,
+        "num_chunks": worker.num_chunks,
+        "background": worker.background,
+        "tokens_per_second": worker.tokens_per_second,
+        **({} if worker.status is None else asdict(worker.status)),
+    }
