@@ -35,6 +35,7 @@ OPTIONS = {
         "--overwrite": False,
         "--report": True,
     },
+    "watch": {"OUTPUT": None, "--progress": "auto", "--once": False},
     "plan": {
         "MODEL": None,
         "--recipe": "default",

@@ -92,6 +92,18 @@ def quantize(
     quantize_and_report(settings, recipe, calibration, progress=progress.value, report=report)
 
 
+@app.command(epilog="Example: awqdist watch ./llama-w4")
+def watch(
+    output: Annotated[Path, typer.Argument(help="The output folder of a run, on this or another machine.")],
+    progress: Annotated[Progress, typer.Option(help="How to show progress.")] = Progress.auto,
+    once: Annotated[bool, typer.Option("--once", help="Show the present state and end.")] = False,
+) -> None:
+    """Shows a run that goes on elsewhere, until it has finished. Ending this does not end the run."""
+    from awqdist.cli.watch import follow, show_now
+
+    (show_now if once else follow)(output, progress.value)
+
+
 @app.command(epilog="Example: awqdist plan meta-llama/Llama-3.1-8B --num-samples 256")
 def plan(
     model: Model,
