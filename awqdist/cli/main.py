@@ -10,12 +10,13 @@ import gc
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from awqdist.cli import options
+from awqdist.cli.options import Backend, OutputFormat, Progress
 from awqdist.errors import AwqdistError
 
 DEFAULT_CALIBRATION = "mit-han-lab/pile-val-backup::validation"
@@ -30,18 +31,6 @@ app = typer.Typer(
 )
 
 
-class Progress(StrEnum):
-    auto = "auto"
-    rich = "rich"
-    plain = "plain"
-    json = "json"
-
-
-class OutputFormat(StrEnum):
-    compressed_tensors = "compressed-tensors"
-    autoawq = "autoawq"
-
-
 Model = Annotated[str, typer.Argument(help="Folder of a transformers checkpoint, or a Hugging Face hub id.")]
 RecipeOption = Annotated[
     str, typer.Option(help="Preset name (default, awq) or YAML file, as llm-compressor writes it.")
@@ -51,6 +40,7 @@ SeqLen = Annotated[int, typer.Option(min=8, help="Tokens per calibration sample.
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Format = Annotated[OutputFormat, typer.Option(help="Layout of the quantized checkpoint.")]
 ChunkTokens = Annotated[int, typer.Option(min=1, help="Tokens that go through a layer at once.")]
+LayersPerBlock = Annotated[int, typer.Option(min=1, help="Consecutive layers that one worker does.")]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 
 
@@ -72,10 +62,24 @@ def quantize(
     snapshot_every: Annotated[int, typer.Option(min=1, help="Layers between snapshots of the activations.")] = 8,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that OUTPUT holds.")] = False,
     report: Annotated[bool, typer.Option("--report/--no-report", help="Write OUTPUT/report.html.")] = True,
+    backend: Annotated[
+        Backend, typer.Option(help="Where workers run. auto: torchrun under its launcher, else local.")
+    ] = Backend.auto,
+    num_workers: Annotated[
+        int | None, typer.Option(min=1, help="Ray: workers; one per GPU, or per node without any.")
+    ] = None,
+    ray_address: Annotated[
+        str | None, typer.Option(help="Ray: address of the cluster; this machine's own if not given.")
+    ] = None,
+    max_restarts: Annotated[int, typer.Option(min=0, help="Ray: how many lost workers are replaced.")] = 3,
+    layers_per_block: LayersPerBlock = 1,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads of a worker. On a CPU, bytes depend on it.")
+    ] = None,
 ) -> None:
     """Quantizes MODEL into OUTPUT. Killed or interrupted, the same command goes on where it stopped."""
     from awqdist.cli.commands import quantize_and_report
-    from awqdist.recipe.settings import RunSettings
+    from awqdist.recipe.settings import Placement, RunSettings
 
     settings = RunSettings(
         model=Path(model),
@@ -87,9 +91,12 @@ def quantize(
         seed=seed,
         chunk_tokens=chunk_tokens,
         snapshot_every=snapshot_every,
+        layers_per_block=layers_per_block,
+        threads=threads,
         overwrite=overwrite,
     )
-    quantize_and_report(settings, recipe, calibration, progress=progress.value, report=report)
+    placement = Placement(backend.value, num_workers, ray_address, max_restarts)
+    quantize_and_report(settings, recipe, calibration, placement, progress=progress.value, report=report)
 
 
 @app.command(epilog="Example: awqdist watch ./llama-w4")
@@ -113,10 +120,20 @@ def plan(
     device: Device = "auto",
     format: Format = OutputFormat.compressed_tensors,
     chunk_tokens: ChunkTokens = 2048,
+    workers: options.Workers = 1,
+    layers_per_block: LayersPerBlock = 1,
+    simulate: options.Simulate = False,
+    times_from: options.TimesFrom = None,
+    chunk_seconds: options.ChunkSeconds = None,
+    search_seconds: options.SearchSeconds = None,
+    read_seconds: options.ReadSeconds = None,
+    write_seconds: options.WriteSeconds = None,
+    transfer_seconds: options.TransferSeconds = None,
     as_json: Json = False,
 ) -> None:
-    """Shows what a run would read, hold and write, and what it would leave out. Reads no tensors."""
+    """Shows what a run would read, hold and write, what it would leave out, and how long it would take. Reads no tensors."""
     from awqdist.cli.commands import show_plan
+    from awqdist.cli.simulation import SimulationOptions
     from awqdist.recipe.settings import RunSettings
 
     settings = RunSettings(
@@ -127,8 +144,10 @@ def plan(
         num_samples=num_samples,
         sequence_length=seq_len,
         chunk_tokens=chunk_tokens,
+        layers_per_block=layers_per_block,
     )
-    show_plan(settings, recipe, as_json=as_json)
+    seconds = (chunk_seconds, search_seconds, read_seconds, write_seconds, transfer_seconds)
+    show_plan(settings, recipe, SimulationOptions(workers, simulate, times_from, *seconds), as_json=as_json)
 
 
 @app.command(epilog="Example: awqdist mappings ./my-model --recipe awq")

@@ -10,6 +10,7 @@ from awqdist.recipe import WeightScheme
 from awqdist.run.device import compute_dtype
 from awqdist.run.job import Job
 from awqdist.run.plan import LayerTask
+from awqdist.run.schedule import Schedule
 
 _PROCESS_BYTES = 450_000_000  # Python, torch and transformers themselves, resident
 
@@ -34,9 +35,22 @@ class Estimate:
     peak_device_bytes: int
     peak_host_bytes: int
     activation_bytes: int  # boundary chunks, in host memory
+    embedding_bytes: int  # read by every worker
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerEstimate:
+    """One of several workers. held_bytes: the peak of its layers, host and device together, while it works on one of them, reads the
+    next one and writes the one before."""
+
+    worker: int
+    layers: tuple[int, ...]
+    read_bytes: int
+    written_bytes: int
+    held_bytes: int
 
 
 def estimate(job: Job) -> Estimate:
@@ -63,7 +77,29 @@ def estimate(job: Job) -> Estimate:
         peak_device_bytes=max(peak_layer, embedding_bytes) if on_device else 0,
         peak_host_bytes=_PROCESS_BYTES + activations + max(host_work, embedding_bytes, largest_outside),
         activation_bytes=activations,
+        embedding_bytes=embedding,
     )
+
+
+def deal(expected: Estimate, schedule: Schedule) -> tuple[WorkerEstimate, ...]:
+    """What each worker does of a run: its layers, and the embeddings. The rest of the source is copied by the leader."""
+    by_layer = {layer.layer: layer for layer in expected.layers}
+
+    def worker(number: int) -> WorkerEstimate:
+        own = [by_layer[layer] for layer in schedule.layers_of(number)]
+        held = [layer.device_bytes for layer in own]
+        for i in range(1, len(own)):
+            held[i - 1] += own[i].read_bytes
+            held[i] += own[i - 1].written_bytes
+        return WorkerEstimate(
+            worker=number,
+            layers=tuple(layer.layer for layer in own),
+            read_bytes=sum(layer.read_bytes for layer in own) + (expected.embedding_bytes if own else 0),
+            written_bytes=sum(layer.written_bytes for layer in own),
+            held_bytes=max(held, default=0),
+        )
+
+    return tuple(worker(number) for number in range(schedule.num_workers))
 
 
 def packed_bytes(shape: tuple[int, int], scheme: WeightScheme, scale_bytes: int) -> int:
