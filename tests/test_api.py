@@ -253,7 +253,12 @@ def test_errors_come_as_one_class(tiny: Tiny, tmp_path: Path) -> None:
 def test_every_event_reaches_the_listener(tiny: Tiny, tmp_path: Path) -> None:
     events: list[str] = []
     settings = RunSettings(tiny.model, tmp_path / "output", num_samples=8, sequence_length=32, device="cpu")
-    quantize(load_recipe(tiny.recipe), settings, tiny.text, emit=lambda event: events.append(type(event).__name__))
+    quantize(
+        load_recipe(tiny.recipe),
+        settings,
+        tiny.text,
+        listen=lambda message: events.append(type(message.event).__name__),
+    )
     assert events[0] == "RunStarted"
     assert events[-1] == "RunFinished"
     assert events.count("LayerFinished") == NUM_LAYERS

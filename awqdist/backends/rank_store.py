@@ -12,7 +12,7 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 from torch import distributed
-from torch.distributed import PrefixStore, Store, rendezvous
+from torch.distributed import PrefixStore, rendezvous
 
 from awqdist.backends.room import launcher_value
 from awqdist.errors import AwqdistError
@@ -26,7 +26,9 @@ T = TypeVar("T")
 class RankStore:
     """The store as one rank sees it. Raises AwqdistError where the leader is gone."""
 
-    def __init__(self, store: Store, rank: int, num_ranks: int) -> None:
+    def __init__(
+        self, store: Any, rank: int, num_ranks: int
+    ) -> None:  # a Store; its stubs know neither bytes nor queues
         self.store, self.rank, self.num_ranks = store, rank, num_ranks
         self._num_shared = 0
 
@@ -68,7 +70,7 @@ class RankStore:
         try:
             while not self.store.check([key]):
                 time.sleep(_POLL_S)
-            return self.store.get(key)
+            return bytes(self.store.get(key))
         except distributed.DistError as error:
             raise AwqdistError(f"the launcher's store is gone: {error}; the same command resumes") from None
 

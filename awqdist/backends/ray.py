@@ -1,4 +1,4 @@
-"""The Ray backend: one worker in every actor of a placement group, on one machine or on a cluster. Ray is imported in this file only.
+"""The Ray backend: one worker in every actor of a placement group, on one machine or on a cluster. Ray is imported here and in `ray_crew`.
 
 Actors hand chunks to each other as object references, two at a time, and copy them into private memory as they come, so that the object
 store holds no more than those on their way, however long a worker is busy. The driver deals the layers and listens. When an actor dies the
@@ -8,35 +8,25 @@ others finish what they are searching; it is replaced, wherever there is room, a
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import replace
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
-import numpy as np
 import ray
-import torch
-from ray.exceptions import RayActorError, RayTaskError
-from ray.util.metrics import Counter, Gauge
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.exceptions import RayActorError
 from torch import Tensor
 
-from awqdist.backends.remote_worker import Introduction, Order, RemoteWorker, agreed, with_device
-from awqdist.backends.room import Room, room_for_workers
+from awqdist.backends.ray_crew import Crew, get, joined_cluster
+from awqdist.backends.remote_worker import with_device
 from awqdist.errors import AwqdistError
-from awqdist.model.registry import registered_mappings
 from awqdist.recipe.settings import Placement
-from awqdist.run.events import ChunkForwarded, Event, LayerFinished, Listen, Message, Warned, WorkerLost, WorkerStatus
-from awqdist.run.job import Job, with_threads
+from awqdist.run.events import Listen, Message, Warned, WorkerLost
+from awqdist.run.job import Job
 from awqdist.run.lead import Lead
 from awqdist.run.output import check_free
 from awqdist.run.records import RunSummary
 from awqdist.run.ring import Assignment
-from awqdist.run.shared_folder import check_answers, offer_token, remove_token
 
-_START_S = 120.0  # for the cluster to place the workers
-_REPLACE_S = 60.0  # for a lost worker to find a new place; after that the run goes on without it
 _POLL_S = 0.5
 _FAREWELL_S = 7.0  # for workers to finish writing when the run is interrupted
 
@@ -48,167 +38,48 @@ def run_ray(job: Job, samples: Tensor, placement: Placement, listen: Listen) -> 
     """
     check_free(job.settings.output)
     with (
-        _connected(placement),
-        _Crew(job, samples, placement) as crew,
+        joined_cluster(placement.ray_address),
+        Crew(job, samples, placement) as crew,
         Lead(with_device(job, crew.device), samples, listen, crew.fingerprint) as lead,
     ):
         lead.begin("ray", len(crew.actors))
-        crew.run(lead)
+        _run(crew, lead, placement.max_restarts)
         return lead.finish()
 
 
-class RayWorker(RemoteWorker):
-    """What an actor is. Chunks travel as bytes: NumPy has no bfloat16, and arrays are shared without a copy."""
-
-    def __init__(self, number: int, order: Order, samples: Tensor) -> None:
-        super().__init__(number, order, samples)
-        tags = {"worker": str(number)}
-        self._tokens = Counter("awqdist_forwarded_tokens", "Calibration tokens taken through layers", ("worker",))
-        self._layers = Counter("awqdist_finished_layers", "Layers searched and written", ("worker",))
-        self._memory = Gauge("awqdist_memory_bytes", "Resident memory of the worker", ("worker",))
-        for metric in (self._tokens, self._layers, self._memory):
-            metric.set_default_tags(tags)
-
-    def work(self, attempt: int, assignment: Assignment, peer: Any) -> bool:
-        def deliver(layer: int, chunk: int, hidden: Tensor) -> None:
-            data = hidden.contiguous().view(torch.uint8).numpy()
-            ray.get(peer.deliver.options(concurrency_group="chunks").remote(attempt, layer, chunk, data))
-
-        return self.work_and_deliver(attempt, assignment, deliver)
-
-    def deliver(self, attempt: int, layer: int, chunk: int, data: np.ndarray[Any, Any]) -> None:
-        """data: (B, L, H · bytes per value) uint8, in the object store; copied out of it."""
-        self.put(attempt, layer, chunk, torch.from_numpy(data.copy()).view(self._job.skeleton.dtype))
-
-    def emit(self, event: Event) -> None:
-        super().emit(event)
-        match event:
-            case ChunkForwarded():
-                self._tokens.inc(event.num_tokens)
-            case LayerFinished():
-                self._layers.inc()
-            case WorkerStatus():
-                self._memory.set(event.memory_bytes)
-            case _:
-                pass
-
-
-class _Crew:
-    """The actors of a run by their numbers, in their placement group."""
-
-    def __init__(self, job: Job, samples: Tensor, placement: Placement) -> None:
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        self._room = room_for_workers(nodes, placement.num_workers, job.settings.device)
-        self._max_restarts, self._num_restarts = placement.max_restarts, 0
-        self._order = _order(job, self._room)
-        self._samples = ray.put(samples)
-        bundles = [self._room.bundle] * self._room.num_workers
-        self._group: PlacementGroup = placement_group(bundles, strategy="PACK", name="awqdist")
-        self.actors: dict[int, Any] = {}
-        self.fingerprint: dict[str, str] = {}
-        self.device = ""
-
-    def __enter__(self) -> _Crew:
-        count = self._room.num_workers
+def _run(crew: Crew, lead: Lead, max_restarts: int) -> None:
+    """Attempts the layers that are left until none is."""
+    attempt = num_restarts = 0
+    while assignments := lead.assignments(len(crew.actors)):
+        attempt += 1
+        trial = _Attempt(crew.actors, attempt, lead)
         try:
-            if not self._group.wait(_START_S):
-                raise AwqdistError(
-                    f"the Ray cluster has no room for {count} workers of {self._room.bundle} each; it has {ray.available_resources()}"
-                    " free: use fewer --num-workers, or wait for what else runs there"
-                )
-            self.actors = {number: self._new_actor(number) for number in range(count)}
-            introductions = self._introduced(self.actors, _START_S)
-            if len(introductions) < count:
-                raise AwqdistError(
-                    f"only {len(introductions)} of {count} workers came up in {_START_S:.0f} s; see Ray's logs"
-                )
-            self.fingerprint, self.device = agreed(list(introductions.values())), introductions[0].device
-        except BaseException:
-            self._dismiss()
+            lost = trial.carry_out(assignments)
+        except AwqdistError:
+            trial.wind_up(None)  # what the other workers are searching is worth waiting for
             raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._dismiss()
-
-    def run(self, lead: Lead) -> None:
-        """Attempts the layers that are left until none is. Raises AwqdistError."""
-        attempt = 0
-        while assignments := lead.assignments(len(self.actors)):
-            attempt += 1
-            trial = _Attempt(self.actors, attempt, lead)
-            try:
-                lost = trial.carry_out(assignments)
-            except AwqdistError:
-                trial.wind_up(None)  # what the other workers are searching is worth waiting for
-                raise
-            except BaseException:
-                trial.wind_up(_FAREWELL_S)
-                raise
-            self._replace(lost, lead)
-
-    def _replace(self, lost: dict[int, str], lead: Lead) -> None:
-        """New actors in the places of those that died; without those that find no place in time."""
+        except BaseException:
+            trial.wind_up(_FAREWELL_S)
+            raise
         for number, reason in lost.items():
-            self._num_restarts += 1
-            if self._num_restarts > self._max_restarts:
+            num_restarts += 1
+            if num_restarts > max_restarts:
                 raise AwqdistError(
-                    f"worker {number} was lost ({reason}), and the {self._max_restarts} restarts of --max-restarts are used up;"
+                    f"worker {number} was lost ({reason}), and the {max_restarts} restarts of --max-restarts are used up;"
                     " finished layers are kept, the same command resumes"
                 )
-            lead.tell(WorkerLost(reason, self._num_restarts, self._max_restarts), number)
-            ray.kill(self.actors.pop(number))  # it may only be out of reach
-        fresh = {number: self._new_actor(number) for number in lost}
-        present = self._introduced(fresh, _REPLACE_S)
-        for number, actor in fresh.items():
-            if number in present:
-                self.actors[number] = actor
-            else:
-                ray.kill(actor)
-                lead.tell(
-                    Warned(f"worker {number} found no new place in {_REPLACE_S:.0f} s; the run goes on without it")
-                )
-        self.actors = dict(sorted(self.actors.items()))
-        if not self.actors:
+            lead.tell(WorkerLost(reason, num_restarts, max_restarts), number)
+            if not crew.replace(number):
+                lead.tell(Warned(f"worker {number} found no new place; the run goes on without it"))
+        if not crew.actors:
             raise AwqdistError("all workers were lost and none found a new place; the same command resumes")
-
-    def _new_actor(self, number: int) -> Any:
-        actor = ray.remote(
-            num_cpus=self._room.cpus,
-            num_gpus=int(self._room.on_gpu),
-            concurrency_groups={"chunks": 4, "messages": 1, "calls": 1},
-        )(RayWorker)
-        strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=number)
-        name = f"awqdist-{self._group.id.hex()[:8]}-worker-{number}.{self._num_restarts}"
-        return actor.options(name=name, scheduling_strategy=strategy).remote(number, self._order, self._samples)
-
-    def _introduced(self, actors: dict[int, Any], patience_s: float) -> dict[int, Introduction]:
-        """Who answered in time. Raises AwqdistError if one cannot work."""
-        output = self._order.settings.output
-        token = offer_token(output)
-        refs = {actor.introduce.remote(token): number for number, actor in actors.items()}
-        try:
-            ready, _ = ray.wait(list(refs), num_returns=len(refs), timeout=patience_s) if refs else ([], [])
-            answers = {}
-            for ref in ready:
-                with suppress(RayActorError):
-                    answers[refs[ref]] = _get(ref)
-            check_answers(output, token, list(answers))
-            return answers
-        finally:
-            remove_token(output, token)
-
-    def _dismiss(self) -> None:
-        for actor in self.actors.values():
-            ray.kill(actor)
-        remove_placement_group(self._group)
 
 
 class _Attempt:
     """All workers at work on one dealing of the layers, until they are done or one of them is lost."""
 
     def __init__(self, actors: dict[int, Any], attempt: int, lead: Lead) -> None:
-        self._actors, self._attempt, self._lead = actors, attempt, lead
+        self._actors, self._attempt, self._lead = dict(actors), attempt, lead
         self._works: dict[Any, int] = {}  # reference -> number of the worker
         self._polls: dict[Any, int] = {}
         self._lost: dict[int, str] = {}
@@ -241,30 +112,28 @@ class _Attempt:
             is_poll = ref in self._polls
             number = self._polls.pop(ref) if is_poll else self._works.pop(ref)
             try:
-                value = _get(ref)
+                value = get(ref)
             except RayActorError as error:
                 self._lose(number, error)
                 continue
-            for message in value if is_poll else ():
-                self._lead.observe(message)
             if is_poll:
+                self._observe(value)
                 self._poll(number)
 
-    def _poll(self, number: int) -> None:
-        poll = self._actors[number].messages.options(concurrency_group="messages").remote(_POLL_S)
+    def _poll(self, number: int, patience_s: float = _POLL_S) -> None:
+        poll = self._actors[number].messages.options(concurrency_group="messages").remote(patience_s)
         self._polls[poll] = number
 
     def _drain(self) -> None:
-        """Takes the last messages of the workers that live."""
+        """Takes the last messages of the workers that live: after those that are on their way."""
         for number in set(self._actors) - set(self._lost):
+            self._poll(number, 0.0)
+        for ref in self._polls:
             with suppress(RayActorError):
-                for ref in [r for r, n in self._polls.items() if n == number]:
-                    self._observe_all(_get(ref))
-                last = self._actors[number].messages.options(concurrency_group="messages").remote(0.0)
-                self._observe_all(_get(last))
+                self._observe(get(ref))
         self._polls = {}
 
-    def _observe_all(self, messages: Sequence[Message]) -> None:
+    def _observe(self, messages: Sequence[Message]) -> None:
         for message in messages:
             self._lead.observe(message)
 
@@ -280,50 +149,8 @@ class _Attempt:
                 actor.stop.options(concurrency_group="calls").remote(self._attempt)
 
 
-def _order(job: Job, room: Room) -> Order:
-    """The job for all workers: paths that hold from anywhere, and the number of threads settled."""
-    settings = replace(
-        with_threads(job.settings, room.threads),
-        device="cuda" if room.on_gpu else "cpu",
-        model=job.settings.model.resolve(),
-        output=job.settings.output.resolve(),
-    )
-    architecture = job.skeleton.architecture
-    config = job.skeleton.model.config.get_text_config(decoder=True)
-    return Order(job.recipe, settings, architecture, registered_mappings(architecture, config))
-
-
-def _get(ref: Any) -> Any:
-    """The value of a reference. What a worker refused comes out as it was raised there."""
-    try:
-        return ray.get(ref)
-    except RayTaskError as error:
-        if isinstance(error.cause, AwqdistError):
-            raise error.cause from None
-        raise
-
-
 def _reason(error: RayActorError) -> str:
     """Ray's explanation, in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    cause = next(
-        (line for line in lines if "exit" in line.lower() or "died" in line.lower() or "node" in line.lower()), lines[0]
-    )
-    return cause[:200]
-
-
-@contextmanager
-def _connected(placement: Placement) -> Iterator[None]:
-    """Within a Ray cluster: the one at the address, the one that this machine belongs to, or one of its own that ends with the run."""
-    joined = ray.is_initialized()
-    if not joined:
-        try:
-            ray.init(address=placement.ray_address, log_to_driver=False, logging_level="ERROR", include_dashboard=False)
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            where = placement.ray_address or "here"
-            raise AwqdistError(f"no Ray cluster can be joined at {where}: {str(error).splitlines()[0]}") from None
-    try:
-        yield
-    finally:
-        if not joined:
-            ray.shutdown()
+    telling = (line for line in lines if any(word in line.lower() for word in ("exit", "died", "node", "oom")))
+    return next(telling, lines[0])[:200]

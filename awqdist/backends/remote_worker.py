@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 
 from awqdist.backends.inbox import Inbox
+from awqdist.backends.room import Room
 from awqdist.errors import CheckpointError
-from awqdist.model.registry import register_mappings
+from awqdist.model.registry import register_mappings, registered_mappings
 from awqdist.recipe import MappingPattern, Recipe
 from awqdist.recipe.settings import RunSettings
 from awqdist.run.events import Event, Message
-from awqdist.run.job import Job, fingerprint, prepare
+from awqdist.run.job import Job, fingerprint, prepare, with_threads
 from awqdist.run.ring import Assignment, RingBroken, work
 from awqdist.run.shared_folder import answer_token
 
@@ -127,6 +128,19 @@ class _Outlet:
         except Exception as error:  # whatever it is: the neighbour will wait in vain, and so does the ring
             self._inbox.break_off(f"a chunk could not be delivered: {error}")
             raise
+
+
+def order_for(job: Job, room: Room) -> Order:
+    """The job for all workers: paths that hold from anywhere, and device and number of threads settled."""
+    settings = replace(
+        with_threads(job.settings, room.threads),
+        device="cuda" if room.on_gpu else "cpu",
+        model=job.settings.model.resolve(),
+        output=job.settings.output.resolve(),
+    )
+    architecture = job.skeleton.architecture
+    config = job.skeleton.model.config.get_text_config(decoder=True)
+    return Order(job.recipe, settings, architecture, registered_mappings(architecture, config))
 
 
 def agreed(introductions: list[Introduction]) -> dict[str, str]:

@@ -129,9 +129,7 @@ def _process_group(ranks: RankStore, device: torch.device) -> Iterator[None]:
     if os.environ.get("MASTER_ADDR") in ("127.0.0.1", "localhost") and sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     backend, store = "nccl" if device.type == "cuda" else "gloo", PrefixStore("group", ranks.store)
-    distributed.init_process_group(
-        backend, timeout=PATIENCE, store=store, world_size=ranks.num_ranks, rank=ranks.rank
-    )
+    distributed.init_process_group(backend, timeout=PATIENCE, store=store, world_size=ranks.num_ranks, rank=ranks.rank)
     yield
     distributed.destroy_process_group()
 

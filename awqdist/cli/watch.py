@@ -18,7 +18,7 @@ from awqdist.cli.progress import Kind, renderer, resolve, strict_json
 from awqdist.cli.run_state import RunState, WorkerState
 from awqdist.errors import OutputError
 from awqdist.run.event_log import EVENTS_FILE, follow_events, last_run, read_events
-from awqdist.run.events import Message, RunFinished
+from awqdist.run.events import Message, RunFailed, RunFinished
 
 POLL_S = 0.5
 
@@ -59,6 +59,9 @@ def follow(output: Path, kind: Kind = "auto") -> None:
             listen(message)
             if isinstance(message.event, RunFinished):
                 return
+            if isinstance(message.event, RunFailed) and clock.is_live:
+                _say(f"the run has ended: {message.event.reason}")
+                raise SystemExit(1)
     _say("no longer watching; the run itself goes on")
     raise SystemExit(128 + signals[0])
 

@@ -21,7 +21,9 @@ class RunSettings:
     chunk_tokens: int = 2048  # how many tokens go through a layer at once
     snapshot_every: int = 8  # layers between two snapshots of the boundary activations
     layers_per_block: int = 1  # consecutive layers that one worker does
-    threads: int | None = None  # of a worker; None: those of the run that is resumed, else as many as there are cores for it
+    threads: int | None = (
+        None  # of a worker; None: those of the run that is resumed, else as many as there are cores for it
+    )
     overwrite: bool = False
 
 

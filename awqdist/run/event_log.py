@@ -9,12 +9,44 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from awqdist.run.events import Message, RunStarted
 
 EVENTS_FILE = "events.jsonl"
+
+
+class EventLog:
+    """The leader's pen. A disk that is full costs lines, never the run. Raises OSError if the file cannot be opened."""
+
+    def __init__(self, file: Path, *, anew: bool) -> None:
+        self._stream = file.open("wb" if anew else "ab", buffering=0)
+        if not anew:
+            self._write(b"\n")  # ends the torn line of a run that was killed
+
+    def append(self, message: Message) -> None:
+        self._write(message.to_json().encode() + b"\n")
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def _write(self, data: bytes) -> None:
+        with suppress(OSError):
+            self._stream.write(data)
+
+
+def seconds_of_runs(file: Path) -> float:
+    """How long the runs that wrote the file took until their last messages, all together."""
+    total, begun = 0.0, 0.0
+    latest: float | None = None
+    for message in read_events(file):
+        if isinstance(message.event, RunStarted):
+            total += latest - begun if latest is not None else 0.0
+            begun = latest = message.time
+        latest = max(latest or message.time, message.time)
+    return total + (latest - begun if latest is not None else 0.0)
 
 
 def read_events(file: Path) -> list[Message]:

@@ -33,6 +33,7 @@ class WorkerStarted:
     host: str
     device: str
     layers: tuple[int, ...]  # that it will do
+    process_id: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +121,13 @@ class RunFinished:
     output_bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class RunFailed:
+    """The run ended before its time, and could say so: for those who watch from elsewhere. Its own screen shows the error."""
+
+    reason: str
+
+
 _EVENTS = (
     RunStarted,
     WorkerStarted,
@@ -134,6 +142,7 @@ _EVENTS = (
     SnapshotSaved,
     Warned,
     RunFinished,
+    RunFailed,
 )
 Event = (
     RunStarted
@@ -149,6 +158,7 @@ Event = (
     | SnapshotSaved
     | Warned
     | RunFinished
+    | RunFailed
 )
 Emit = Callable[[Event], None]
 
@@ -188,6 +198,7 @@ def _value(name: str, value: Any) -> Any:
         case "record":
             return LayerRecord.from_json(value)
         case "mapping":
-            return MappingRecord(**{k: tuple(v) if isinstance(v, list) else v for k, v in value.items()})
+            fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in value.items()}
+            return MappingRecord(**fields)
         case _:
             return tuple(value) if isinstance(value, list) else value

@@ -9,12 +9,23 @@ from types import TracebackType
 
 from torch import Tensor
 
-from awqdist.run.event_file import EventLog, seconds_of_runs
-from awqdist.run.events import Event, LayerFinished, Listen, Message, RunFinished, RunStarted, SnapshotSaved, Warned
+from awqdist.checkpoint.writer import output_error
+from awqdist.run.event_log import EVENTS_FILE, EventLog, seconds_of_runs
+from awqdist.run.events import (
+    Event,
+    LayerFinished,
+    Listen,
+    Message,
+    RunFailed,
+    RunFinished,
+    RunStarted,
+    SnapshotSaved,
+    Warned,
+)
 from awqdist.run.job import Job, check_sources, fingerprint, token_chunks
 from awqdist.run.journal import SnapshotRecord, open_journal
 from awqdist.run.merge import merge
-from awqdist.run.output import EVENTS_FILE, check_output
+from awqdist.run.output import check_output
 from awqdist.run.records import RunSummary
 from awqdist.run.ring import Assignment
 from awqdist.run.schedule import Schedule
@@ -42,10 +53,13 @@ class Lead:
         )
         try:
             check_sources(job, self._journal.entries.layers)
-            self._earlier_s = seconds_of_runs(job.settings.output / EVENTS_FILE)
-            self._log = EventLog(job.settings.output / EVENTS_FILE, anew=not self._journal.entries.layers)
-        except BaseException:
+            file, is_new = job.settings.output / EVENTS_FILE, not self._journal.entries.layers
+            self._earlier_s = 0.0 if is_new else seconds_of_runs(file)
+            self._log = EventLog(file, anew=is_new)
+        except BaseException as error:
             self._journal.close()
+            if isinstance(error, OSError):
+                raise output_error(job.settings.output / EVENTS_FILE, error) from error
             raise
 
     def __enter__(self) -> Lead:
@@ -53,6 +67,8 @@ class Lead:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         with self._lock:
+            if error is not None:
+                self._log.append(Message(RunFailed(str(error) or type(error).__name__), None, time.time()))
             self._log.close()
             self._journal.close()
 

@@ -15,9 +15,9 @@ from awqdist.checkpoint.index import INDEX_FILE, SINGLE_FILE
 from awqdist.checkpoint.writer import output_error
 from awqdist.errors import OutputError
 from awqdist.recipe.settings import RunSettings
+from awqdist.run.event_log import EVENTS_FILE
 
 STATE_FOLDER = ".awqdist"
-EVENTS_FILE = "events.jsonl"
 LOCK_FILE = "lock"
 _COMPANIONS = (
     "config.json",

@@ -7,6 +7,7 @@ is done here, in one thread, so that the bytes do not depend on what happens at 
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -64,7 +65,7 @@ def work(job: Job, samples: Tensor, assignment: Assignment, transport: Transport
     A layer whose search has begun is finished and written even if the ring breaks meanwhile. Raises RingBroken, AwqdistError.
     """
     layers = assignment.schedule.layers_of(assignment.worker)
-    emit(WorkerStarted(gethostname(), str(job.device), tuple(layers)))
+    emit(WorkerStarted(gethostname(), str(job.device), tuple(layers), os.getpid()))
     if not layers:
         return
     with _status_told(job, emit), _Course(job, assignment, transport, emit) as course:
