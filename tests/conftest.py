@@ -67,7 +67,11 @@ class Tiny:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    folder = tmp_path_factory.mktemp("tiny")
+    return write_tiny(tmp_path_factory.mktemp("tiny"), NUM_LAYERS)
+
+
+def write_tiny(folder: Path, num_layers: int) -> Tiny:
+    """A model of so many layers, with what belongs to it."""
     (folder / "text.txt").write_text(TEXT)
     (folder / "recipe.yaml").write_text(RECIPE)
     model = folder / "model"
@@ -77,7 +81,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
         vocab_size=128,
         hidden_size=64,
         intermediate_size=128,
-        num_hidden_layers=NUM_LAYERS,
+        num_hidden_layers=num_layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=128,

@@ -268,8 +268,8 @@ def test_nothing_behind_a_damaged_line_of_the_journal_is_trusted(
 def test_leftovers_of_unfinished_writes_do_no_harm(tiny: Tiny, undisturbed: Path, tmp_path: Path) -> None:
     output = tmp_path / "output"
     interrupted(tiny, output, 2)
-    (output / "model-layer-00002.safetensors.partial").write_bytes(b"half a layer")
-    (output / ".awqdist" / "boundary-00002.safetensors.partial").write_bytes(b"half a snapshot")
+    (output / "model-layer-00002.safetensors.0123.awqdist-partial").write_bytes(b"half a layer")
+    (output / ".awqdist" / "boundary-00002.safetensors.0123.awqdist-partial").write_bytes(b"half a snapshot")
     finish(tiny, output, undisturbed)
 
 
@@ -499,7 +499,7 @@ def test_a_signal_ends_the_run_with_a_word_on_how_to_resume(
     outcome = child.kill(number)
     assert outcome.code == code
     assert outcome.stderr.splitlines() == ["awqdist: interrupted; finished layers are kept, the same command resumes"]
-    assert not list((tmp_path / "output").glob("*.partial"))
+    assert not list((tmp_path / "output").glob("*partial"))
     assert run(tiny, tmp_path / "output", "--num-samples", 128).code == 0
 
 

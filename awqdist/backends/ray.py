@@ -152,5 +152,4 @@ class _Attempt:
 def _reason(error: RayActorError) -> str:
     """Ray's explanation, in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = (line for line in lines if any(word in line.lower() for word in ("exit", "died", "node", "oom")))
-    return next(telling, lines[0])[:200]
+    return next((line for line in lines if " because " in line), lines[0])[:200]

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
+import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -171,16 +174,33 @@ def joined_cluster(address: str | None) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    address = address or os.environ.get("RAY_ADDRESS")
+    os.environ.setdefault(
+        "RAY_gcs_server_port_wait_time_s", "1"
+    )  # what belongs to no cluster any more fails in 40 s, not 15 min
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-    os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "1")  # an address out of date fails in 40 s, not in 15 min
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
+        _check_answers(address)
         ray.init(address=address or "auto", **quiet)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (ConnectionError, ValueError, RuntimeError, OSError) as error:
         if address:
-            reason = (str(error).splitlines() or ["no answer"])[0]
-            raise AwqdistError(f"no Ray cluster can be joined at {address}: {reason}") from None
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise AwqdistError(
+                f"no Ray cluster can be joined at {address}: {reason}; give HOST:PORT of its head, or nothing for this machine's own"
+            ) from None
         ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in handlers.items():  # Ray puts its own in their place, which end the process at once
+            signal.signal(number, handler)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_answers(address: str | None) -> None:
+    """Raises OSError at once where nothing answers at HOST:PORT: Ray itself would try for long, and fill the screen."""
+    host, _, port = (address or "").rpartition(":")
+    if port.isdigit() and "/" not in host:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import struct
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from awqdist.checkpoint.index import DTYPES
 from awqdist.errors import CheckpointError, OutputError
 
 _FORMAT_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-TEMPORARY_SUFFIX = ".partial"
+TEMPORARY_SUFFIX = ".awqdist-partial"
 _BLOCK_BYTES = 1 << 20
 
 
@@ -93,6 +94,12 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def remove_temporary_files(folder: Path) -> None:
+    """Removes what writers that were killed left behind."""
+    for file in folder.glob(f"*{TEMPORARY_SUFFIX}"):
+        file.unlink(missing_ok=True)
+
+
 def output_error(file: Path, error: OSError) -> OutputError:
     """The clear form of an operating-system error while writing `file`."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -105,7 +112,8 @@ def output_error(file: Path, error: OSError) -> OutputError:
 
 
 def _write(file: Path, head: Iterable[bytes], parts: Iterable[memoryview]) -> WrittenFile:
-    temporary = file.with_name(file.name + TEMPORARY_SUFFIX)
+    # unique: a worker that was given up, but lives, may be writing the same file, with the same bytes
+    temporary = file.with_name(f"{file.name}.{uuid.uuid4().hex[:12]}{TEMPORARY_SUFFIX}")
     digest, num_bytes = hashlib.sha256(), 0
     try:
         # open() creates files by the umask, where tempfile would leave mode 0600

@@ -40,7 +40,9 @@ SeqLen = Annotated[int, typer.Option(min=8, help="Tokens per calibration sample.
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Format = Annotated[OutputFormat, typer.Option(help="Layout of the quantized checkpoint.")]
 ChunkTokens = Annotated[int, typer.Option(min=1, help="Tokens that go through a layer at once.")]
-LayersPerBlock = Annotated[int, typer.Option(min=1, help="Consecutive layers that one worker does; only 1 keeps all workers busy.")]
+LayersPerBlock = Annotated[
+    int, typer.Option(min=1, help="Consecutive layers that one worker does; only 1 keeps all workers busy.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from awqdist.checkpoint.index import INDEX_FILE, TensorEntry, read_header
 from awqdist.checkpoint.reader import check_finite, read_tensor
-from awqdist.checkpoint.writer import LazyTensor, copy_file, stream_safetensors, write_json
+from awqdist.checkpoint.writer import LazyTensor, copy_file, remove_temporary_files, stream_safetensors, write_json
 from awqdist.errors import OutputError
 from awqdist.run.job import Job
 from awqdist.run.journal import Journal, JournalEntries
@@ -37,6 +37,8 @@ def merge(job: Job, journal: Journal) -> int:
     write_json(output / "config.json", _config(job))
     index = build_index(output, [record.file for record in journal.entries.layers.values()] + [OUTSIDE_FILE])
     remove_snapshots(journal.folder)
+    for folder in (output, journal.folder):
+        remove_temporary_files(folder)
     write_json(output / INDEX_FILE, index)
     return int(index["metadata"]["total_size"])
 

@@ -96,7 +96,8 @@ class Worker:
         self._emit(StageStarted(task.layer, "forward"))
         with loaded.watch.piece("forward"):
             is_head = task.layer == job.skeleton.num_layers
-            check_finite(loaded.parameters, "lm_head" if is_head else f"layer {task.layer}")
+            on_disk = {task.disk_names[name]: tensor for name, tensor in loaded.parameters.items()}
+            check_finite(on_disk, "lm_head" if is_head else f"layer {task.layer}")
             parameters = {name: tensor.to(job.device) for name, tensor in loaded.parameters.items()}
             if is_head:
                 working = self._outside()
