@@ -96,8 +96,7 @@ class Worker:
         self._emit(StageStarted(task.layer, "forward"))
         with loaded.watch.piece("forward"):
             is_head = task.layer == job.skeleton.num_layers
-            on_disk = {task.disk_names[name]: tensor for name, tensor in loaded.parameters.items()}
-            check_finite(on_disk, "lm_head" if is_head else f"layer {task.layer}")
+            _check_finite(loaded.parameters, task.disk_names, "lm_head" if is_head else f"layer {task.layer}")
             parameters = {name: tensor.to(job.device) for name, tensor in loaded.parameters.items()}
             if is_head:
                 working = self._outside()
@@ -168,7 +167,7 @@ class Worker:
         """Parameters and buffers of the decoder that are in no layer."""
         names = self._job.skeleton.outside_names()
         tensors, _ = _read(self._job, names, lambda: None)
-        check_finite(tensors, "the tensors outside the decoder layers")
+        _check_finite(tensors, names, "the tensors outside the decoder layers")
         parameters = {name: tensor.to(self._job.device, self._dtype) for name, tensor in tensors.items()}
         return with_buffers(self._job.skeleton.decoder, parameters, self._job.device)
 
@@ -211,6 +210,11 @@ def write_layer(job: Job, searched: SearchedLayer, emit: Emit) -> None:
 def layer_file(layer: int) -> str:
     """Name of the output file of a layer."""
     return f"model-layer-{layer:05d}.safetensors"
+
+
+def _check_finite(tensors: dict[str, Tensor], disk_names: dict[str, str], where: str) -> None:
+    """Raises CheckpointError naming the tensor as it is called on disk."""
+    check_finite({disk_names[name]: tensor for name, tensor in tensors.items()}, where)
 
 
 def _read(job: Job, names: dict[str, str], check: Callable[[], None]) -> tuple[dict[str, Tensor], int]:
