@@ -118,8 +118,8 @@ def why_no_peer(python: str | None) -> str | None:
     return None if version.startswith(PEER_VERSION + ".") else f"the peer is {version}, not {PEER_VERSION}"
 
 
-def write_random_llama(folder: Path, text: Path) -> Path:
-    """A random 4-layer Llama in bf16, with a tokenizer trained on the text."""
+def write_random_llama(folder: Path, text: Path, num_layers: int = 4) -> Path:
+    """A random Llama in bf16, with a tokenizer trained on the text."""
     import torch
     from tokenizers import ByteLevelBPETokenizer
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -139,7 +139,7 @@ def write_random_llama(folder: Path, text: Path) -> Path:
         vocab_size=4096,
         hidden_size=1024,
         intermediate_size=2816,
-        num_hidden_layers=4,
+        num_hidden_layers=num_layers,
         num_attention_heads=16,
         num_key_value_heads=4,
         bos_token_id=0,
