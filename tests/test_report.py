@@ -61,6 +61,7 @@ def run_summary(num_layers: int = 8, *, num_experts: int = 0, **changes: Any) ->
         output_bytes=2**20,
         ignored=("lm_head",),
         warnings=("few tokens",),
+        bytes_read={0: 3 * 2**20, 1: 2**20, None: 2**20},
     )
     return replace(summary, **changes)
 
@@ -257,7 +258,7 @@ def test_the_table_tells_mappings_worst_linears_reasons_time_and_bytes() -> None
     assert re.search(r"norm → q_proj +1 of 8 +0\.50 +32 +24 +25\.0 %", text)
     assert re.search(r"layer \*: widths differ +0-7", text)
     assert "8 layers in 1 min 10 s, 2.19 times the floor of 32.0 s" in text
-    assert "4.0 MiB read, 1.0 MiB written to /out" in text
+    assert "5.0 MiB read (source: 4.0 MiB), 1.0 MiB written to /out" in text
     assert "warning: few tokens" in text
     assert "Smoothing by layer" not in text
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -28,6 +28,7 @@ DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -40,7 +41,11 @@ _MAX_HEADER_BYTES = 100_000_000
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """One tensor on disk. `start` and `stop` are byte offsets in the file; dtype is the format's name, such as "BF16"."""
+    """One tensor of a checkpoint, as the reader gives it. dtype: the format's name, such as "BF16".
+
+    `start` and `stop` are byte offsets in the file. A tensor whose source is quantized lies there in another dtype, and its scales
+    elsewhere: `packing` says how.
+    """
 
     name: str
     file: Path
@@ -48,22 +53,41 @@ class TensorEntry:
     shape: tuple[int, ...]
     start: int
     stop: int
+    strides: tuple[int, ...] | None = None  # in elements, of pickled tensors that do not lie in the order of their rows
+    packing: Packing | None = None
 
     @property
     def num_bytes(self) -> int:
-        return self.stop - self.start
+        """Of the tensor in memory."""
+        return prod(self.shape) * DTYPES[self.dtype].itemsize
+
+    @property
+    def stored_bytes(self) -> int:
+        """What is read of the disk to have the tensor."""
+        return self.stop - self.start + (self.packing.scale.stored_bytes if self.packing else 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """How a quantized tensor is stored: tensor[i, j] = stored[i, j] · scale[i // block[0], j // block[1]]."""
+
+    dtype: str
+    scale: TensorEntry
+    block: tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
 class CheckpointIndex:
-    """All tensors of a checkpoint folder, by their on-disk names."""
+    """All tensors of a checkpoint folder, by their on-disk names. left_out: stored tensors that have no meaning outside of the quantized
+    source, such as scales of activations."""
 
     folder: Path
     entries: dict[str, TensorEntry]
+    left_out: tuple[str, ...] = ()
 
     @property
-    def num_bytes(self) -> int:
-        return sum(entry.num_bytes for entry in self.entries.values())
+    def stored_bytes(self) -> int:
+        return sum(entry.stored_bytes for entry in self.entries.values())
 
     def under(self, prefix: str) -> list[TensorEntry]:
         """Entries whose name begins with `prefix`, in the order in which they lie on disk."""
@@ -74,8 +98,7 @@ class CheckpointIndex:
         """Hash of every name, dtype, shape and position: what a source checkpoint is, without reading its data."""
         digest = hashlib.sha256()
         for name in sorted(self.entries):
-            entry = self.entries[name]
-            digest.update(f"{name}|{entry.file.name}|{entry.dtype}|{entry.shape}|{entry.start}|{entry.stop}\n".encode())
+            digest.update(f"{_described(self.entries[name])}\n".encode())
         return digest.hexdigest()
 
 
@@ -86,17 +109,31 @@ def read_index(folder: Path) -> CheckpointIndex:
     """
     if not folder.is_dir():
         raise CheckpointError(f"model folder not found: {folder}; give an existing folder or a Hugging Face hub id")
-    promised = _weight_map(folder)
-    files = sorted(set(promised.values())) if promised is not None else [SINGLE_FILE]
+    if not (folder / INDEX_FILE).is_file() and not (folder / SINGLE_FILE).is_file():
+        others = _names(folder.glob("*.bin")) or _names(folder.glob("*.safetensors"))
+        hint = f"; found {', '.join(others[:3])}, convert it to safetensors with save_pretrained" if others else ""
+        raise CheckpointError(f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}{hint}")
+    return gather(folder, INDEX_FILE, SINGLE_FILE, read_header)
+
+
+def gather(
+    folder: Path, index_file: str, single_file: str, read_entries: Callable[[Path], list[TensorEntry]]
+) -> CheckpointIndex:
+    """Index of the shards that `index_file` names, or of the single file where there is none. read_entries: of one file.
+
+    Raises CheckpointError for a broken index file, and for a tensor that it promises and no shard has.
+    """
+    promised = _weight_map(folder / index_file)
+    files = sorted(set(promised.values())) if promised is not None else [single_file]
     entries: dict[str, TensorEntry] = {}
     for file in files:
-        for entry in read_header(folder / file):
+        for entry in read_entries(folder / file):
             if promised is None or promised.get(entry.name) == file:
                 entries[entry.name] = entry
     missing = [name for name in promised or () if name not in entries]
     if missing:
         raise CheckpointError(
-            f"{folder / INDEX_FILE} promises tensor {missing[0]} in {(promised or {})[missing[0]]}, which does not hold it"
+            f"{folder / index_file} promises tensor {missing[0]} in {(promised or {})[missing[0]]}, which does not hold it"
             f" ({len(missing)} tensors missing in all); download the checkpoint again"
         )
     return CheckpointIndex(folder, entries)
@@ -146,19 +183,23 @@ def _entry(file: Path, data_start: int, name: str, info: dict[str, Any]) -> Tens
     return TensorEntry(name, file, dtype, shape, data_start + start, data_start + stop)
 
 
-def _weight_map(folder: Path) -> dict[str, str] | None:
-    """The index file's tensor -> file, or None for a checkpoint in a single file."""
-    index = folder / INDEX_FILE
-    if index.is_file():
-        try:
-            return {str(name): str(file) for name, file in json.loads(index.read_text())["weight_map"].items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{index}: not a checkpoint index ({error!r}); download it again") from None
-    if (folder / SINGLE_FILE).is_file():
+def _weight_map(index: Path) -> dict[str, str] | None:
+    """The index file's tensor -> file, or None where there is no such file."""
+    if not index.is_file():
         return None
-    others = _names(folder.glob("*.bin")) or _names(folder.glob("*.safetensors"))
-    hint = f"; found {', '.join(others[:3])}, convert it to safetensors with save_pretrained" if others else ""
-    raise CheckpointError(f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}{hint}")
+    try:
+        return {str(name): str(file) for name, file in json.loads(index.read_text())["weight_map"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index}: not a checkpoint index ({error!r}); download it again") from None
+
+
+def _described(entry: TensorEntry) -> str:
+    described = f"{entry.name}|{entry.file.name}|{entry.dtype}|{entry.shape}|{entry.start}|{entry.stop}"
+    if entry.strides is not None:
+        described += f"|{entry.strides}"
+    if entry.packing is not None:
+        described += f"|{entry.packing.dtype}|{entry.packing.block}|{_described(entry.packing.scale)}"
+    return described
 
 
 def _names(paths: Iterable[Path]) -> list[str]:

@@ -1,15 +1,17 @@
 """Reads tensors by byte range into fresh memory. Nothing is mapped, and the page cache is dropped behind, so that neither the
-resident memory of the process nor the machine's cache grows with the model."""
+resident memory of the process nor the machine's cache grows with the model. Quantized weights are dequantized one by one."""
 
 from __future__ import annotations
 
 import os
 import zlib
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from awqdist.checkpoint.dequantize import dequantize
 from awqdist.checkpoint.index import DTYPES, TensorEntry
 from awqdist.errors import CheckpointError
 
@@ -18,20 +20,31 @@ _MAX_SAMPLED_TENSORS = 64
 _SAMPLE_BYTES = 256
 
 
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """Tensors that were read, by name. crc32: of all bytes read, in order: which weights a layer was made from."""
+
+    tensors: dict[str, Tensor]
+    crc32: int
+    num_bytes: int  # as counted while they were read
+
+
 def read_tensor(entry: TensorEntry) -> Tensor:
-    """The tensor of `entry` on the CPU, in its own dtype. Raises CheckpointError if the file ends early."""
-    return _view(_read_bytes(entry), entry)
+    """The tensor of `entry` on the CPU, in the entry's dtype. Raises CheckpointError if the file ends early."""
+    return read_tensors([entry]).tensors[entry.name]
 
 
-def read_tensors(entries: Iterable[TensorEntry]) -> tuple[dict[str, Tensor], int]:
-    """Tensors by name, and one CRC-32 of all their bytes in the given order: which weights a layer was made from."""
+def read_tensors(entries: Iterable[TensorEntry]) -> Reading:
+    """The tensors of `entries` on the CPU, in the entries' dtypes. Raises CheckpointError if a file ends early."""
     tensors: dict[str, Tensor] = {}
-    checksum = 0
+    checksum = num_bytes = 0
     for entry in entries:
-        data = _read_bytes(entry)
-        checksum = zlib.crc32(data.numpy().data, checksum)
-        tensors[entry.name] = _view(data, entry)
-    return tensors, checksum
+        stored = [_read_range(part, part.start, part.stop) for part in _parts(entry)]
+        for data in stored:
+            checksum = zlib.crc32(data.numpy().data, checksum)
+            num_bytes += data.numel()
+        tensors[entry.name] = _assembled(stored, entry)
+    return Reading(tensors, checksum, num_bytes)
 
 
 def sample_checksum(entries: Sequence[TensorEntry]) -> int:
@@ -39,9 +52,10 @@ def sample_checksum(entries: Sequence[TensorEntry]) -> int:
     shape apart, and as good as no reading."""
     checksum = 0
     for entry in entries[:: len(entries) // _MAX_SAMPLED_TENSORS + 1]:
-        middle = entry.start + max(entry.num_bytes - _SAMPLE_BYTES, 0) // 2
-        stop = min(middle + _SAMPLE_BYTES, entry.stop)
-        checksum = zlib.crc32(_read_range(entry, middle, stop).numpy().data, checksum)
+        for part in _parts(entry):
+            middle = part.start + max(part.stop - part.start - _SAMPLE_BYTES, 0) // 2
+            stop = min(middle + _SAMPLE_BYTES, part.stop)
+            checksum = zlib.crc32(_read_range(part, middle, stop).numpy().data, checksum)
     return checksum
 
 
@@ -57,9 +71,9 @@ def check_finite(tensors: dict[str, Tensor], where: str) -> None:
                 )
 
 
-def _read_bytes(entry: TensorEntry) -> Tensor:
-    """(num_bytes,) uint8."""
-    return _read_range(entry, entry.start, entry.stop)
+def _parts(entry: TensorEntry) -> tuple[TensorEntry, ...]:
+    """Where the bytes of a tensor lie: its values, then its scales if it has any."""
+    return (entry, entry.packing.scale) if entry.packing else (entry,)
 
 
 def _read_range(entry: TensorEntry, start: int, stop: int) -> Tensor:
@@ -75,7 +89,7 @@ def _read_range(entry: TensorEntry, start: int, stop: int) -> Tensor:
                     raise CheckpointError(f"{entry.file}: ends within tensor {entry.name}; download it again")
                 start += count
             if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(descriptor, entry.start, entry.num_bytes, os.POSIX_FADV_DONTNEED)
+                os.posix_fadvise(descriptor, entry.start, entry.stop - entry.start, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(descriptor)
     except OSError as error:
@@ -83,5 +97,18 @@ def _read_range(entry: TensorEntry, start: int, stop: int) -> Tensor:
     return data
 
 
-def _view(data: Tensor, entry: TensorEntry) -> Tensor:
-    return data.view(DTYPES[entry.dtype]).reshape(entry.shape)
+def _assembled(stored: list[Tensor], entry: TensorEntry) -> Tensor:
+    """The tensor of `entry` from the bytes of its parts, each (n,) uint8."""
+    if entry.packing is None:
+        return _view(stored[0], entry, entry.dtype)
+    values, scale = stored
+    weight = _view(values, entry, entry.packing.dtype)
+    scales = _view(scale, entry.packing.scale, entry.packing.scale.dtype)
+    return dequantize(weight, scales, entry.packing.block, DTYPES[entry.dtype])
+
+
+def _view(data: Tensor, entry: TensorEntry, dtype: str) -> Tensor:
+    values = data.view(DTYPES[dtype])
+    if entry.strides is None:
+        return values.reshape(entry.shape)
+    return values.as_strided(entry.shape, entry.strides).contiguous()

@@ -104,7 +104,10 @@ def _facts(summary: RunSummary) -> dict[str, str]:
     )
     changes = [(not math.isfinite(x.smoothing_error), x.smoothing_error, x.layer) for x in summary.layers]
     _, change, layer = max(changes, default=(False, 0.0, 0))
+    by_worker = [f"{tables.show_bytes(n)} by worker {w}" for w, n in summary.bytes_read.items() if w is not None]
+    copied = tables.show_bytes(summary.bytes_read.get(None, 0))
     return {
+        "Read": ", ".join([*by_worker, f"{copied} to copy what is in no layer"]),
         "Quantized": f"{len(linears):,} linears in {len(summary.layers)} layers; {len(summary.ignored):,} left out",
         "Weights": "; ".join(f"{scheme} ({count:,})" for scheme, count in schemes.items()),
         "Peak memory": tables.show_bytes(max((x.peak_memory_bytes for x in summary.layers), default=0)),

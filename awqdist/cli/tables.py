@@ -201,7 +201,8 @@ def summary_table(summary: RunSummary, *, layers: bool = False) -> RenderableTyp
     factor = floor_factor(summary)
     over = "" if factor is None else f", {factor:.2f} times the floor of {show_seconds(summary.floor_seconds)}"
     parts.append(Text(f"\n{len(summary.layers)} layers in {show_seconds(summary.seconds.get('total'))}{over}"))
-    sizes = f"{show_bytes(summary.source_bytes)} read, {show_bytes(summary.output_bytes)} written"
+    read, source = sum(summary.bytes_read.values()), show_bytes(summary.source_bytes)
+    sizes = f"{show_bytes(read)} read (source: {source}), {show_bytes(summary.output_bytes)} written"
     parts.append(Text(f"{sizes} to {summary.output}"))
     parts += [Text(f"warning: {message}", style="yellow") for message in summary.warnings]
     return Group(*parts)

@@ -77,17 +77,19 @@ class Skeleton:
 
 
 def read_config(folder: Path) -> PretrainedConfig:
-    """The model's configuration. Raises CheckpointError if there is none or transformers does not know it."""
+    """The model's configuration, without what it says of the source's quantization, which the reader undoes.
+
+    Raises CheckpointError if there is none or transformers does not know it.
+    """
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} has no config.json; give the folder of a model")
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers raises many kinds for a broken or unknown configuration
         raise CheckpointError(f"{folder / 'config.json'}: transformers cannot read it: {first_line(error)}") from None
-    if getattr(config, "quantization_config", None):
-        raise CheckpointError(
-            f"{folder} is already quantized (config.json has a quantization_config); give the original"
-        )
+    for fields in (config, config.get_text_config(decoder=True)):
+        if hasattr(fields, "quantization_config"):
+            del fields.quantization_config
     return config
 
 

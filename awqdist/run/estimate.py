@@ -21,6 +21,7 @@ class LayerEstimate:
 
     layer: int
     read_bytes: int
+    loaded_bytes: int  # its tensors in memory: more than was read where the source is quantized
     written_bytes: int
     device_bytes: int
 
@@ -63,21 +64,24 @@ def estimate(job: Job) -> Estimate:
     layers = tuple(_layer(job, task, num_tokens) for task in job.plan.tasks)
     outside = [job.index.entries[name] for name in job.plan.outside]
     outside_bytes = sum(entry.num_bytes for entry in outside)
-    embedding = sum(job.index.entries[name].num_bytes for name in job.skeleton.outside_names().values())
+    embeddings = [job.index.entries[name] for name in job.skeleton.outside_names().values()]
+    embedding = sum(entry.num_bytes for entry in embeddings)
+    embedding_read = sum(entry.stored_bytes for entry in embeddings)
+    copied = sum(entry.stored_bytes for entry in outside)
     compute = compute_dtype(job.device, job.skeleton.dtype).itemsize
     embedding_bytes = embedding + (embedding * compute // width if compute != width else 0)
     largest_outside = max((entry.num_bytes for entry in outside), default=0)
     peak_layer = max(layer.device_bytes for layer in layers)
     on_device = job.device.type == "cuda"
-    host_work = max(layer.read_bytes for layer in layers) if on_device else peak_layer
+    host_work = max(layer.loaded_bytes for layer in layers) if on_device else peak_layer
     return Estimate(
         layers=layers,
-        read_bytes=sum(layer.read_bytes for layer in layers) + outside_bytes + embedding,
+        read_bytes=sum(layer.read_bytes for layer in layers) + copied + embedding_read,
         written_bytes=sum(layer.written_bytes for layer in layers) + outside_bytes,
         peak_device_bytes=max(peak_layer, embedding_bytes) if on_device else 0,
         peak_host_bytes=_PROCESS_BYTES + activations + max(host_work, embedding_bytes, largest_outside),
         activation_bytes=activations,
-        embedding_bytes=embedding,
+        embedding_bytes=embedding_read,
     )
 
 
@@ -89,7 +93,7 @@ def deal(expected: Estimate, schedule: Schedule) -> tuple[WorkerEstimate, ...]:
         own = [by_layer[layer] for layer in schedule.layers_of(number)]
         held = [layer.device_bytes for layer in own]
         for i in range(1, len(own)):
-            held[i - 1] += own[i].read_bytes
+            held[i - 1] += own[i].loaded_bytes
             held[i] += own[i - 1].written_bytes
         return WorkerEstimate(
             worker=number,
@@ -112,7 +116,8 @@ def packed_bytes(shape: tuple[int, int], scheme: WeightScheme, scale_bytes: int)
 
 def _layer(job: Job, task: LayerTask, num_tokens: int) -> LayerEstimate:
     entries = {name: job.index.entries[disk] for name, disk in task.disk_names.items()}
-    read = sum(entry.num_bytes for entry in entries.values())
+    loaded = sum(entry.num_bytes for entry in entries.values())
+    read = sum(entry.stored_bytes for entry in entries.values())
     width = job.skeleton.dtype.itemsize
     quantized = {f"{path}.weight": scheme for path, scheme in task.schemes.items()}
     written = sum(
@@ -128,7 +133,7 @@ def _layer(job: Job, task: LayerTask, num_tokens: int) -> LayerEstimate:
     touched = [path for mapping in task.mappings for path in {mapping.smooth, *mapping.balance} if path in task.shapes]
     smoothed = 4 * sum(prod(task.shapes[path]) for path in touched)
     rounding = max((_rounding_bytes(task, site) for site in task.sites), default=0)
-    return LayerEstimate(task.layer, read, written, read + statistics + max(forward, smoothed + rounding))
+    return LayerEstimate(task.layer, read, loaded, written, loaded + statistics + max(forward, smoothed + rounding))
 
 
 def _widths(task: LayerTask) -> list[int]:

@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from awqdist.run.events import Message, RunStarted
+from awqdist.run.events import Message, RunStarted, SourceRead
 
 EVENTS_FILE = "events.jsonl"
 
@@ -47,6 +47,15 @@ def seconds_of_runs(file: Path) -> float:
             begun = latest = message.time
         latest = max(latest or message.time, message.time)
     return total + (latest - begun if latest is not None else 0.0)
+
+
+def bytes_read(messages: list[Message]) -> dict[int | None, int]:
+    """Bytes of the source that each worker read, and None, the leader."""
+    total: dict[int | None, int] = {}
+    for message in messages:
+        if isinstance(message.event, SourceRead):
+            total[message.worker] = total.get(message.worker, 0) + message.event.num_bytes
+    return total
 
 
 def read_events(file: Path) -> list[Message]:

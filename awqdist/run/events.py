@@ -68,6 +68,15 @@ class StageEnded:
 
 
 @dataclass(frozen=True, slots=True)
+class SourceRead:
+    """Bytes of the source that were read, as the reader counted them. A worker reads its layers and what is outside of them; the leader
+    reads what is copied."""
+
+    layer: int | None  # None: outside the layers
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class ChunkForwarded:
     """A chunk went through a layer: a piece of its stage "forward"."""
 
@@ -135,6 +144,7 @@ _EVENTS = (
     WorkerLost,
     StageStarted,
     StageEnded,
+    SourceRead,
     ChunkForwarded,
     MappingSearched,
     LayerForwarded,
@@ -151,6 +161,7 @@ Event = (
     | WorkerLost
     | StageStarted
     | StageEnded
+    | SourceRead
     | ChunkForwarded
     | MappingSearched
     | LayerForwarded

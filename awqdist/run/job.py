@@ -11,8 +11,9 @@ from importlib.metadata import version
 import torch
 from torch import Tensor
 
-from awqdist.checkpoint.index import CheckpointIndex, read_index
+from awqdist.checkpoint.index import CheckpointIndex
 from awqdist.checkpoint.reader import sample_checksum
+from awqdist.checkpoint.source import read_source
 from awqdist.errors import CheckpointError, OutputError
 from awqdist.export.formats import Format, output_format
 from awqdist.model.skeleton import Skeleton, build_skeleton, read_config
@@ -48,7 +49,7 @@ def prepare(recipe: Recipe, settings: RunSettings) -> Job:
     layout = output_format(settings.format)
     layout.check(recipe)
     device = choose_device(settings.device)
-    index = read_index(settings.model)
+    index = read_source(settings.model)
     skeleton = build_skeleton(read_config(settings.model), index.entries)
     _check_shapes(skeleton, index)
     plan = make_plan(skeleton, index, recipe)

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
+from dataclasses import replace
 from types import TracebackType
 
 from torch import Tensor
 
 from awqdist.checkpoint.writer import output_error
-from awqdist.run.event_log import EVENTS_FILE, EventLog, seconds_of_runs
+from awqdist.run.event_log import EVENTS_FILE, EventLog, bytes_read, read_events, seconds_of_runs
 from awqdist.run.events import (
     Event,
     LayerFinished,
@@ -20,6 +22,7 @@ from awqdist.run.events import (
     RunFinished,
     RunStarted,
     SnapshotSaved,
+    SourceRead,
     Warned,
 )
 from awqdist.run.job import Job, check_sources, fingerprint, token_chunks
@@ -55,6 +58,7 @@ class Lead:
             check_sources(job, self._journal.entries.layers)
             file, is_new = job.settings.output / EVENTS_FILE, not self._journal.entries.layers
             self._earlier_s = 0.0 if is_new else seconds_of_runs(file)
+            self._bytes_read = Counter({} if is_new else bytes_read(read_events(file)))
             self._log = EventLog(file, anew=is_new)
         except BaseException as error:
             self._journal.close()
@@ -116,6 +120,8 @@ class Lead:
                 case SnapshotSaved(layer, file, sha256):
                     self._journal.add_snapshot(SnapshotRecord(layer, file, sha256))
                     remove_old_snapshots(self._journal, min(self._unfinished(), default=layer))
+                case SourceRead(_, num_bytes):
+                    self._bytes_read[message.worker] += num_bytes
                 case _:
                     pass
             self._log.append(message)
@@ -128,11 +134,16 @@ class Lead:
     def finish(self) -> RunSummary:
         """Makes the model, once all layers are finished. Raises OutputError if one is not."""
         start = time.perf_counter()
-        output_bytes = merge(self._job, self._journal)
+        copied: list[int] = []
+        output_bytes = merge(self._job, self._journal, copied.append)
+        self.tell(SourceRead(None, sum(copied)))
         end = time.perf_counter()
         seconds = {"merge": end - start, "total": self._earlier_s + end - self._begun}
         entries = self._journal.entries
-        summary = summarize(self._job, entries, self._samples, seconds, output_bytes, self._num_workers)
+        summary = replace(
+            summarize(self._job, entries, self._samples, seconds, output_bytes, self._num_workers),
+            bytes_read=dict(self._bytes_read),
+        )
         output = str(self._job.settings.output)
         self.tell(RunFinished(output, seconds["total"], summary.floor_seconds, output_bytes))
         return summary

@@ -4,13 +4,14 @@ no loader takes the folder for a model."""
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from awqdist.checkpoint.index import INDEX_FILE, TensorEntry, read_header
-from awqdist.checkpoint.reader import check_finite, read_tensor
+from awqdist.checkpoint.reader import check_finite, read_tensors
 from awqdist.checkpoint.writer import LazyTensor, copy_file, remove_temporary_files, stream_safetensors, write_json
 from awqdist.errors import OutputError
 from awqdist.run.job import Job
@@ -23,15 +24,17 @@ _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", 
 _NOT_COPIED = {"config.json", INDEX_FILE, "pytorch_model.bin.index.json"}
 
 
-def merge(job: Job, journal: Journal) -> int:
+def merge(job: Job, journal: Journal, count: Callable[[int], None]) -> int:
     """Finishes the output folder of a job whose layers are all in the journal. Returns the bytes of the model's tensors.
 
+    count: is told the bytes that were read of every tensor that is copied.
     Raises OutputError if a layer is missing or its file is not what the journal says.
     """
     output = job.settings.output
     check_layers(output, job.plan, journal.entries)
     if journal.entries.outside is None:
-        tensors = [_lazy(job.index.entries[name]) for name in job.plan.outside]
+        # by name: equal models give equal bytes, in whatever order their files hold them
+        tensors = [_lazy(job.index.entries[name], count) for name in sorted(job.plan.outside)]
         journal.add_outside(stream_safetensors(output / OUTSIDE_FILE, tensors))
     _copy_companions(job.settings.model, output)
     write_json(output / "config.json", _config(job))
@@ -69,14 +72,14 @@ def build_index(output: Path, files: list[str]) -> dict[str, Any]:
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
 
 
-def _lazy(entry: TensorEntry) -> LazyTensor:
-    return LazyTensor(entry.name, entry.dtype, entry.shape, entry.num_bytes, lambda: _read_finite(entry))
+def _lazy(entry: TensorEntry, count: Callable[[int], None]) -> LazyTensor:
+    def load() -> Tensor:
+        reading = read_tensors([entry])
+        count(reading.num_bytes)
+        check_finite(reading.tensors, str(entry.file))
+        return reading.tensors[entry.name]
 
-
-def _read_finite(entry: TensorEntry) -> Tensor:
-    tensor = read_tensor(entry)
-    check_finite({entry.name: tensor}, str(entry.file))
-    return tensor
+    return LazyTensor(entry.name, entry.dtype, entry.shape, entry.num_bytes, load)
 
 
 def _copy_companions(model: Path, output: Path) -> None:
@@ -88,5 +91,8 @@ def _copy_companions(model: Path, output: Path) -> None:
 
 def _config(job: Job) -> dict[str, Any]:
     config: dict[str, Any] = json.loads((job.settings.model / "config.json").read_text())
+    for fields in (config, config.get("text_config")):
+        if isinstance(fields, dict):
+            fields.pop("quantization_config", None)  # the source's own, which its tensors do not follow any more
     config["quantization_config"] = job.format.config(job.recipe, job.plan.ignored)
     return config

@@ -41,7 +41,9 @@ class Plan:
     layers: tuple[LayerTask, ...]
     head: LayerTask | None  # lm_head, where the recipe quantizes it
     outside: tuple[str, ...]  # on-disk tensors that are copied as they are
-    ignored: tuple[str, ...]  # linears in full precision, by their names in transformers' model
+    ignored: tuple[
+        str, ...
+    ]  # linears in full precision, by their names in transformers' model, or on disk where it has none
     inferred: bool  # the mappings come from the structure, not from the registry or the recipe
 
     @property
@@ -73,6 +75,7 @@ def make_plan(skeleton: Skeleton, index: CheckpointIndex, recipe: Recipe) -> Pla
     in_tasks |= set(head.disk_names.values()) if head else set()
     quantized = {task.disk_module(path) for task in [*tasks, *([head] if head else [])] for path in task.schemes}
     ignored = tuple(name for name in skeleton.linears() if skeleton.disk_module(name) not in quantized)
+    ignored += _unknown_linears(skeleton, index)
     return Plan(
         architecture=skeleton.architecture,
         layers=tuple(tasks),
@@ -81,6 +84,12 @@ def make_plan(skeleton: Skeleton, index: CheckpointIndex, recipe: Recipe) -> Pla
         ignored=ignored,
         inferred=recipe.smoothing is not None and known is None,
     )
+
+
+def _unknown_linears(skeleton: Skeleton, index: CheckpointIndex) -> tuple[str, ...]:
+    """What a loader that knows more of the model than transformers, such as its multi-token prediction, may build linears from."""
+    weights = [name for name in skeleton.unknown if name.endswith(".weight") and len(index.entries[name].shape) == 2]
+    return tuple(name.removesuffix(".weight") for name in weights)
 
 
 def _patterns(skeleton: Skeleton, recipe: Recipe) -> tuple[MappingPattern, ...] | None:

@@ -5,7 +5,7 @@ All records are frozen, hold plain Python values only and go to JSON and back wi
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 STAGES = ("read", "forward", "search", "round", "check", "write")
@@ -111,10 +111,13 @@ class RunSummary:
     num_workers: int
     layers: tuple[LayerRecord, ...]
     seconds: dict[str, float]  # whole stages outside the layers: "start", "embed", "merge"; and "total"
-    source_bytes: int
+    source_bytes: int  # on disk
     output_bytes: int
     ignored: tuple[str, ...]  # linears left in full precision
     warnings: tuple[str, ...]
+    bytes_read: dict[int | None, int] = field(
+        default_factory=dict
+    )  # of the source, by worker, all runs together; None: by the leader, which copies what is in no layer
 
     @property
     def floor_seconds(self) -> float:

@@ -30,7 +30,7 @@ def summarize(
         num_workers=num_workers,
         layers=layers,
         seconds=seconds,
-        source_bytes=job.index.num_bytes,
+        source_bytes=job.index.stored_bytes,
         output_bytes=output_bytes,
         ignored=job.plan.ignored,
         warnings=warnings_of(job, layers),
@@ -44,11 +44,7 @@ def warnings_of(job: Job, layers: tuple[LayerRecord, ...]) -> tuple[str, ...]:
         found.append(
             f"{job.plan.architecture} is not in the registry: its mappings were inferred from its structure and verified"
         )
-    if job.skeleton.unknown:
-        names = ", ".join(job.skeleton.unknown[:3])
-        found.append(
-            f"{len(job.skeleton.unknown)} tensors that the model does not have were copied unchanged: {names}, …"
-        )
+    found += _source_warnings(job)
     nonfinite = sum(mapping.num_nonfinite_candidates for record in layers for mapping in record.mappings)
     if nonfinite:
         found.append(f"{nonfinite} candidates of the scale searches were not finite and were left out")
@@ -59,3 +55,25 @@ def warnings_of(job: Job, layers: tuple[LayerRecord, ...]) -> tuple[str, ...]:
             if linear.relative_error > linear.relative_error_nearest:
                 found.append(f"{linear.name}: its own output error is above that of rounding to nearest")
     return tuple(found)
+
+
+def _source_warnings(job: Job) -> list[str]:
+    """What is in the output otherwise than in the source, and what is in it although the model knows nothing of it."""
+    found = []
+    entries, unknown = job.index.entries, job.skeleton.unknown
+    packed = [entry for entry in entries.values() if entry.packing]
+    if packed:
+        dtypes = ", ".join(sorted({entry.dtype for entry in packed}))
+        found.append(f"{len(packed)} FP8 weights of the source were dequantized to {dtypes} as they were read")
+    if job.index.left_out:
+        names = _some(job.index.left_out)
+        found.append(f"{len(job.index.left_out)} scales of the source's activations and caches were left out: {names}")
+    if unknown:
+        widened = sum(entries[name].packing is not None for name in unknown)
+        how = f"were copied, {widened} of them dequantized" if widened else "were copied unchanged"
+        found.append(f"{len(unknown)} tensors that the model does not have {how}: {_some(unknown)}")
+    return found
+
+
+def _some(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")

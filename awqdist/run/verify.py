@@ -17,6 +17,7 @@ from torch import Tensor
 
 from awqdist.checkpoint.index import INDEX_FILE, CheckpointIndex, read_header, read_index
 from awqdist.checkpoint.reader import read_tensor
+from awqdist.checkpoint.source import read_source
 from awqdist.errors import CheckpointError, OutputError
 from awqdist.export.formats import Format, output_format
 from awqdist.quant.grid import QuantizedWeight
@@ -63,7 +64,7 @@ def verify(output: Path, source: Path | None = None) -> Verification:
     if entries.outside:
         files[entries.outside.name] = (entries.outside.num_bytes, entries.outside.sha256)
     problems = list(_file_problems(output, files))
-    original = read_index(source) if source else None
+    original = read_source(source) if source else None
     try:
         index = read_index(output)
         stored = {entry.name for name in files if (output / name).is_file() for entry in read_header(output / name)}

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from awqdist.checkpoint.index import TensorEntry
-from awqdist.checkpoint.reader import check_finite, read_tensors
+from awqdist.checkpoint.reader import Reading, check_finite, read_tensors
 from awqdist.checkpoint.writer import write_safetensors
 from awqdist.errors import NumericalError
 from awqdist.model.forward import LayerCall, forward_layer, head_inputs, record_calls, with_buffers
 from awqdist.quant.stats import InputStatistics
 from awqdist.run.device import compute_dtype, peak_memory_bytes, release_host_memory
-from awqdist.run.events import ChunkForwarded, Emit, LayerFinished, MappingSearched, StageStarted
+from awqdist.run.events import ChunkForwarded, Emit, LayerFinished, MappingSearched, SourceRead, StageStarted
 from awqdist.run.job import Job, token_chunks
 from awqdist.run.plan import LayerTask
 from awqdist.run.quantize_layer import LayerResult, Method, Trial, quantize_layer
@@ -29,7 +29,7 @@ from awqdist.run.stopwatch import Stopwatch
 
 @dataclass(frozen=True, slots=True)
 class LoadedLayer:
-    """A layer's tensors as they are on disk, in host memory, by their names in the layer; and the checksum of their bytes."""
+    """A layer's tensors, not yet changed, in host memory, by their names in the layer; and the checksum of their bytes on disk."""
 
     task: LayerTask
     watch: Stopwatch
@@ -166,7 +166,8 @@ class Worker:
     def _outside(self) -> dict[str, Tensor]:
         """Parameters and buffers of the decoder that are in no layer."""
         names = self._job.skeleton.outside_names()
-        tensors, _ = _read(self._job, names, lambda: None)
+        tensors, reading = _read(self._job, names, lambda: None)
+        self._emit(SourceRead(None, reading.num_bytes))
         _check_finite(tensors, names, "the tensors outside the decoder layers")
         parameters = {name: tensor.to(self._job.device, self._dtype) for name, tensor in tensors.items()}
         return with_buffers(self._job.skeleton.decoder, parameters, self._job.device)
@@ -180,8 +181,9 @@ def read_layer(job: Job, task: LayerTask, emit: Emit, check: Callable[[], None])
     """Reads the tensors of a layer. `check` is called before each of them, and ends the reading by raising. Raises CheckpointError."""
     watch = Stopwatch(task.layer, job.device, emit)
     with watch.stage("read"):
-        parameters, checksum = _read(job, task.disk_names, check)
-    return LoadedLayer(task, watch, parameters, checksum)
+        parameters, reading = _read(job, task.disk_names, check)
+    emit(SourceRead(task.layer, reading.num_bytes))
+    return LoadedLayer(task, watch, parameters, reading.crc32)
 
 
 def write_layer(job: Job, searched: SearchedLayer, emit: Emit) -> None:
@@ -217,8 +219,8 @@ def _check_finite(tensors: dict[str, Tensor], disk_names: dict[str, str], where:
     check_finite({disk_names[name]: tensor for name, tensor in tensors.items()}, where)
 
 
-def _read(job: Job, names: dict[str, str], check: Callable[[], None]) -> tuple[dict[str, Tensor], int]:
-    """Tensors by their names in the layer, in host memory; and the checksum of their bytes in the order of the files."""
+def _read(job: Job, names: dict[str, str], check: Callable[[], None]) -> tuple[dict[str, Tensor], Reading]:
+    """Tensors by their names in the layer, in host memory; and what was read, in the order of the files."""
     entries = sorted((job.index.entries[disk] for disk in names.values()), key=lambda e: (e.file.name, e.start))
 
     def checked() -> Iterator[TensorEntry]:
@@ -226,5 +228,5 @@ def _read(job: Job, names: dict[str, str], check: Callable[[], None]) -> tuple[d
             check()
             yield entry
 
-    tensors, checksum = read_tensors(checked())
-    return {name: tensors[disk] for name, disk in names.items()}, checksum
+    reading = read_tensors(checked())
+    return {name: reading.tensors[disk] for name, disk in names.items()}, reading
