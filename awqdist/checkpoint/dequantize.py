@@ -30,18 +30,18 @@ def block_of(
         return None
     *leading, rows, columns = shape
     if prod(scale_shape) == 1:
-        return rows, columns
+        return max(rows, 1), max(columns, 1)
     if declared and list(scale_shape) == [*leading, -(-rows // declared[0]), -(-columns // declared[1])]:
         return declared
     if not declared and list(scale_shape) in ([*leading, rows, 1], [*leading, rows]):
-        return 1, columns
+        return 1, max(columns, 1)
     return None
 
 
 def dequantize(weight: Tensor, scale: Tensor, block: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """The weight in `dtype`, shape (..., O, I). weight: (..., O, I) float8; scale: a value for each block, of any floating dtype."""
     rows, columns = weight.shape[-2:]
-    flat = weight.reshape(-1, rows, columns)  # (N, O, I)
+    flat = weight.reshape(prod(weight.shape[:-2]), rows, columns)  # (N, O, I)
     factors = scale.float().reshape(
         1 if scale.numel() == 1 else len(flat), -(-rows // block[0]), -(-columns // block[1])
     )
