@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
+from tiny_models import VOCABULARY, randomize, tiny_tokenizer
 from torch import Tensor
 
 FP8 = torch.float8_e4m3fn
@@ -77,6 +79,28 @@ def fp8_pair(
     save_file(plain, twin / "model.safetensors", {"format": "pt"})
     set_config(source, quantization_config=config)
     return source, twin
+
+
+def dense_deepseek(folder: Path, **changes: Any) -> Path:
+    """A random DeepSeek-V3 whose decoder layers are all dense, with multi-head latent attention."""
+    config = transformers.DeepseekV3Config(
+        vocab_size=VOCABULARY,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=128,
+        first_k_dense_replace=changes["num_hidden_layers"],
+        q_lora_rank=64,
+        kv_lora_rank=32,
+        qk_nope_head_dim=16,
+        qk_rope_head_dim=16,
+        v_head_dim=32,
+        **changes,
+    )
+    model = transformers.DeepseekV3ForCausalLM(config)
+    randomize(model)
+    model.bfloat16().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
 
 
 def set_config(folder: Path, **fields: Any) -> None:

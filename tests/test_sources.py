@@ -16,7 +16,7 @@ import pytest
 import torch
 from command_line import awqdist, model_files
 from safetensors.torch import load_file, save_file
-from source_kinds import FP8_KINDS, fp8_pair, is_linear, pickled, set_config, sharded
+from source_kinds import FP8_KINDS, dense_deepseek, fp8_pair, is_linear, pickled, set_config, sharded
 from tiny_models import GROUP_SIZE, tiny_checkpoint, tiny_text
 from torch import Tensor
 
@@ -241,6 +241,15 @@ def test_shards_and_pickles_give_the_bytes_of_one_file(tmp_path: Path, dtype: to
     assert checked.code == 0, checked.stdout
 
 
+def test_a_pickle_names_tied_weights_twice_and_they_are_written_once(tmp_path: Path) -> None:
+    model = tiny_checkpoint("gemma2", tmp_path / "model", torch.bfloat16)
+    source = pickled(
+        model, tmp_path / "pickle", change=lambda t: {**t, "lm_head.weight": t["model.embed_tokens.weight"]}
+    )
+    assert "lm_head.weight" in read_source(source).entries
+    assert quantized(source, tmp_path / "output") == quantized(model, tmp_path / "expected")
+
+
 def test_an_fp8_source_may_be_pickled(model: Path, tmp_path: Path) -> None:
     source, twin = fp8_pair(model, tmp_path, **FP8_KINDS["blocks"])
     assert_twins(pickled(source, tmp_path / "pickles", num_shards=2), twin, tmp_path)
@@ -358,6 +367,24 @@ def test_tensors_beyond_the_model_pass_through_and_are_listed(model: Path, tmp_p
     page = (tmp_path / "output" / "report.html").read_text()
     how = "were copied unchanged" if kind == "plain" else f"were copied, {len(linears)} of them dequantized"
     assert f"{len(beyond)} tensors that the model does not have {how}: " in page
+
+
+def test_a_deepseek_v3_in_fp8_with_its_prediction_layer_gives_the_bytes_of_its_twin(tmp_path: Path) -> None:
+    """Of the mixtures' experts there are some in the prediction layer only, which no layer of transformers' model takes."""
+    model = dense_deepseek(tmp_path / "model", **SHAPE)
+    tensors = load_file(model / "model.safetensors")
+    beyond = {n.replace("layers.1", "layers.2"): t.clone() for n, t in tensors.items() if ".layers.1." in n}
+    beyond = {n: t for n, t in beyond.items() if ".mlp." not in n}
+    for kind, shape in (("gate", (64, 160)), ("up", (64, 160)), ("down", (160, 64))):
+        beyond |= {f"model.layers.2.mlp.experts.{e}.{kind}_proj.weight": torch.randn(shape).bfloat16() for e in (0, 1)}
+    beyond["model.layers.2.mlp.gate.weight"] = torch.randn(2, 160).bfloat16()
+    beyond["model.layers.2.eh_proj.weight"] = torch.randn(160, 320).bfloat16()
+    beyond["model.layers.2.shared_head.norm.weight"] = torch.randn(160).bfloat16()
+    save_file({**tensors, **beyond}, model / "model.safetensors", {"format": "pt"})
+    source, twin = fp8_pair(model, tmp_path, **FP8_KINDS["blocks"])
+    assert_twins(source, twin, tmp_path)
+    output, plain = load_file(tmp_path / "output" / "model-outside.safetensors"), load_file(twin / "model.safetensors")
+    assert all(torch.equal(output[name], plain[name]) for name in beyond)
 
 
 # What is read

@@ -9,6 +9,7 @@ from awqdist.errors import CheckpointError
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*"]
+_PICKLES = "pytorch_model*.bin"
 
 
 def model_folder(model: str) -> Path:
@@ -23,7 +24,10 @@ def model_folder(model: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model, allow_patterns=_PATTERNS))
+        found = Path(snapshot_download(model, allow_patterns=_PATTERNS))
+        if not any(found.glob("*.safetensors")):  # many models hold both, and one is enough
+            found = Path(snapshot_download(model, allow_patterns=[*_PATTERNS, _PICKLES]))
+        return found
     except Exception as error:  # the hub client raises many kinds: offline, not found, gated, interrupted
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(

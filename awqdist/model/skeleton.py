@@ -143,7 +143,7 @@ def _match_names(model: PreTrainedModel, disk_names: Iterable[str]) -> tuple[dic
         name, converted = rename_source_key(disk, renamings, converters, model.base_model_prefix, state)
         if name not in state and disk in state:
             name, converted = disk, None
-        if converted is not None:
+        if name in state and converted is not None:
             raise ModelError(
                 f"{type(model).__name__}: tensor {disk} is stored in another layout than transformers computes with"
                 f" ({name}); mixture-of-experts checkpoints are not supported yet"

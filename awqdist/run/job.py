@@ -52,6 +52,7 @@ def prepare(recipe: Recipe, settings: RunSettings) -> Job:
     index = read_source(settings.model)
     skeleton = build_skeleton(read_config(settings.model), index.entries)
     _check_shapes(skeleton, index)
+    skeleton, index = _without_aliases(skeleton, index)
     plan = make_plan(skeleton, index, recipe)
     layout.check_linears({task.disk_module(path): task.shapes[path] for task in plan.tasks for path in task.schemes})
     return Job(plan, skeleton, index, recipe, settings, layout, device)
@@ -110,6 +111,24 @@ def _check_shapes(skeleton: Skeleton, index: CheckpointIndex) -> None:
                 f"{index.entries[disk].file}: tensor {disk} has shape {index.entries[disk].shape}, config.json asks for"
                 f" {tuple(expected[name].shape)}; config.json and weights are not of one model"
             )
+
+
+def _without_aliases(skeleton: Skeleton, index: CheckpointIndex) -> tuple[Skeleton, CheckpointIndex]:
+    """Leaves out tied weights that are the very bytes of another, as torch's pickles name them; safetensors hold each tensor once."""
+
+    def place(disk: str) -> tuple[object, ...]:
+        entry = index.entries[disk]
+        return entry.file, entry.start, entry.stop, entry.shape, entry.strides
+
+    tied = {
+        name: disk
+        for name, disk in skeleton.on_disk.items()
+        if (source := skeleton.on_disk.get(skeleton.model.all_tied_weights_keys.get(name, ""))) not in (None, disk)
+        and place(disk) == place(str(source))
+    }
+    on_disk = {name: disk for name, disk in skeleton.on_disk.items() if name not in tied}
+    entries = {disk: entry for disk, entry in index.entries.items() if disk not in tied.values()}
+    return replace(skeleton, on_disk=on_disk), replace(index, entries=entries)
 
 
 def _hash(data: bytes) -> str:

@@ -89,7 +89,7 @@ def make_plan(skeleton: Skeleton, index: CheckpointIndex, recipe: Recipe) -> Pla
 def _unknown_linears(skeleton: Skeleton, index: CheckpointIndex) -> tuple[str, ...]:
     """What a loader that knows more of the model than transformers, such as its multi-token prediction, may build linears from."""
     weights = [name for name in skeleton.unknown if name.endswith(".weight") and len(index.entries[name].shape) == 2]
-    return tuple(name.removesuffix(".weight") for name in weights)
+    return tuple(sorted(name.removesuffix(".weight") for name in weights))
 
 
 def _patterns(skeleton: Skeleton, recipe: Recipe) -> tuple[MappingPattern, ...] | None:
