@@ -60,14 +60,14 @@ class RemoteWorker:
             torch.set_num_threads(order.settings.threads)
         if order.patterns is not None:
             register_mappings(order.architecture, order.patterns)
-        self._number, self._samples = number, samples
-        self._job: Job = prepare(order.recipe, order.settings)
+        self._number, self._order, self._samples = number, order, samples
         self._messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._inboxes: dict[int, Inbox] = {}
         self._lock = threading.Lock()
 
     def introduce(self, token: str) -> Introduction:
-        """Proves that the leader's output folder is in sight. Raises OutputError."""
+        """Proves that the model and the leader's output folder are in sight. Raises AwqdistError."""
+        self._job: Job = prepare(self._order.recipe, self._order.settings)
         answer_token(self._job.settings.output, token, self._number)
         return Introduction(gethostname(), str(self._job.device), fingerprint(self._job, self._samples))
 
