@@ -136,7 +136,7 @@ def test_workers_wired_to_a_ring_write_the_bytes_of_one_worker(
             pool.submit(worker.work_and_deliver, 1, assigned, deliver_to(workers[(place + 1) % num_workers], 1))
             for place, (worker, assigned) in enumerate(zip(workers, lead.assignments(num_workers), strict=True))
         ]
-        assert all(work.result(TIMEOUT_S) for work in works)
+        assert [work.result(TIMEOUT_S) for work in works] == [None] * num_workers
         messages = [worker.messages(0.0) for worker in workers]
         for message in sorted((m for told in messages for m in told), key=lambda m: m.time):
             lead.observe(message)
@@ -155,7 +155,7 @@ def test_chunks_of_an_earlier_attempt_are_thrown_away(
     put_all(worker, 1, spoiled)  # of an attempt that came to nothing
     put_all(worker, 2, inputs)
     put_all(worker, 1, spoiled)  # and some that come late
-    assert worker.work_and_deliver(2, assignment(1, stop=2), nowhere)
+    assert worker.work_and_deliver(2, assignment(1, stop=2), nowhere) is None
     assert_written(output, alone, 1)
 
 
@@ -169,7 +169,7 @@ def test_chunks_may_come_before_the_attempt_begins_or_long_after_and_in_any_orde
         assert not threading.Event().wait(0.2)
         assert not work.done()
         worker.put(1, 1, 0, inputs[1, 0])
-        assert work.result(TIMEOUT_S)
+        assert work.result(TIMEOUT_S) is None
     assert_written(output, alone, 1)
 
 
@@ -183,7 +183,7 @@ def test_a_stop_lets_the_layer_that_is_being_searched_be_written_and_told(
 
     worker = second(tiny, output, stop)
     put_all(worker, 5, inputs)
-    assert not worker.work_and_deliver(5, assignment(1), nowhere)
+    assert worker.work_and_deliver(5, assignment(1), nowhere) is not None
     assert finished(worker.messages(0.0)) == [1]
     assert_written(output, alone, 1)
 
@@ -197,7 +197,7 @@ def test_a_stop_before_a_search_begins_ends_the_attempt_at_once(
 
     worker = second(tiny, output, stop)
     put_all(worker, 1, inputs)
-    assert not worker.work_and_deliver(1, assignment(1), nowhere)
+    assert worker.work_and_deliver(1, assignment(1), nowhere) is not None
     assert finished(worker.messages(0.0)) == []
     assert_written(output, alone)
 
@@ -210,17 +210,17 @@ def test_a_worker_that_waits_for_a_chunk_is_stopped_and_goes_on_in_the_next_atte
         work = pool.submit(worker.work_and_deliver, 1, assignment(1), nowhere)
         assert not threading.Event().wait(0.2)
         worker.stop(1)
-        assert not work.result(TIMEOUT_S)
+        assert work.result(TIMEOUT_S) == "the attempt was stopped"
     put_all(worker, 2, inputs)
     worker.stop(1)  # comes late, and is not meant for the second attempt
-    assert worker.work_and_deliver(2, assignment(1, stop=2), nowhere)
+    assert worker.work_and_deliver(2, assignment(1, stop=2), nowhere) is None
     assert_written(output, alone, 1)
 
 
 def test_an_attempt_that_is_stopped_before_it_begins_does_nothing(tiny: Tiny, output: Path, alone: Path) -> None:
     worker = second(tiny, output)
     worker.stop(1)
-    assert not worker.work_and_deliver(1, assignment(1), nowhere)
+    assert worker.work_and_deliver(1, assignment(1), nowhere) is not None
     assert_written(output, alone)
 
 
@@ -239,9 +239,22 @@ def test_a_chunk_that_cannot_be_delivered_ends_the_attempt_and_what_is_searched_
 
     worker = second(tiny, output, note)
     put_all(worker, 1, inputs)
-    assert not worker.work_and_deliver(1, assignment(1), refuse)
+    assert worker.work_and_deliver(1, assignment(1), refuse) is not None
     assert finished(worker.messages(0.0)) == [1]
     assert_written(output, alone, 1)
+
+
+def test_a_worker_whose_last_chunk_cannot_be_delivered_says_so(
+    tiny: Tiny, output: Path, inputs: dict[tuple[int, int], Tensor]
+) -> None:
+    def refuse(layer: int, chunk: int, hidden: Tensor) -> None:
+        if (layer, chunk) == (2, 1):
+            raise OSError("the object store is full")
+
+    worker = second(tiny, output)
+    put_all(worker, 1, inputs)
+    reason = worker.work_and_deliver(1, assignment(1, stop=3), refuse)
+    assert reason == "a chunk could not be delivered: the object store is full"
 
 
 def test_no_more_than_two_chunks_are_on_their_way_and_waiting_for_them_holds_up_nothing(
@@ -266,7 +279,7 @@ def test_no_more_than_two_chunks_are_on_their_way_and_waiting_for_them_holds_up_
 
     settings = replace(order_for(job_of(tiny, output), ROOM).settings, chunk_tokens=32)  # 8 chunks
     worker = introduced(0, replace(order_for(job_of(tiny, output), ROOM), settings=settings), note)
-    assert worker.work_and_deliver(1, Assignment(0, Schedule(0, 2, 2, 8), {}, None), slow)
+    assert worker.work_and_deliver(1, Assignment(0, Schedule(0, 2, 2, 8), {}, None), slow) is None
     assert most == 2
 
 
@@ -385,7 +398,7 @@ def test_registered_mappings_reach_the_workers(
     worker = Worker(1, order)
     assert worker.introduce(offer_token(output)).fingerprint == fingerprint(job, SAMPLES)
     put_all(worker, 1, inputs)
-    assert worker.work_and_deliver(1, assignment(1, stop=2), nowhere)
+    assert worker.work_and_deliver(1, assignment(1, stop=2), nowhere) is None
     records = [m.event.record for m in worker.messages(0.0) if isinstance(m.event, LayerFinished)]
     names = [(mapping.smooth_layer, mapping.balance_layers) for mapping in records[0].mappings]
     assert len(names) == 1

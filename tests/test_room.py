@@ -129,3 +129,13 @@ def test_a_backend_that_is_asked_for_is_given(
 def test_an_unknown_backend_is_refused_with_the_known_ones() -> None:
     with pytest.raises(AwqdistError, match="unknown backend 'dask'; use auto, local, ray, torchrun"):
         choose_backend(Placement("dask"))
+
+
+def test_more_workers_than_gpus_are_refused() -> None:
+    with pytest.raises(AwqdistError, match="9 workers need a GPU each, the Ray cluster has 8"):
+        room_for_workers([{"CPU": 16.0, "GPU": 8.0}], 9, "auto")
+
+
+def test_a_gpu_without_a_cpu_is_of_no_use() -> None:
+    with pytest.raises(AwqdistError, match="no node with a GPU and a CPU"):
+        room_for_workers([{"GPU": 8.0}], None, "auto")

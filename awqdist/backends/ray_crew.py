@@ -44,8 +44,8 @@ class RayWorker(RemoteWorker):
         for metric in (self._tokens, self._layers, self._memory):
             metric.set_default_tags({"worker": str(number)})
 
-    def work(self, attempt: int, assignment: Assignment, peer: Any) -> bool:
-        """peer: the actor behind this one in the ring."""
+    def work(self, attempt: int, assignment: Assignment, peer: Any) -> str | None:
+        """peer: the actor behind this one in the ring. Returns why the work did not come to its end, if so."""
 
         def deliver(layer: int, chunk: int, hidden: Tensor) -> None:
             data = hidden.contiguous().view(torch.uint8).numpy()
