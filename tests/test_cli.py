@@ -34,6 +34,12 @@ OPTIONS = {
         "--snapshot-every": 8,
         "--overwrite": False,
         "--report": True,
+        "--backend": "auto",
+        "--num-workers": None,
+        "--ray-address": None,
+        "--max-restarts": 3,
+        "--layers-per-block": 1,
+        "--threads": None,
     },
     "watch": {"OUTPUT": None, "--progress": "auto", "--once": False},
     "plan": {

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import resource
+import signal
 from pathlib import Path
 
 import pytest
@@ -162,3 +164,19 @@ def test_a_file_is_whole_if_size_and_hash_agree(tmp_path: Path) -> None:
     assert not is_whole(tmp_path / "file", written.num_bytes, "0" * 64)
     assert not is_whole(tmp_path / "nowhere", written.num_bytes, written.sha256)
     assert not is_whole(tmp_path, 0, written.sha256)
+
+
+def test_a_line_that_did_not_fit_on_the_disk_takes_no_later_one_along(tmp_path: Path) -> None:
+    journal = open_journal(tmp_path, FINGERPRINT)
+    file = tmp_path / ".awqdist" / "journal.jsonl"
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file.stat().st_size + 10, unlimited[1]))
+    try:
+        with pytest.raises(OutputError):
+            journal.add_snapshot(SnapshotRecord(1, "boundary-00001.safetensors", "00"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    journal.add_snapshot(SnapshotRecord(2, "boundary-00002.safetensors", "00"))
+    journal.close()
+    assert [record.layer for record in read_journal(tmp_path).snapshots] == [2]

@@ -72,7 +72,7 @@ class Launched:
 
 
 def ended(process: subprocess.Popen[str]) -> Launched:
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=300)
     return Launched(process.returncode, output)
 
 
@@ -215,20 +215,26 @@ def test_ray_jobs_end_with_the_model_where_the_user_meant_it_or_with_the_reason(
 def test_ray_submit_copies_one_file_and_ends_with_the_model_or_with_the_reason(
     user: User, head: Head, tiny: Tiny, undisturbed: Path, tmp_path: Path
 ) -> None:
-    def submit(model: Path, output: Path) -> subprocess.Popen[str]:
-        command = ("ray", "submit", "--no-config-cache", head.config, LAUNCH / "ray_submit.py", "--", model, output)
-        return user.starts(*command, *tiny.options("--num-workers", 1, "--threads", 1), at=ROOT)
+    def submit(output: object, num_workers: int) -> subprocess.Popen[str]:
+        options = tiny.options("--num-workers", num_workers, "--threads", 1)
+        command = (
+            "ray",
+            "submit",
+            "--no-config-cache",
+            head.config,
+            LAUNCH / "ray_submit.py",
+            "--",
+            tiny.model,
+            output,
+        )
+        return user.starts(*command, *options, at=ROOT)
 
-    started = [
-        submit(tiny.model, tmp_path / "output"),
-        submit(tmp_path / "nowhere", tmp_path / "nothing"),
-        submit(tiny.model, Path("output")),
-    ]
+    started = [submit(tmp_path / "output", 1), submit(tmp_path / "nothing", 0), submit("relative", 1)]
     finished, *failed = map(ended, started)
     assert finished.code == 0, finished.output
     assert model_files(tmp_path / "output") == model_files(undisturbed)
     assert (user.folder / "ray_submit.py").read_bytes() == (LAUNCH / "ray_submit.py").read_bytes()
-    for run, reason in zip(failed, ["awqdist: error: model folder not found: ", "ray_submit.py: error: "], strict=True):
+    for run, reason in zip(failed, ["awqdist: error: Invalid value", "ray_submit.py: error: "], strict=True):
         assert run.code != 0
         own, _ = run.output.split("Error: Command failed:")  # what Ray adds: the command that failed
         assert own.splitlines()[-1].startswith(reason), run.output

@@ -15,7 +15,7 @@ class Inbox:
     def __init__(self) -> None:
         self._chunks: dict[tuple[int, int], Tensor] = {}
         self._changed = threading.Condition()
-        self._broken: str | None = None
+        self.broken: str | None = None  # why nothing will come any more
 
     def put(self, layer: int, chunk: int, hidden: Tensor) -> None:
         with self._changed:
@@ -25,17 +25,17 @@ class Inbox:
     def take(self, layer: int, chunk: int) -> Tensor:
         """Waits for a chunk. Raises RingBroken once it will not come any more."""
         with self._changed:
-            self._changed.wait_for(lambda: self._broken is not None or (layer, chunk) in self._chunks)
+            self._changed.wait_for(lambda: self.broken is not None or (layer, chunk) in self._chunks)
             self.check()
             return self._chunks.pop((layer, chunk))
 
     def break_off(self, reason: str) -> None:
         """From now on nothing is waited for."""
         with self._changed:
-            self._broken = self._broken or reason
+            self.broken = self.broken or reason
             self._changed.notify_all()
 
     def check(self) -> None:
         """Raises RingBroken if it was broken off."""
-        if self._broken is not None:
-            raise RingBroken(self._broken)
+        if self.broken is not None:
+            raise RingBroken(self.broken)

@@ -154,7 +154,7 @@ def joined_ranks() -> RankStore:
     missing += [name for name, value in values.items() if value is None]
     if missing:
         raise AwqdistError(
-            f"the torchrun backend needs a launcher: {', '.join(missing)} not set; see launch/torchrun.sh"
+            f"the torchrun backend needs a launcher: {', '.join(missing)} not set; see launch/torchrun.sh, or give --backend local"
         )
     rank, num_ranks = int(values["RANK"] or 0), int(values["WORLD_SIZE"] or 1)
     store, _, _ = next(rendezvous("env://", rank, num_ranks))

@@ -61,7 +61,7 @@ def _run(crew: Crew, lead: Lead, max_restarts: int) -> None:
         except BaseException:
             trial.wind_up(_FAREWELL_S)
             raise
-        for number, reason in lost.items():
+        for number, reason in (lost or trial.failed).items():
             num_restarts += 1
             if num_restarts > max_restarts:
                 raise AwqdistError(
@@ -83,6 +83,8 @@ class _Attempt:
         self._works: dict[Any, int] = {}  # reference -> number of the worker
         self._polls: dict[Any, int] = {}
         self._lost: dict[int, str] = {}
+        self._is_stopped = False
+        self.failed: dict[int, str] = {}  # workers that live, but could not go on, and why
 
     def carry_out(self, assignments: Sequence[Assignment]) -> dict[int, str]:
         """Returns the workers that were lost, and why. Raises AwqdistError for what a worker refuses."""
@@ -119,6 +121,9 @@ class _Attempt:
             if is_poll:
                 self._observe(value)
                 self._poll(number)
+            elif value is not None and not self._is_stopped:
+                self.failed[number] = value
+                self._stop()
 
     def _poll(self, number: int, patience_s: float = _POLL_S) -> None:
         poll = self._actors[number].messages.options(concurrency_group="messages").remote(patience_s)
@@ -144,6 +149,7 @@ class _Attempt:
         self._stop()
 
     def _stop(self) -> None:
+        self._is_stopped = True
         for number, actor in self._actors.items():
             if number not in self._lost:
                 actor.stop.options(concurrency_group="calls").remote(self._attempt)

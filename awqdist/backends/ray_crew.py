@@ -7,7 +7,7 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -44,8 +44,8 @@ class RayWorker(RemoteWorker):
         for metric in (self._tokens, self._layers, self._memory):
             metric.set_default_tags({"worker": str(number)})
 
-    def work(self, attempt: int, assignment: Assignment, peer: Any) -> bool:
-        """peer: the actor behind this one in the ring."""
+    def work(self, attempt: int, assignment: Assignment, peer: Any) -> str | None:
+        """peer: the actor behind this one in the ring. Returns why the work did not come to its end, if so."""
 
         def deliver(layer: int, chunk: int, hidden: Tensor) -> None:
             data = hidden.contiguous().view(torch.uint8).numpy()
@@ -79,6 +79,7 @@ class Crew:
         self._order = order_for(job, self._room)
         self._samples = ray.put(samples)
         self._num_started = 0
+        self._absent: dict[int, str] = {}  # why workers did not come up
         bundles = [self._room.bundle] * self._room.num_workers
         self._group: PlacementGroup = placement_group(bundles, strategy="PACK", name="awqdist")
         self.actors: dict[int, Any] = {}
@@ -116,9 +117,8 @@ class Crew:
         self.actors = {number: self._new_actor(number) for number in range(count)}
         introductions = self._introduced(self.actors, _START_S)
         if len(introductions) < count:
-            raise AwqdistError(
-                f"only {len(introductions)} of {count} workers came up in {_START_S:.0f} s; see Ray's logs"
-            )
+            why = "; ".join(self._absent.values()) or "see Ray's logs"
+            raise AwqdistError(f"only {len(introductions)} of {count} workers came up: {why}")
         self.fingerprint, self.device = agreed(list(introductions.values())), introductions[0].device
 
     def _new_actor(self, number: int) -> Any:
@@ -142,8 +142,10 @@ class Crew:
             ready, _ = ray.wait(list(refs), num_returns=len(refs), timeout=patience_s)
             answers = {}
             for ref in ready:
-                with suppress(RayActorError):
+                try:
                     answers[refs[ref]] = get(ref)
+                except RayActorError as error:
+                    self._absent[refs[ref]] = f"worker {refs[ref]}: {str(error).strip().splitlines()[-1]}"
             check_answers(output, token, list(answers))
             return answers
         finally:

@@ -60,27 +60,30 @@ class RemoteWorker:
             torch.set_num_threads(order.settings.threads)
         if order.patterns is not None:
             register_mappings(order.architecture, order.patterns)
-        self._number, self._samples = number, samples
-        self._job: Job = prepare(order.recipe, order.settings)
+        self._number, self._order, self._samples = number, order, samples
         self._messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._inboxes: dict[int, Inbox] = {}
         self._lock = threading.Lock()
 
     def introduce(self, token: str) -> Introduction:
-        """Proves that the leader's output folder is in sight. Raises OutputError."""
+        """Proves that the model and the leader's output folder are in sight. Raises AwqdistError."""
+        self._job: Job = prepare(self._order.recipe, self._order.settings)
         answer_token(self._job.settings.output, token, self._number)
         return Introduction(gethostname(), str(self._job.device), fingerprint(self._job, self._samples))
 
-    def work_and_deliver(self, attempt: int, assignment: Assignment, deliver: Deliver) -> bool:
-        """Does an assignment. Returns whether it came to its end: False if the attempt was stopped. Raises AwqdistError."""
+    def work_and_deliver(self, attempt: int, assignment: Assignment, deliver: Deliver) -> str | None:
+        """Does an assignment. Returns None, or why it did not come to its end: the attempt was stopped, or a chunk could not be delivered.
+
+        Raises AwqdistError.
+        """
         inbox = self._inbox(attempt)
         with ThreadPoolExecutor(_CHUNKS_ON_THEIR_WAY) as outbox:
             try:
                 work(self._job, self._samples, assignment, _Outlet(inbox, outbox, deliver), self.emit)
-            except RingBroken:
+            except RingBroken as broken:
                 outbox.shutdown(wait=False, cancel_futures=True)
-                return False
-        return True
+                return str(broken)
+        return inbox.broken  # by the last chunks, for which the worker did not wait
 
     def put(self, attempt: int, layer: int, chunk: int, hidden: Tensor) -> None:
         """Takes a chunk in for this or a coming attempt. hidden: (B, L, H), private."""

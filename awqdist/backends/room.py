@@ -54,11 +54,18 @@ def room_for_workers(nodes: Sequence[dict[str, float]], num_workers: int | None,
     if device.startswith("cuda") and not on_gpu:
         raise AwqdistError("the Ray cluster has no GPU; use --device cpu")
     kind = "GPU" if on_gpu else "CPU"
-    able = [node for node in nodes if node.get(kind, 0) >= 1]
+    able = [node for node in nodes if node.get(kind, 0) >= 1 and node.get("CPU", 0) >= 1]
     if not able:
-        raise AwqdistError("the Ray cluster has no node with a CPU; start one with `ray start`")
+        raise AwqdistError(
+            f"the Ray cluster has no node with a {kind} and a CPU for the worker; start one with `ray start`"
+        )
     if on_gpu:
-        count = num_workers or int(sum(node["GPU"] for node in able))
+        num_gpus = int(sum(node["GPU"] for node in able))
+        count = num_workers or num_gpus
+        if count > num_gpus:
+            raise AwqdistError(
+                f"{count} workers need a GPU each, the Ray cluster has {num_gpus}; use fewer --num-workers"
+            )
         return Room(count, float(max(1, min(int(node["CPU"] // node["GPU"]) for node in able))), True)
     count = num_workers or len(able)
     share = min(node["CPU"] for node in able) / ceil(count / len(able))

@@ -145,6 +145,7 @@ def _device_of_rank(name: str) -> torch.device:
 
 def _cores_of_rank() -> int:
     """This rank's share of the cores of its machine."""
-    names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_NTASKS_PER_NODE", "WORLD_SIZE")  # torchrun, deepspeed, srun
-    num_local = next(int(os.environ[name]) for name in names if os.environ.get(name, "").isdigit())
+    names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_NTASKS_PER_NODE")  # torchrun, deepspeed, srun
+    counts = [int(os.environ[name]) for name in names if os.environ.get(name, "").isdigit()]
+    num_local = (counts or [int(launcher_value("WORLD_SIZE") or 1)])[0]
     return max(1, len(os.sched_getaffinity(0)) // num_local)

@@ -7,7 +7,10 @@ exit status 2; an interrupt says how to resume.
 from __future__ import annotations
 
 import gc
+import json
+import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -209,6 +212,8 @@ def clear_errors() -> Iterator[None]:
         yield
     except AwqdistError as error:
         typer.echo(f"awqdist: error: {error}", err=True)
+        if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun shows it in its table of failures
+            Path(file).write_text(json.dumps({"message": str(error), "timestamp": int(time.time())}))
         raise SystemExit(2) from None
     except PermissionError as error:
         typer.echo(f"awqdist: error: {error.strerror}: {error.filename}; choose a place that you may use", err=True)

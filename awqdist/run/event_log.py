@@ -23,30 +23,27 @@ class EventLog:
 
     def __init__(self, file: Path, *, anew: bool) -> None:
         self._stream = file.open("wb" if anew else "ab", buffering=0)
-        if not anew:
-            self._write(b"\n")  # ends the torn line of a run that was killed
+        self._is_torn = not anew  # a run that was killed may have left half a line
 
     def append(self, message: Message) -> None:
-        self._write(message.to_json().encode() + b"\n")
+        data = (b"\n" if self._is_torn else b"") + message.to_json().encode() + b"\n"
+        self._is_torn = True
+        with suppress(OSError):
+            self._is_torn = self._stream.write(data) < len(data)
 
     def close(self) -> None:
         self._stream.close()
 
-    def _write(self, data: bytes) -> None:
-        with suppress(OSError):
-            self._stream.write(data)
-
 
 def seconds_of_runs(file: Path) -> float:
     """How long the runs that wrote the file took until their last messages, all together."""
-    total, begun = 0.0, 0.0
-    latest: float | None = None
+    total = begun = latest = 0.0
     for message in read_events(file):
-        if isinstance(message.event, RunStarted):
-            total += latest - begun if latest is not None else 0.0
+        if isinstance(message.event, RunStarted) or not begun:
+            total += latest - begun
             begun = latest = message.time
-        latest = max(latest or message.time, message.time)
-    return total + (latest - begun if latest is not None else 0.0)
+        latest = max(latest, message.time)
+    return total + latest - begun
 
 
 def bytes_read(messages: list[Message]) -> dict[int | None, int]:

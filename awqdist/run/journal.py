@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,12 +71,16 @@ class Journal:
 
     def _append(self, line: dict[str, Any]) -> None:
         file = self.folder / JOURNAL_FILE
+        num_bytes = 0
         try:
             with file.open("ab") as stream:
+                num_bytes = stream.tell()
                 stream.write(_line(line))
                 stream.flush()
                 os.fsync(stream.fileno())
         except OSError as error:
+            with suppress(OSError):  # a torn line would take those behind it along
+                os.truncate(file, num_bytes)
             raise output_error(file, error) from error
 
 

@@ -17,6 +17,7 @@ from awqdist.errors import OutputError
 from awqdist.run.job import Job
 from awqdist.run.journal import Journal, JournalEntries
 from awqdist.run.plan import Plan
+from awqdist.run.shared_folder import remove_token
 from awqdist.run.snapshots import remove_snapshots
 
 OUTSIDE_FILE = "model-outside.safetensors"
@@ -42,6 +43,7 @@ def merge(job: Job, journal: Journal, count: Callable[[int], None]) -> int:
     remove_snapshots(journal.folder)
     for folder in (output, journal.folder):
         remove_temporary_files(folder)
+    remove_token(output)
     write_json(output / INDEX_FILE, index)
     return int(index["metadata"]["total_size"])
 

@@ -19,6 +19,7 @@ from awqdist.run.event_log import EVENTS_FILE
 
 STATE_FOLDER = ".awqdist"
 LOCK_FILE = "lock"
+_RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set for what `ray job submit` runs
 _COMPANIONS = (
     "config.json",
     "generation_config.json",
@@ -47,6 +48,8 @@ def is_finished(output: Path) -> bool:
 def check_output(settings: RunSettings) -> None:
     """Looks at the output folder and writes nothing. Raises OutputError unless a run may begin or go on there."""
     output = settings.output
+    if not output.is_absolute() and _RAY_JOB in os.environ:
+        raise OutputError(f"give {output} as an absolute path: Ray removes the working directory of a job")
     try:
         if output.exists() and not output.is_dir():
             raise OutputError(f"{output} is a file; give a folder")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from socket import gethostname
 
@@ -43,7 +44,8 @@ def check_answers(output: Path, token: str, workers: Sequence[int]) -> None:
         )
 
 
-def remove_token(output: Path, token: str) -> None:
+def remove_token(output: Path, token: str = "") -> None:
+    """Removes a token with its answers; without `token`, also those that a killed leader left behind."""
     for file in (output / STATE_FOLDER).glob(f"token-{token}*"):
         file.unlink(missing_ok=True)
 
@@ -62,10 +64,10 @@ def _write(file: Path) -> None:
 
 def _appears(file: Path) -> bool:
     deadline = time.monotonic() + _PATIENCE_S
-    while not file.exists():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.1)
-        if file.parent.is_dir():
+    while time.monotonic() < deadline:
+        with suppress(OSError):  # no right to look, or a network file system's stale handle
+            if file.exists():
+                return True
             any(file.parent.iterdir())  # makes a network file system look again
-    return True
+        time.sleep(0.1)
+    return False
