@@ -143,6 +143,14 @@ def test_dequantizing_goes_by_blocks_whatever_the_shape(shape: tuple[int, ...]) 
     assert torch.equal(found, (weight.float() * wide).bfloat16())
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_every_value_of_8_bits_is_widened_exactly(dtype: torch.dtype) -> None:
+    weight = torch.arange(256, dtype=torch.uint8).view(dtype).reshape(4, 64)
+    found = dequantize(weight, torch.ones(1), (4, 64), torch.float32)
+    assert torch.equal(found.nan_to_num(1e6), weight.float().nan_to_num(1e6))
+    assert torch.equal(found.signbit()[~found.isnan()], weight.float().signbit()[~found.isnan()])
+
+
 def respoiled(source: Path, spoil: Callable[[dict[str, Tensor]], object]) -> Path:
     """The source after a change of its stored tensors."""
     tensors = load_file(source / "model.safetensors")

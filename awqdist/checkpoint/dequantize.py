@@ -16,7 +16,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-_STRIP_ELEMENTS = 1 << 24  # of float32, in memory at once beside the result
+_STRIP_ELEMENTS = 1 << 18  # worked on at once: they stay in the processor's cache
 
 
 def block_of(
@@ -53,5 +53,20 @@ def dequantize(weight: Tensor, scale: Tensor, block: tuple[int, int], dtype: tor
             strip = slice(start, min(start + step, rows))
             row_blocks = torch.arange(strip.start, strip.stop, device=scale.device) // block[0]
             wide = values[row_blocks].repeat_interleave(block[1], dim=1)[:, :columns]  # (strip, I)
-            target[strip] = (matrix[strip].float() * wide).to(dtype)
+            target[strip] = _widened(matrix[strip]).mul_(wide)
     return result.reshape(weight.shape)
+
+
+def _widened(stored: Tensor) -> Tensor:
+    """(n, I) float8 as float32, exactly.
+
+    An e4m3 is a float16 whose exponent lacks a bit: moved into its place, its bits are the value / 256, subnormal ones included. Only its
+    NaN, of all ones, is none there. torch's own conversion takes about three times as long.
+    """
+    if stored.dtype != torch.float8_e4m3fn:
+        return stored.float()
+    bits = stored.view(torch.int8).to(torch.int16)  # with the sign in the highest bit
+    magnitude = bits.bitwise_left_shift(7).bitwise_and_(0x3FFF)
+    is_nan = magnitude == 0x3F80
+    halves = magnitude.bitwise_or_(bits.bitwise_and_(-0x8000)).view(torch.float16)
+    return halves.float().mul_(256).masked_fill_(is_nan, torch.nan)
