@@ -23,6 +23,7 @@ from torch import Tensor
 from awqdist.checkpoint.dequantize import dequantize
 from awqdist.checkpoint.reader import read_tensor, read_tensors
 from awqdist.checkpoint.source import read_source
+from awqdist.run.event_log import bytes_read, read_events
 
 RECIPE = f"""
 default_stage:
@@ -396,6 +397,40 @@ def test_a_deepseek_v3_in_fp8_with_its_prediction_layer_gives_the_bytes_of_its_t
 
 
 # What is read
+
+
+def test_scales_that_are_left_out_are_told(model: Path, tmp_path: Path) -> None:
+    source, _ = fp8_pair(model, tmp_path, **FP8_KINDS["tensor"])
+    quantized(source, tmp_path / "output")
+    page = (tmp_path / "output" / "report.html").read_text()
+    assert "14 FP8 weights of the source were dequantized to BF16 as they were read" in page
+    assert "14 scales of the source&#39;s activations and caches were left out: model.layers.0." in page
+
+
+def test_a_run_is_resumed_and_what_both_parts_of_it_read_is_told(model: Path, tmp_path: Path) -> None:
+    source, twin = fp8_pair(model, tmp_path, **FP8_KINDS["blocks"])
+    expected = quantized(twin, tmp_path / "expected")
+    whole = awqdist("quantize", source, tmp_path / "output", *options(tmp_path)).events
+    output = tmp_path / "output"
+    (output / "model.safetensors.index.json").unlink()
+    (output / "model-layer-00001.safetensors").unlink()  # as if it had ended before
+    resumed = awqdist("quantize", source, output, *options(tmp_path))
+    assert resumed.code == 0, resumed.stderr
+    assert model_files(output) == expected
+    again = sum(event["num_bytes"] for event in resumed.events if event["event"] == "SourceRead")
+    first = sum(event["num_bytes"] for event in whole if event["event"] == "SourceRead")
+    assert 0 < again < first
+    assert sum(bytes_read(read_events(output / "events.jsonl")).values()) == first + again
+
+
+def test_a_resumed_run_refuses_other_scales(model: Path, tmp_path: Path) -> None:
+    source, _ = fp8_pair(model, tmp_path, **FP8_KINDS["blocks"])
+    quantized(source, tmp_path / "output")
+    (tmp_path / "output" / "model.safetensors.index.json").unlink()
+    respoiled(source, lambda tensors: tensors["model.layers.0.self_attn.q_proj.weight_scale_inv"].mul_(1.25))
+    line = awqdist("quantize", source, tmp_path / "output", *options(tmp_path)).error_line()
+    assert "layer 0" in line
+    assert "was made from other weights" in line
 
 
 def bytes_told(outcome_events: list[dict[str, Any]]) -> dict[tuple[int | None, int | None], list[int]]:

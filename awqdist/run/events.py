@@ -70,7 +70,7 @@ class StageEnded:
 @dataclass(frozen=True, slots=True)
 class SourceRead:
     """Bytes of the source that were read, as the reader counted them. A worker reads its layers and what is outside of them; the leader
-    reads what is copied."""
+    reads what is copied. The few bytes by which the journal knows a layer's weights again (at most 32 KiB of a layer) are not counted."""
 
     layer: int | None  # None: outside the layers
     num_bytes: int
