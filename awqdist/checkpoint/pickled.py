@@ -63,13 +63,15 @@ def _check_archive(file: Path) -> None:
     try:
         with zipfile.ZipFile(file) as archive:
             records = archive.infolist()
-            order = next(
-                (archive.read(r) for r in records if r.filename.endswith("/byteorder")), sys.byteorder.encode()
-            )
+            if any(record.compress_type != zipfile.ZIP_STORED for record in records):
+                raise CheckpointError(f"{file}: its records are compressed; {_REMEDY}")
+            for record in records:
+                if record.filename.endswith("/byteorder") and archive.read(record) != sys.byteorder.encode():
+                    raise CheckpointError(
+                        f"{file}: its numbers are of another byte order than this machine's; {_REMEDY}"
+                    )
     except zipfile.BadZipFile as error:
         raise CheckpointError(f"{file}: not torch's zip format, or truncated ({error}); {_REMEDY}") from None
-    if any(record.compress_type != zipfile.ZIP_STORED for record in records) or order != sys.byteorder.encode():
-        raise CheckpointError(f"{file}: its records are compressed, or of another byte order; {_REMEDY}")
 
 
 def _entry(file: Path, name: Any, tensor: Any, size: int) -> TensorEntry:
@@ -85,13 +87,15 @@ def _entry(file: Path, name: Any, tensor: Any, size: int) -> TensorEntry:
     last = sum((n - 1) * stride for n, stride in zip(shape, tensor.stride(), strict=True)) if tensor.numel() else -1
     end = first + (last + 1) * width
     start = storage._checkpoint_offset
-    if start + storage.nbytes() > size or end > storage.nbytes():
+    if start + storage.nbytes() > size or max(end, tensor.numel() * width) > storage.nbytes():
         raise CheckpointError(f"{file}: tensor {name} reaches beyond its storage or the file; {_REMEDY}")
     strides = None if tensor.is_contiguous() else tuple(tensor.stride())
     return TensorEntry(name, file, _FORMAT_NAMES[tensor.dtype], shape, start + first, start + end, strides)
 
 
 def _reason(error: Exception) -> str:
+    """What torch found, without its advice to trust the file."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = [line for line in lines if "WeightsUnpickler error" in line or "Unsupported" in line]
-    return (telling or lines or [type(error).__name__])[0]
+    telling = [line for line in lines if "GLOBAL" in line or "Unpickler" in line]
+    plain = [line for line in lines if "Weights only load failed" not in line]
+    return (telling or plain or [type(error).__name__])[0]
