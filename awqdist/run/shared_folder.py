@@ -25,7 +25,7 @@ def offer_token(output: Path) -> str:
 
 def answer_token(output: Path, token: str, worker: int) -> None:
     """Worker: reads the token and writes an answer. Raises OutputError if the folder is not the leader's."""
-    if not _appears(_file(output, token)):
+    if not _appears(_file(output, token), time.monotonic() + _PATIENCE_S):
         raise OutputError(
             f"worker {worker} on {gethostname()} does not see what the leader wrote into {output}; the output folder must lie on a file"
             " system that all workers share, at the same path"
@@ -35,7 +35,8 @@ def answer_token(output: Path, token: str, worker: int) -> None:
 
 def check_answers(output: Path, token: str, workers: Sequence[int]) -> None:
     """Leader: removes the token and its answers. Raises OutputError if an answer is missing."""
-    deaf = [worker for worker in workers if not _appears(_file(output, token, worker))]
+    deadline = time.monotonic() + _PATIENCE_S
+    deaf = [worker for worker in workers if not _appears(_file(output, token, worker), deadline)]
     remove_token(output, token)
     if deaf:
         raise OutputError(
@@ -62,12 +63,13 @@ def _write(file: Path) -> None:
         raise output_error(file, error) from error
 
 
-def _appears(file: Path) -> bool:
-    deadline = time.monotonic() + _PATIENCE_S
-    while time.monotonic() < deadline:
+def _appears(file: Path, deadline: float) -> bool:
+    """Whether the file is there at last, looking once at least."""
+    while True:
         with suppress(OSError):  # no right to look, or a network file system's stale handle
             if file.exists():
                 return True
             any(file.parent.iterdir())  # makes a network file system look again
+        if time.monotonic() > deadline:
+            return False
         time.sleep(0.1)
-    return False
