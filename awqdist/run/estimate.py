@@ -81,6 +81,19 @@ def estimate(job: Job) -> Estimate:
     )
 
 
+def chunk_budget(job: Job) -> int | None:
+    """Bytes of host memory that a worker has for chunks; None for as many as there are.
+
+    Raises OffloadError if --cpu-memory is too small for what must be in memory.
+    """
+    settings, expected = job.settings, estimate(job)
+    if settings.cpu_memory is None:
+        return None if settings.offload == "cpu" else 0
+    least = expected.peak_host_bytes - expected.activation_bytes
+    left = settings.cpu_memory - least
+    return max(left, 0)
+
+
 def deal(expected: Estimate, schedule: Schedule) -> tuple[WorkerEstimate, ...]:
     """What each worker does of a run: its layers, and the embeddings. The rest of the source is copied by the leader."""
     by_layer = {layer.layer: layer for layer in expected.layers}
