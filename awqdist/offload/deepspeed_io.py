@@ -55,6 +55,8 @@ def load_operator() -> Any:
     if reason is not None:
         raise OffloadError(reason)
     try:
+        with _surroundings():
+            import deepspeed.utils  # type: ignore[import-untyped]  # noqa: F401  # the operator would import it, and print
         pin_memory, async_io = (_load(operator, build_folder(operator) / f"{operator}.so") for operator in _OPERATORS)
     except (ImportError, OSError) as error:
         raise OffloadError(
@@ -75,7 +77,7 @@ def build_operator(tell: Callable[[str], None]) -> None:
     tell("compiling DeepSpeed's async_io operator, once for this machine; this takes some minutes …")
     start = time.monotonic()
     with _surroundings():
-        from deepspeed.ops.op_builder import AsyncIOBuilder  # type: ignore[import-untyped]
+        from deepspeed.ops.op_builder import AsyncIOBuilder
 
         builder = AsyncIOBuilder()
         if not builder.is_compatible(verbose=False):
@@ -154,6 +156,10 @@ def _stamp_of(folder: Path) -> object:
         return None
 
 
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
+
+
 @contextmanager
 def _surroundings() -> Iterator[None]:
     """What DeepSpeed needs around it to be quiet, and to find ninja beside this Python."""
@@ -163,7 +169,7 @@ def _surroundings() -> Iterator[None]:
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{before}"
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    logging.getLogger("DeepSpeed").addFilter(_is_error)  # it prints on standard output
     try:
         yield
     finally:

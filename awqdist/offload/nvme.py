@@ -79,6 +79,9 @@ class _Lane:
             if self._buffer is not None:
                 self.handle.free_cpu_locked_tensor(self._buffer)
             self._buffer = self.handle.new_cpu_locked_tensor(size, torch.empty(0, dtype=torch.uint8))
+            if not self._buffer.data_ptr():
+                self._buffer = None
+                raise OSError(errno.ENOMEM, f"{size:,} bytes cannot be locked in memory; raise `ulimit -l`")
         return self._buffer[:size]
 
 
