@@ -77,6 +77,13 @@ OPTIONS = {
         "--device": "auto",
         "--json": False,
     },
+    "doctor": {
+        "FOLDER": ".",
+        "--build-nvme": False,
+        "--profile": None,
+        "--ray-address": None,
+        "--json": False,
+    },
     "demo": {"OUTPUT": "awqdist-demo"},
 }
 

@@ -55,9 +55,7 @@ def quantize(
     num_workers: Annotated[
         int | None, typer.Option(min=1, help="Ray: workers; one per GPU, or per node without any.")
     ] = None,
-    ray_address: Annotated[
-        str | None, typer.Option(help="Ray: address of the cluster; this machine's own if not given.")
-    ] = None,
+    ray_address: options.RayAddress = None,
     max_restarts: Annotated[int, typer.Option(min=0, help="Ray: how many lost workers are replaced.")] = 3,
     layers_per_block: options.LayersPerBlock = 1,
     threads: Annotated[
@@ -181,6 +179,20 @@ def evaluate(
     from awqdist.cli.commands import show_evaluation
 
     show_evaluation(model, text, against=against, limits=(max_tokens, window), device=device, as_json=as_json)
+
+
+@app.command(epilog="Example: awqdist doctor ./llama-w4 --profile machine.json")
+def doctor(
+    folder: Annotated[Path, typer.Argument(help="OUTPUT, or a folder on the disk in question.")] = Path("."),
+    build_nvme: Annotated[bool, typer.Option("--build-nvme", help="Compile DeepNVMe's operator first, once.")] = False,
+    profile: Annotated[Path | None, typer.Option(help="Write the rates of this machine there, as JSON.")] = None,
+    ray_address: options.RayAddress = None,
+    as_json: options.Json = False,
+) -> None:
+    """Checks versions, devices, libraries, the folder's file system and Ray, and measures how fast all is; exit status 1 if any fails."""
+    from awqdist.cli.doctor import examine
+
+    examine(folder, build_nvme=build_nvme, profile=profile, ray_address=ray_address, as_json=as_json)
 
 
 @app.command(epilog="Example: awqdist demo ./awqdist-demo")
