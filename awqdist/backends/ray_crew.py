@@ -8,6 +8,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -215,13 +216,19 @@ def _join(address: str | None) -> None:
         "RAY_gcs_server_port_wait_time_s", "1"
     )  # what belongs to no cluster any more fails in 40 s, not 15 min
     try:
-        _check_answers(address)
+        _check_answers(address or _own_address())
         ray.init(address=address or "auto", **_QUIET)
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise AwqdistError(
             f"no Ray cluster can be joined at {address}: {reason}; give HOST:PORT of its head, or nothing for this machine's own"
         ) from None
+
+
+def _own_address() -> str | None:
+    """Where the head of this machine's cluster was when Ray last started here."""
+    file = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "ray_current_cluster"
+    return file.read_text().strip() if file.is_file() else None
 
 
 def _check_answers(address: str | None) -> None:

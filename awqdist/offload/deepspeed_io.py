@@ -56,7 +56,7 @@ def load_operator() -> Any:
         raise OffloadError(reason)
     try:
         with _surroundings():
-            import deepspeed.utils  # type: ignore[import-untyped]  # noqa: F401  # the operator would import it, and print
+            import deepspeed.utils  # noqa: F401  # the operator would import it, and print
         pin_memory, async_io = (_load(operator, build_folder(operator) / f"{operator}.so") for operator in _OPERATORS)
     except (ImportError, OSError) as error:
         raise OffloadError(
