@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from command_line import awqdist, model_files, start
 from conftest import Tiny
-from rings import Ring, run
+from rings import Ring, ray_cluster, run
 
 from awqdist.offload.disk import PlainFiles
 
@@ -135,3 +135,15 @@ def test_a_ring_that_offloads_writes_the_bytes_of_a_single_worker(
     assert outcome.code == 0, outcome.stderr
     assert model_files(tmp_path / "other") == model_files(undisturbed)
     assert sorted(path.name for path in (tmp_path / "other" / ".awqdist").iterdir()) == ["journal.jsonl", "lock"]
+
+
+@pytest.mark.ray
+def test_workers_of_a_cluster_that_offload_leave_nothing_behind(tiny: Tiny, undisturbed: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "fast disk"
+    with ray_cluster() as cluster:
+        cluster.add_node(num_cpus=2)
+        ring = Ring("ray", 2, address=cluster.address)
+        outcome = run(ring, tiny, tmp_path / "output", "--offload", "disk", "--offload-dir", folder)
+    assert outcome.code == 0, outcome.stderr
+    assert model_files(tmp_path / "output") == model_files(undisturbed)
+    assert list(folder.iterdir()) == []
