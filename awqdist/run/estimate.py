@@ -15,6 +15,7 @@ from awqdist.run.plan import LayerTask
 from awqdist.run.schedule import Schedule
 
 _PROCESS_BYTES = 450_000_000  # Python, torch and transformers themselves, resident
+_DEEPSPEED_BYTES = 30_000_000  # what DeepNVMe adds to that
 _CHUNKS_UNDER_WAY = 4  # of an offloading worker: the one it forwards, the next one, and two that wait to be written
 _FORWARD_COPIES = 5  # of a chunk at the widest place of a layer
 
@@ -140,7 +141,8 @@ def _host_bytes(job: Job, layers: Sequence[LayerEstimate]) -> int:
     under_way = 0
     if job.settings.offload != "cpu":
         under_way = min(_CHUNKS_UNDER_WAY * _chunk_tokens(job) * _token_bytes(job), _activation_bytes(job))
-    return _PROCESS_BYTES + under_way + max(*held, _embedding_peak(job), largest_outside)
+    process = _PROCESS_BYTES + (_DEEPSPEED_BYTES if job.settings.offload == "nvme" else 0)
+    return process + under_way + max(*held, _embedding_peak(job), largest_outside)
 
 
 def _embedding_bytes(job: Job) -> int:
