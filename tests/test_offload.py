@@ -73,6 +73,18 @@ def test_too_little_memory_for_a_layer_is_refused_before_the_run_with_the_figure
     assert not (tmp_path / "output").exists()
 
 
+def test_a_run_without_the_compiled_operator_says_so_once_and_compiles_nothing(
+    tiny: Tiny, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    outcome = awqdist("quantize", tiny.model, tmp_path / "output", *tiny.options("--offload", "nvme"))
+    warnings = [event["message"] for event in outcome.events if event["event"] == "Warned"]
+    assert len(warnings) == 1
+    assert "is not compiled; run `awqdist doctor --build-nvme` once; plain files in" in warnings[0]
+    assert model_files(tmp_path / "output") == model_files(undisturbed)
+    assert not [path for path in (tmp_path / "extensions").rglob("*") if path.is_file()]
+
+
 def test_an_amount_of_memory_that_is_none_is_refused(tiny: Tiny, tmp_path: Path) -> None:
     outcome = awqdist("quantize", tiny.model, tmp_path / "output", *tiny.options("--cpu-memory", "much"))
     assert "'much' is no amount of memory; give one such as 1.5GB" in outcome.error_line()

@@ -51,6 +51,9 @@ class PlainFiles:
             os.close(descriptor)
         return data
 
+    def close(self) -> None:
+        """Holds nothing."""
+
 
 def drop_cache(descriptor: int) -> None:
     """Takes an open file out of the page cache, but for pages that are yet to be written out."""

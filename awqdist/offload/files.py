@@ -32,6 +32,9 @@ class Medium(Protocol):
     def read(self, file: Path, num_bytes: int) -> Tensor:
         """The first `num_bytes` of a file: (num_bytes,) uint8. Raises OSError if it has fewer, or is gone."""
 
+    def close(self) -> None:
+        """Gives back what it holds, after the last transfer."""
+
 
 @dataclass(slots=True)
 class _Kept:
@@ -112,6 +115,7 @@ class FileStore:
             self.drop(key)
         self._writer.shutdown(wait=True)
         self._reader.shutdown(wait=True, cancel_futures=True)
+        self._medium.close()
         self._folder.remove()
 
     def _write(self, kept: _Kept) -> None:

@@ -39,6 +39,7 @@ class DeepNvme:
             raise OffloadError(f"{folder} does not take DeepNVMe's direct I/O: {error.strerror or error}") from error
         finally:
             trial.unlink(missing_ok=True)
+            self.close()
 
     def write(self, file: Path, data: Tensor) -> None:
         size = _padded(data.numel())
@@ -65,6 +66,10 @@ class DeepNvme:
             raise OSError(errno.EIO, "DeepNVMe did not read it")
         return buffer[:num_bytes].clone()
 
+    def close(self) -> None:
+        self._writing.free()
+        self._reading.free()
+
 
 class _Lane:
     """One direction, used by one thread: a handle, and a page-locked buffer that grows to the largest transfer."""
@@ -76,13 +81,17 @@ class _Lane:
     def buffer(self, size: int) -> Tensor:
         """(size,) uint8; what is in it is left from before."""
         if self._buffer is None or self._buffer.numel() < size:
-            if self._buffer is not None:
-                self.handle.free_cpu_locked_tensor(self._buffer)
+            self.free()
             self._buffer = self.handle.new_cpu_locked_tensor(size, torch.empty(0, dtype=torch.uint8))
             if not self._buffer.data_ptr():
                 self._buffer = None
                 raise OSError(errno.ENOMEM, f"{size:,} bytes cannot be locked in memory; raise `ulimit -l`")
         return self._buffer[:size]
+
+    def free(self) -> None:
+        if self._buffer is not None:
+            self.handle.free_cpu_locked_tensor(self._buffer)
+        self._buffer = None
 
 
 def _padded(num_bytes: int) -> int:
