@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from command_line import awqdist
-from conftest import RECIPE, Tiny, write_tokenizer
+from conftest import RECIPE, TEXT, Tiny, write_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from awqdist.errors import OffloadError
@@ -77,8 +80,6 @@ def test_the_bytes_written_of_a_tied_model_in_float32_are_those_foretold(tiny: T
 def test_every_tensor_is_read_once_and_the_embeddings_twice(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    import os
-
     expected = foretold(tiny.model, tiny.recipe)
     read = 0
     preadv = os.preadv
@@ -139,3 +140,35 @@ def test_snapshots_take_the_activations_once_more(tiny: Tiny) -> None:
     often = foretold(tiny.model, tiny.recipe, snapshot_every=1)
     assert often.chunks.memory_bytes == 2 * often.activation_bytes
     assert often.snapshot_bytes == 3 * often.activation_bytes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("level", ["cpu", "disk"])
+def test_the_peak_of_host_memory_is_foretold_within_15_percent(tmp_path: Path, level: str) -> None:
+    """A Llama of 60 MB whose activations weigh as much as two of its layers, in a process of its own."""
+    config = LlamaConfig(
+        vocab_size=128,
+        hidden_size=1024,
+        intermediate_size=2816,
+        num_hidden_layers=3,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(0)
+    model, text, recipe = tmp_path / "model", tmp_path / "text.txt", tmp_path / "recipe.yaml"
+    LlamaForCausalLM(config).bfloat16().save_pretrained(model)
+    write_tokenizer(model)
+    text.write_text(TEXT * 20)
+    recipe.write_text(RECIPE)
+    settings = RunSettings(
+        model, tmp_path / "output", device="cpu", num_samples=128, sequence_length=128, snapshot_every=1, offload=level
+    )
+    expected = estimate(prepare(load_recipe(str(recipe)), settings)).peak_host_bytes
+    command = [sys.executable, "-m", "awqdist", "quantize", model, tmp_path / "output", "--recipe", recipe]
+    command += ["--calibration", text, "--num-samples", 128, "--seq-len", 128, "--offload", level, "--no-report"]
+    command += ["--snapshot-every", 1, "--device", "cpu", "--progress", "json", "--threads", 1]
+    child = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(child.pid, 0)
+    assert status == 0
+    assert usage.ru_maxrss * 1024 == pytest.approx(expected, rel=0.15)
