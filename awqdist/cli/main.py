@@ -49,18 +49,12 @@ def quantize(
     snapshot_every: Annotated[int, typer.Option(min=1, help="Layers between snapshots of the activations.")] = 8,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that OUTPUT holds.")] = False,
     report: Annotated[bool, typer.Option("--report/--no-report", help="Write OUTPUT/report.html.")] = True,
-    backend: Annotated[
-        Backend, typer.Option(help="Where workers run. auto: torchrun under its launcher, else local.")
-    ] = Backend.auto,
-    num_workers: Annotated[
-        int | None, typer.Option(min=1, help="Ray: workers; one per GPU, or per node without any.")
-    ] = None,
+    backend: options.BackendName = Backend.auto,
+    num_workers: options.NumWorkers = None,
     ray_address: options.RayAddress = None,
     max_restarts: Annotated[int, typer.Option(min=0, help="Ray: how many lost workers are replaced.")] = 3,
     layers_per_block: options.LayersPerBlock = 1,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads of a worker. On a CPU, bytes depend on it.")
-    ] = None,
+    threads: options.Threads = None,
     offload: options.OffloadLevel = Offload.cpu,
     offload_dir: options.OffloadDir = None,
     cpu_memory: options.CpuMemory = None,

@@ -48,6 +48,11 @@ LayersPerBlock = Annotated[
     int, typer.Option(min=1, help="Consecutive layers that one worker does; only 1 keeps all workers busy.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
+BackendName = Annotated[
+    Backend, typer.Option("--backend", help="Where workers run. auto: torchrun under its launcher, else local.")
+]
+NumWorkers = Annotated[int | None, typer.Option(min=1, help="Ray: workers; one per GPU, or per node without any.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads of a worker. On a CPU, bytes depend on it.")]
 RayAddress = Annotated[str | None, typer.Option(help="Ray: address of the cluster; this machine's own if not given.")]
 Workers = Annotated[int, typer.Option(min=1, help="Workers that the layers are dealt to.")]
 Simulate = Annotated[bool, typer.Option("--simulate", help="Show how long a run takes, and where workers wait.")]
