@@ -19,6 +19,7 @@ from awqdist.errors import CalibrationError, CheckpointError
 from awqdist.model import registry
 from awqdist.recipe import AWQMapping, MappingPattern, Recipe, load_recipe
 from awqdist.recipe.settings import Placement, RunSettings
+from awqdist.run.estimate import chunk_budget
 from awqdist.run.events import Listen, Message
 from awqdist.run.job import Job, prepare
 from awqdist.run.output import check_output
@@ -45,6 +46,7 @@ def quantize(
     def begin() -> tuple[Job, Tensor]:
         check_output(settings)
         job = prepare(recipe, settings)
+        chunk_budget(job)  # refuses too little memory
         return job, _samples(job, calibration, tokenizer)
 
     match choose_backend(placement):

@@ -31,3 +31,7 @@ class ModelError(AwqdistError):
 
 class NumericalError(AwqdistError):
     """Numbers that are not finite, or a smoothing that changed the function of a layer."""
+
+
+class OffloadError(AwqdistError):
+    """Something that was kept beside a layer, in memory or on a disk, does not fit, is damaged, or is gone."""

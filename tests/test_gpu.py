@@ -60,3 +60,15 @@ def test_the_gram_matrix_of_bfloat16_activations_loses_nothing_to_tf32() -> None
     statistics.add(rows.cuda())
     expected = rows.double().T @ rows.double()
     assert torch.allclose(statistics.gram().cpu().double(), expected, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("level", ["disk", "nvme"])
+def test_offloaded_activations_come_back_through_page_locked_memory_as_they_were(level: str, tmp_path: Path) -> None:
+    model = tiny_checkpoint("llama", tmp_path / "model")
+    run(model, tmp_path / "kept", "cuda")
+    settings = RunSettings(
+        model, tmp_path / level, device="cuda", num_samples=8, sequence_length=32, chunk_tokens=64, offload=level
+    )
+    quantize(load_recipe(RECIPE), settings, [tiny_text()])
+    for file in (tmp_path / "kept").glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / level / file.name).read_bytes()

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from command_line import awqdist
-from conftest import RECIPE, Tiny, write_tokenizer
+from conftest import RECIPE, TEXT, Tiny, write_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from awqdist.errors import OffloadError
 from awqdist.recipe import load_recipe
 from awqdist.recipe.settings import RunSettings
 from awqdist.run.estimate import Estimate, estimate
@@ -76,8 +80,6 @@ def test_the_bytes_written_of_a_tied_model_in_float32_are_those_foretold(tiny: T
 def test_every_tensor_is_read_once_and_the_embeddings_twice(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    import os
-
     expected = foretold(tiny.model, tiny.recipe)
     read = 0
     preadv = os.preadv
@@ -99,9 +101,9 @@ def test_memory_grows_with_what_it_is_needed_for(tiny: Tiny) -> None:
     assert base.activation_bytes == 8 * 32 * 64 * 2
     assert base.peak_device_bytes == 0  # on a CPU, all is host memory
     assert base.peak_host_bytes > base.activation_bytes
-    wider = foretold(tiny.model, tiny.recipe, chunk_tokens=1 << 20)
-    assert wider.peak_host_bytes > base.peak_host_bytes
-    assert wider.read_bytes == base.read_bytes
+    narrower = foretold(tiny.model, tiny.recipe, chunk_tokens=32)
+    assert narrower.peak_host_bytes < base.peak_host_bytes
+    assert narrower.read_bytes == base.read_bytes
 
 
 def test_the_sum_of_the_layers_is_the_whole(tiny: Tiny) -> None:
@@ -109,3 +111,64 @@ def test_the_sum_of_the_layers_is_the_whole(tiny: Tiny) -> None:
     outside = 128 * 64 * 2 * 2 + 64 * 2  # embeddings, lm_head, final norm
     assert whole.written_bytes == sum(layer.written_bytes for layer in whole.layers) + outside
     assert len({layer.written_bytes for layer in whole.layers}) == 1
+
+
+def test_offloaded_activations_take_a_disk_instead_of_memory(tiny: Tiny) -> None:
+    kept, offloaded = foretold(tiny.model, tiny.recipe), foretold(tiny.model, tiny.recipe, offload="disk")
+    assert (kept.chunks.memory_bytes, kept.chunks.offloaded_bytes) == (8 * 32 * 64 * 2, 0)
+    assert (offloaded.chunks.memory_bytes, offloaded.chunks.offloaded_bytes) == (0, 8 * 32 * 64 * 2)
+    assert offloaded.chunks.moved_bytes == 4 * 8 * 32 * 64 * 2
+    assert kept.activation_bytes == offloaded.activation_bytes
+
+
+def test_memory_that_is_given_is_used_and_not_exceeded(tiny: Tiny) -> None:
+    def with_memory(num_bytes: int) -> Estimate:
+        return foretold(tiny.model, tiny.recipe, offload="disk", cpu_memory=num_bytes, chunk_tokens=32)
+
+    least = foretold(tiny.model, tiny.recipe, offload="disk", chunk_tokens=32).peak_host_bytes
+    some, plenty = with_memory(least + 10_000), with_memory(1 << 40)
+    assert (some.chunks.memory_bytes, some.chunks.offloaded_bytes) == (10_000, 8 * 32 * 64 * 2 - 10_000)
+    assert some.peak_host_bytes == least + 10_000
+    assert plenty.chunks.offloaded_bytes == plenty.chunks.moved_bytes == 0
+    with pytest.raises(OffloadError, match=r"is too little: a worker needs about .* MB to hold one layer"):
+        with_memory(least - 1)
+    with pytest.raises(OffloadError, match=r"MB to hold all activations; use --offload disk"):
+        foretold(tiny.model, tiny.recipe, cpu_memory=least)
+
+
+def test_snapshots_take_the_activations_once_more(tiny: Tiny) -> None:
+    often = foretold(tiny.model, tiny.recipe, snapshot_every=1)
+    assert often.chunks.memory_bytes == 2 * often.activation_bytes
+    assert often.snapshot_bytes == 3 * often.activation_bytes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("level", ["cpu", "disk"])
+def test_the_peak_of_host_memory_is_foretold_within_15_percent(tmp_path: Path, level: str) -> None:
+    """A Llama of 60 MB whose activations weigh as much as two of its layers, in a process of its own."""
+    config = LlamaConfig(
+        vocab_size=128,
+        hidden_size=1024,
+        intermediate_size=2816,
+        num_hidden_layers=3,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(0)
+    model, text, recipe = tmp_path / "model", tmp_path / "text.txt", tmp_path / "recipe.yaml"
+    LlamaForCausalLM(config).bfloat16().save_pretrained(model)
+    write_tokenizer(model)
+    text.write_text(TEXT * 20)
+    recipe.write_text(RECIPE)
+    settings = RunSettings(
+        model, tmp_path / "output", device="cpu", num_samples=128, sequence_length=128, snapshot_every=1, offload=level
+    )
+    expected = estimate(prepare(load_recipe(str(recipe)), settings)).peak_host_bytes
+    command = [sys.executable, "-m", "awqdist", "quantize", model, tmp_path / "output", "--recipe", recipe]
+    command += ["--calibration", text, "--num-samples", 128, "--seq-len", 128, "--offload", level, "--no-report"]
+    command += ["--snapshot-every", 1, "--device", "cpu", "--progress", "json", "--threads", 1]
+    child = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(child.pid, 0)
+    assert status == 0
+    assert usage.ru_maxrss * 1024 == pytest.approx(expected, rel=0.15)

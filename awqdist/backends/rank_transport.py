@@ -13,6 +13,7 @@ from torch import Tensor, distributed
 from torch.distributed import ProcessGroup
 
 from awqdist.backends.inbox import Inbox
+from awqdist.offload.store import Store
 from awqdist.run.ring import Assignment
 
 PATIENCE = timedelta(
@@ -24,7 +25,8 @@ _Outgoing = tuple[int, int, Tensor]
 class RankTransport:
     """The transport of one rank for one assignment.
 
-    groups: of all edges, by the rank at which they begin; shapes: (B, L, H) of every chunk; dtype: of the activations.
+    groups: of all edges, by the rank at which they begin; shapes: (B, L, H) of every chunk; dtype: of the activations; store: for
+    chunks that wait, closed with the transport.
     """
 
     def __init__(
@@ -34,10 +36,11 @@ class RankTransport:
         shapes: Sequence[tuple[int, ...]],
         dtype: torch.dtype,
         device: torch.device,
+        store: Store,
     ) -> None:
         self._rank, self._schedule = assignment.worker, assignment.schedule
         self._groups, self._shapes, self._dtype, self._device = groups, shapes, dtype, device
-        self._inbox = Inbox()
+        self._inbox = Inbox(store)
         self._outbox: queue.SimpleQueue[Tensor | None] = queue.SimpleQueue()
         self.receive, self.check, self.break_off = self._inbox.take, self._inbox.check, self._inbox.break_off
         self._threads = [
@@ -55,6 +58,7 @@ class RankTransport:
         self._outbox.put(None)
         for thread in self._threads:
             thread.join()
+        self._inbox.close()
 
     def _send_all(self) -> None:
         peer, group = (self._rank + 1) % self._schedule.num_workers, self._groups[self._rank]

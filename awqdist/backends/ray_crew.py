@@ -8,6 +8,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from awqdist.run.shared_folder import check_answers, offer_token, remove_token
 
 _START_S = 120.0  # for the cluster to place the workers
 _REPLACE_S = 60.0  # for a lost worker to find a new place; after that the run goes on without it
+_QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
 _GROUPS = {"chunks": 4, "messages": 1, "calls": 1}  # threads of an actor, beside the one that works
 
 
@@ -177,21 +179,13 @@ def joined_cluster(address: str | None) -> Iterator[None]:
         yield
         return
     address = address or os.environ.get("RAY_ADDRESS")
-    os.environ.setdefault(
-        "RAY_gcs_server_port_wait_time_s", "1"
-    )  # what belongs to no cluster any more fails in 40 s, not 15 min
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        _check_answers(address)
-        ray.init(address=address or "auto", **quiet)
-    except (ConnectionError, ValueError, RuntimeError, OSError) as error:
+        _join(address)
+    except AwqdistError:
         if address:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise AwqdistError(
-                f"no Ray cluster can be joined at {address}: {reason}; give HOST:PORT of its head, or nothing for this machine's own"
-            ) from None
-        ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
+            raise
+        ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **_QUIET)
     if threading.current_thread() is threading.main_thread():
         for number, handler in handlers.items():  # Ray puts its own in their place, which end the process at once
             signal.signal(number, handler)
@@ -199,6 +193,44 @@ def joined_cluster(address: str | None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def describe_cluster(address: str | None) -> str:
+    """The cluster that a run would join, in words; starts none. Raises AwqdistError if one is named and cannot be joined."""
+    address = address or os.environ.get("RAY_ADDRESS")
+    try:
+        _join(address)
+    except AwqdistError:
+        if address:
+            raise
+        return f"{ray.__version__}; this machine belongs to no cluster: --backend ray starts one for the time of a run"
+    try:
+        num_nodes, total = sum(node["Alive"] for node in ray.nodes()), ray.cluster_resources()
+        counts = ", ".join(f"{total.get(kind, 0):.0f} {kind}s" for kind in ("CPU", "GPU"))
+        return f"{ray.__version__}; a cluster of {num_nodes} nodes with {counts}"
+    finally:
+        ray.shutdown()
+
+
+def _join(address: str | None) -> None:
+    """Joins the cluster at `address`, or the one that this machine belongs to. Raises AwqdistError."""
+    os.environ.setdefault(
+        "RAY_gcs_server_port_wait_time_s", "1"
+    )  # what belongs to no cluster any more fails in 40 s, not 15 min
+    try:
+        _check_answers(address or _own_address())
+        ray.init(address=address or "auto", **_QUIET)
+    except (ConnectionError, ValueError, RuntimeError, OSError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise AwqdistError(
+            f"no Ray cluster can be joined at {address}: {reason}; give HOST:PORT of its head, or nothing for this machine's own"
+        ) from None
+
+
+def _own_address() -> str | None:
+    """Where the head of this machine's cluster was when Ray last started here."""
+    file = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "ray_current_cluster"
+    return file.read_text().strip() if file.is_file() else None
 
 
 def _check_answers(address: str | None) -> None:

@@ -21,8 +21,10 @@ from awqdist.backends.inbox import Inbox
 from awqdist.backends.room import Room
 from awqdist.errors import CheckpointError
 from awqdist.model.registry import register_mappings, registered_mappings
+from awqdist.offload.levels import open_store
 from awqdist.recipe import MappingPattern, Recipe
 from awqdist.recipe.settings import RunSettings
+from awqdist.run.chunks import store_settings
 from awqdist.run.events import Event, Message
 from awqdist.run.job import Job, fingerprint, prepare, with_threads
 from awqdist.run.ring import Assignment, RingBroken, work
@@ -50,6 +52,7 @@ class Order:
     settings: RunSettings
     architecture: str
     patterns: tuple[MappingPattern, ...] | None
+    num_workers: int
 
 
 class RemoteWorker:
@@ -68,6 +71,7 @@ class RemoteWorker:
     def introduce(self, token: str) -> Introduction:
         """Proves that the model and the leader's output folder are in sight. Raises AwqdistError."""
         self._job: Job = prepare(self._order.recipe, self._order.settings)
+        self._store_settings = store_settings(self._job, self._order.num_workers)
         answer_token(self._job.settings.output, token, self._number)
         return Introduction(gethostname(), str(self._job.device), fingerprint(self._job, self._samples))
 
@@ -83,6 +87,8 @@ class RemoteWorker:
             except RingBroken as broken:
                 outbox.shutdown(wait=False, cancel_futures=True)
                 return str(broken)
+            finally:
+                inbox.close()
         return inbox.broken  # by the last chunks, for which the worker did not wait
 
     def put(self, attempt: int, layer: int, chunk: int, hidden: Tensor) -> None:
@@ -111,7 +117,12 @@ class RemoteWorker:
             newest = max(self._inboxes, default=0)
             if attempt < newest:
                 return Inbox()  # nobody will look into it
-            self._inboxes = {attempt: self._inboxes.get(attempt) or Inbox()}
+            if attempt not in self._inboxes:
+                for old in self._inboxes.values():
+                    old.close()
+                self._inboxes = {
+                    attempt: Inbox(open_store(self._store_settings, _ignore))
+                }  # the ring's own store warns
             return self._inboxes[attempt]
 
 
@@ -140,10 +151,11 @@ def order_for(job: Job, room: Room) -> Order:
         device="cuda" if room.on_gpu else "cpu",
         model=job.settings.model.resolve(),
         output=job.settings.output.resolve(),
+        offload_dir=job.settings.offload_dir and job.settings.offload_dir.absolute(),
     )
     architecture = job.skeleton.architecture
     config = job.skeleton.model.config.get_text_config(decoder=True)
-    return Order(job.recipe, settings, architecture, registered_mappings(architecture, config))
+    return Order(job.recipe, settings, architecture, registered_mappings(architecture, config), room.num_workers)
 
 
 def agreed(introductions: list[Introduction]) -> dict[str, str]:
@@ -157,6 +169,10 @@ def agreed(introductions: list[Introduction]) -> dict[str, str]:
                     " give all of them the same model, libraries and kind of device"
                 )
     return first.fingerprint
+
+
+def _ignore(message: str) -> None:
+    """For warnings that are given elsewhere."""
 
 
 def with_device(job: Job, kind: str) -> Job:

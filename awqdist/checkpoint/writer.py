@@ -50,10 +50,15 @@ def write_safetensors(file: Path, tensors: dict[str, Tensor]) -> WrittenFile:
     """Writes `tensors` durably, sorted by name, so that equal tensors give equal bytes."""
 
     def lazy(name: str, tensor: Tensor) -> LazyTensor:
-        num_bytes = tensor.numel() * tensor.element_size()
-        return LazyTensor(name, _FORMAT_NAMES[tensor.dtype], tuple(tensor.shape), num_bytes, lambda: tensor)
+        return lazy_tensor(name, tensor, lambda: tensor)
 
     return stream_safetensors(file, [lazy(name, tensors[name]) for name in sorted(tensors)])
+
+
+def lazy_tensor(name: str, like: Tensor, load: Callable[[], Tensor]) -> LazyTensor:
+    """A tensor of the dtype and shape of `like`, which is not kept."""
+    num_bytes = like.numel() * like.element_size()
+    return LazyTensor(name, _FORMAT_NAMES[like.dtype], tuple(like.shape), num_bytes, load)
 
 
 def stream_safetensors(file: Path, tensors: Sequence[LazyTensor]) -> WrittenFile:

@@ -94,11 +94,20 @@ def show_plan(settings: RunSettings, recipe: str, options: SimulationOptions, *,
     _console.print(
         f"read {show_bytes(expected.read_bytes)}, write {show_bytes(expected.written_bytes)};"
         f" peak host memory {show_bytes(expected.peak_host_bytes)}"
-        f" (activations {show_bytes(expected.activation_bytes)}),"
+        f" ({_activations(expected, settings.offload)}),"
         f" peak device memory {show_bytes(expected.peak_device_bytes) if expected.peak_device_bytes else 'none'}"
     )
     _console.print(_mapping_table(job.plan))
     _print_left_out(job)
+
+
+def _activations(expected: Estimate, level: str) -> str:
+    """Where they lie."""
+    chunks, whole = expected.chunks, show_bytes(expected.activation_bytes)
+    if not chunks.offloaded_bytes:
+        return f"activations {whole}"
+    below, moved = show_bytes(chunks.offloaded_bytes), show_bytes(chunks.moved_bytes)
+    return f"activations {whole}: {show_bytes(chunks.memory_bytes)} of them; on {level} up to {below}, {moved} written and read in all"
 
 
 def show_mappings(model: str, recipe: str, *, as_json: bool) -> None:

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import typer
 
 from awqdist.cli import options
-from awqdist.cli.options import Backend, OutputFormat, Progress
+from awqdist.cli.options import Backend, Offload, OutputFormat, Progress
 from awqdist.errors import AwqdistError
 
 DEFAULT_CALIBRATION = "mit-han-lab/pile-val-backup::validation"
@@ -34,53 +34,33 @@ app = typer.Typer(
 )
 
 
-Model = Annotated[str, typer.Argument(help="Folder of a transformers checkpoint, or a Hugging Face hub id.")]
-RecipeOption = Annotated[
-    str, typer.Option(help="Preset name (default, awq) or YAML file, as llm-compressor writes it.")
-]
-NumSamples = Annotated[int, typer.Option(min=1, help="Calibration samples.")]
-SeqLen = Annotated[int, typer.Option(min=8, help="Tokens per calibration sample.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-Format = Annotated[OutputFormat, typer.Option(help="Layout of the quantized checkpoint.")]
-ChunkTokens = Annotated[int, typer.Option(min=1, help="Tokens that go through a layer at once.")]
-LayersPerBlock = Annotated[
-    int, typer.Option(min=1, help="Consecutive layers that one worker does; only 1 keeps all workers busy.")
-]
-Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
-
-
 @app.command(epilog="Example: awqdist quantize meta-llama/Llama-3.1-8B ./llama-w4 --calibration text.txt")
 def quantize(
-    model: Model,
+    model: options.Model,
     output: Annotated[Path, typer.Argument(help="Folder for the result. The same command again resumes.")],
-    recipe: RecipeOption = "default",
+    recipe: options.RecipeOption = "default",
     calibration: Annotated[
         str, typer.Option(help="Text file, .jsonl with a text field, or hub dataset NAME[:CONFIG[:SPLIT]].")
     ] = DEFAULT_CALIBRATION,
-    num_samples: NumSamples = 128,
-    seq_len: SeqLen = 512,
-    device: Device = "auto",
-    format: Format = OutputFormat.compressed_tensors,
+    num_samples: options.NumSamples = 128,
+    seq_len: options.SeqLen = 512,
+    device: options.Device = "auto",
+    format: options.Format = OutputFormat.compressed_tensors,
     progress: Annotated[Progress, typer.Option(help="How to show progress.")] = Progress.auto,
     seed: Annotated[int, typer.Option(min=0, help="Moves the places that samples are taken from.")] = 0,
-    chunk_tokens: ChunkTokens = 2048,
+    chunk_tokens: options.ChunkTokens = 2048,
     snapshot_every: Annotated[int, typer.Option(min=1, help="Layers between snapshots of the activations.")] = 8,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that OUTPUT holds.")] = False,
     report: Annotated[bool, typer.Option("--report/--no-report", help="Write OUTPUT/report.html.")] = True,
-    backend: Annotated[
-        Backend, typer.Option(help="Where workers run. auto: torchrun under its launcher, else local.")
-    ] = Backend.auto,
-    num_workers: Annotated[
-        int | None, typer.Option(min=1, help="Ray: workers; one per GPU, or per node without any.")
-    ] = None,
-    ray_address: Annotated[
-        str | None, typer.Option(help="Ray: address of the cluster; this machine's own if not given.")
-    ] = None,
+    backend: options.BackendName = Backend.auto,
+    num_workers: options.NumWorkers = None,
+    ray_address: options.RayAddress = None,
     max_restarts: Annotated[int, typer.Option(min=0, help="Ray: how many lost workers are replaced.")] = 3,
-    layers_per_block: LayersPerBlock = 1,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads of a worker. On a CPU, bytes depend on it.")
-    ] = None,
+    layers_per_block: options.LayersPerBlock = 1,
+    threads: options.Threads = None,
+    offload: options.OffloadLevel = Offload.cpu,
+    offload_dir: options.OffloadDir = None,
+    cpu_memory: options.CpuMemory = None,
 ) -> None:
     """Quantizes MODEL into OUTPUT. Killed or interrupted, the same command goes on where it stopped."""
     from awqdist.cli.commands import quantize_and_report
@@ -99,6 +79,9 @@ def quantize(
         layers_per_block=layers_per_block,
         threads=threads,
         overwrite=overwrite,
+        offload=offload.value,
+        offload_dir=offload_dir,
+        cpu_memory=cpu_memory,
     )
     placement = Placement(backend.value, num_workers, ray_address, max_restarts)
     quantize_and_report(settings, recipe, calibration, placement, progress=progress.value, report=report)
@@ -118,15 +101,17 @@ def watch(
 
 @app.command(epilog="Example: awqdist plan meta-llama/Llama-3.1-8B --num-samples 256")
 def plan(
-    model: Model,
-    recipe: RecipeOption = "default",
-    num_samples: NumSamples = 128,
-    seq_len: SeqLen = 512,
-    device: Device = "auto",
-    format: Format = OutputFormat.compressed_tensors,
-    chunk_tokens: ChunkTokens = 2048,
+    model: options.Model,
+    recipe: options.RecipeOption = "default",
+    num_samples: options.NumSamples = 128,
+    seq_len: options.SeqLen = 512,
+    device: options.Device = "auto",
+    format: options.Format = OutputFormat.compressed_tensors,
+    chunk_tokens: options.ChunkTokens = 2048,
     workers: options.Workers = 1,
-    layers_per_block: LayersPerBlock = 1,
+    layers_per_block: options.LayersPerBlock = 1,
+    offload: options.OffloadLevel = Offload.cpu,
+    cpu_memory: options.CpuMemory = None,
     simulate: options.Simulate = False,
     times_from: options.TimesFrom = None,
     chunk_seconds: options.ChunkSeconds = None,
@@ -134,7 +119,7 @@ def plan(
     read_seconds: options.ReadSeconds = None,
     write_seconds: options.WriteSeconds = None,
     transfer_seconds: options.TransferSeconds = None,
-    as_json: Json = False,
+    as_json: options.Json = False,
 ) -> None:
     """Shows what a run would read, hold and write, what it would leave out, and how long it would take. Reads no tensors."""
     from awqdist.cli.commands import show_plan
@@ -150,13 +135,15 @@ def plan(
         sequence_length=seq_len,
         chunk_tokens=chunk_tokens,
         layers_per_block=layers_per_block,
+        offload=offload.value,
+        cpu_memory=cpu_memory,
     )
     seconds = (chunk_seconds, search_seconds, read_seconds, write_seconds, transfer_seconds)
     show_plan(settings, recipe, SimulationOptions(workers, simulate, times_from, *seconds), as_json=as_json)
 
 
 @app.command(epilog="Example: awqdist mappings ./my-model --recipe awq")
-def mappings(model: Model, recipe: RecipeOption = "default", as_json: Json = False) -> None:
+def mappings(model: options.Model, recipe: options.RecipeOption = "default", as_json: options.Json = False) -> None:
     """Shows which layers smooth which linears, and every mapping that is skipped with its reason."""
     from awqdist.cli.commands import show_mappings
 
@@ -167,7 +154,7 @@ def mappings(model: Model, recipe: RecipeOption = "default", as_json: Json = Fal
 def verify(
     output: Annotated[Path, typer.Argument(help="A finished output folder.")],
     source: Annotated[str | None, typer.Option(help="The original model: compares every weight.")] = None,
-    as_json: Json = False,
+    as_json: options.Json = False,
 ) -> None:
     """Checks an output: hashes, index, config, every packed tensor; exit status 1 if anything is wrong."""
     from awqdist.cli.commands import show_verification
@@ -177,18 +164,32 @@ def verify(
 
 @app.command("eval", epilog="Example: awqdist eval ./llama-w4 --against meta-llama/Llama-3.1-8B --text eval.txt")
 def evaluate(
-    model: Model,
+    model: options.Model,
     text: Annotated[Path, typer.Option(help="Text file to evaluate on.")],
     against: Annotated[str | None, typer.Option(help="The float model: adds KL(float || quantized) per token.")] = None,
     max_tokens: Annotated[int, typer.Option(min=2, help="How much of the text is read.")] = 16384,
     window: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 256,
-    device: Device = "auto",
-    as_json: Json = False,
+    device: options.Device = "auto",
+    as_json: options.Json = False,
 ) -> None:
     """Measures perplexity, and the divergence from the float model, through transformers."""
     from awqdist.cli.commands import show_evaluation
 
     show_evaluation(model, text, against=against, limits=(max_tokens, window), device=device, as_json=as_json)
+
+
+@app.command(epilog="Example: awqdist doctor ./llama-w4 --profile machine.json")
+def doctor(
+    folder: Annotated[Path, typer.Argument(help="OUTPUT, or a folder on the disk in question.")] = Path("."),
+    build_nvme: Annotated[bool, typer.Option("--build-nvme", help="Compile DeepNVMe's operator first, once.")] = False,
+    profile: Annotated[Path | None, typer.Option(help="Write the rates of this machine there, as JSON.")] = None,
+    ray_address: options.RayAddress = None,
+    as_json: options.Json = False,
+) -> None:
+    """Checks versions, devices, libraries, the folder's file system and Ray, and measures how fast all is; exit status 1 if any fails."""
+    from awqdist.cli.doctor import examine
+
+    examine(folder, build_nvme=build_nvme, profile=profile, ray_address=ray_address, as_json=as_json)
 
 
 @app.command(epilog="Example: awqdist demo ./awqdist-demo")

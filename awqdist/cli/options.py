@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -23,11 +24,36 @@ class Backend(StrEnum):
     torchrun = "torchrun"
 
 
+class Offload(StrEnum):
+    cpu = "cpu"
+    disk = "disk"
+    nvme = "nvme"
+
+
 class OutputFormat(StrEnum):
     compressed_tensors = "compressed-tensors"
     autoawq = "autoawq"
 
 
+Model = Annotated[str, typer.Argument(help="Folder of a transformers checkpoint, or a Hugging Face hub id.")]
+RecipeOption = Annotated[
+    str, typer.Option(help="Preset name (default, awq) or YAML file, as llm-compressor writes it.")
+]
+NumSamples = Annotated[int, typer.Option(min=1, help="Calibration samples.")]
+SeqLen = Annotated[int, typer.Option(min=8, help="Tokens per calibration sample.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Format = Annotated[OutputFormat, typer.Option(help="Layout of the quantized checkpoint.")]
+ChunkTokens = Annotated[int, typer.Option(min=1, help="Tokens that go through a layer at once.")]
+LayersPerBlock = Annotated[
+    int, typer.Option(min=1, help="Consecutive layers that one worker does; only 1 keeps all workers busy.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
+BackendName = Annotated[
+    Backend, typer.Option("--backend", help="Where workers run. auto: torchrun under its launcher, else local.")
+]
+NumWorkers = Annotated[int | None, typer.Option(min=1, help="Ray: workers; one per GPU, or per node without any.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads of a worker. On a CPU, bytes depend on it.")]
+RayAddress = Annotated[str | None, typer.Option(help="Ray: address of the cluster; this machine's own if not given.")]
 Workers = Annotated[int, typer.Option(min=1, help="Workers that the layers are dealt to.")]
 Simulate = Annotated[bool, typer.Option("--simulate", help="Show how long a run takes, and where workers wait.")]
 TimesFrom = Annotated[
@@ -39,3 +65,41 @@ SearchSeconds = Annotated[float | None, typer.Option(min=0, help="Search, check 
 ReadSeconds = Annotated[float | None, typer.Option(min=0, help="Reading one layer.")]
 WriteSeconds = Annotated[float | None, typer.Option(min=0, help="Writing one layer.")]
 TransferSeconds = Annotated[float | None, typer.Option(min=0, help="Sending one chunk from worker to worker.")]
+
+
+_UNITS = {
+    "": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of "1.5GB", "900MiB" or "1500000000"."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]I?B)?", text.strip().upper())
+    if found is None:
+        raise typer.BadParameter(f"{text!r} is no amount of memory; give one such as 1.5GB, 900MiB or 1500000000")
+    return int(float(found[1]) * _UNITS[found[2] or ""])
+
+
+OffloadLevel = Annotated[
+    Offload,
+    typer.Option("--offload", help="Where activations lie that do not fit --cpu-memory; nvme: through DeepNVMe."),
+]
+OffloadDir = Annotated[
+    Path | None, typer.Option(help="Folder for what is offloaded, on a fast disk; in OUTPUT/.awqdist if not given.")
+]
+CpuMemory = Annotated[
+    int | None,
+    typer.Option(
+        parser=parse_bytes,
+        metavar="BYTES",
+        help="Host memory of a worker, such as 1.5GB; without it all or, offloaded, none of it is for activations.",
+    ),
+]

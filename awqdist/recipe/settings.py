@@ -25,6 +25,9 @@ class RunSettings:
         None  # of a worker; None: those of the run that is resumed, else as many as there are cores for it
     )
     overwrite: bool = False
+    offload: str = "cpu"  # where chunks lie that do not fit cpu_memory: "cpu", "disk" or "nvme"
+    offload_dir: Path | None = None  # None: a folder in the output's state folder
+    cpu_memory: int | None = None  # bytes of host memory for a worker; None: all chunks in memory, or, offloaded, none
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import ceil, prod
 from typing import Any
 
+from awqdist.errors import OffloadError
 from awqdist.recipe import WeightScheme
 from awqdist.run.device import compute_dtype
 from awqdist.run.job import Job
@@ -13,6 +15,9 @@ from awqdist.run.plan import LayerTask
 from awqdist.run.schedule import Schedule
 
 _PROCESS_BYTES = 450_000_000  # Python, torch and transformers themselves, resident
+_DEEPSPEED_BYTES = 30_000_000  # what DeepNVMe adds to that
+_CHUNKS_UNDER_WAY = 4  # of an offloading worker: the one it forwards, the next one, and two that wait to be written
+_FORWARD_COPIES = 5  # of a chunk at the widest place of a layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,16 +32,27 @@ class LayerEstimate:
 
 
 @dataclass(frozen=True, slots=True)
+class ChunkEstimate:
+    """Where boundary chunks lie, in bytes. moved_bytes: written to the offload folder in the whole run, and read again."""
+
+    memory_bytes: int
+    offloaded_bytes: int
+    moved_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Estimate:
     """A whole run on one worker."""
 
     layers: tuple[LayerEstimate, ...]
-    read_bytes: int
-    written_bytes: int
+    read_bytes: int  # of the source
+    written_bytes: int  # of the result
     peak_device_bytes: int
     peak_host_bytes: int
-    activation_bytes: int  # boundary chunks, in host memory
+    activation_bytes: int  # boundary chunks, wherever they lie
     embedding_bytes: int  # read by every worker
+    chunks: ChunkEstimate
+    snapshot_bytes: int  # written in the whole run
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -55,34 +71,110 @@ class WorkerEstimate:
 
 
 def estimate(job: Job) -> Estimate:
-    """The estimate of a prepared job, for one worker."""
-    settings = job.settings
-    hidden = job.skeleton.model.config.get_text_config(decoder=True).hidden_size
-    width = job.skeleton.dtype.itemsize
-    num_tokens = settings.num_samples * settings.sequence_length
-    activations = num_tokens * hidden * width
-    layers = tuple(_layer(job, task, num_tokens) for task in job.plan.tasks)
-    outside = [job.index.entries[name] for name in job.plan.outside]
-    outside_bytes = sum(entry.num_bytes for entry in outside)
-    embeddings = [job.index.entries[name] for name in job.skeleton.outside_names().values()]
-    embedding = sum(entry.num_bytes for entry in embeddings)
-    embedding_read = sum(entry.stored_bytes for entry in embeddings)
-    copied = sum(entry.stored_bytes for entry in outside)
-    compute = compute_dtype(job.device, job.skeleton.dtype).itemsize
-    embedding_bytes = embedding + (embedding * compute // width if compute != width else 0)
-    largest_outside = max((entry.num_bytes for entry in outside), default=0)
-    peak_layer = max(layer.device_bytes for layer in layers)
+    """The estimate of a prepared job, for one worker. Raises OffloadError if its memory is too small."""
+    layers = tuple(_layer(job, task) for task in job.plan.tasks)
+    outside_bytes = sum(job.index.entries[name].num_bytes for name in job.plan.outside)
+    embeddings = job.skeleton.outside_names().values()
+    embedding_read = sum(job.index.entries[name].stored_bytes for name in embeddings)
+    copied = sum(job.index.entries[name].stored_bytes for name in job.plan.outside)
+    activations = _activation_bytes(job)
+    num_snapshots = (len(layers) - 1) // job.settings.snapshot_every
+    chunks = _chunks(job, layers)
     on_device = job.device.type == "cuda"
-    host_work = max(layer.loaded_bytes for layer in layers) if on_device else peak_layer
+    peak_device = max(_embedding_peak(job), *(layer.device_bytes for layer in layers))
     return Estimate(
         layers=layers,
         read_bytes=sum(layer.read_bytes for layer in layers) + copied + embedding_read,
         written_bytes=sum(layer.written_bytes for layer in layers) + outside_bytes,
-        peak_device_bytes=max(peak_layer, embedding_bytes) if on_device else 0,
-        peak_host_bytes=_PROCESS_BYTES + activations + max(host_work, embedding_bytes, largest_outside),
+        peak_device_bytes=peak_device if on_device else 0,
+        peak_host_bytes=_host_bytes(job, layers) + chunks.memory_bytes,
         activation_bytes=activations,
         embedding_bytes=embedding_read,
+        chunks=chunks,
+        snapshot_bytes=num_snapshots * activations,
     )
+
+
+def chunk_budget(job: Job) -> int | None:
+    """Bytes of host memory that a worker has for waiting chunks; None for as many as there are.
+
+    Raises OffloadError if --cpu-memory is too small for one layer, or, without a disk to offload to, for all chunks.
+    """
+    return _budget(job, tuple(_layer(job, task) for task in job.plan.tasks))
+
+
+def _budget(job: Job, layers: Sequence[LayerEstimate]) -> int | None:
+    given, level = job.settings.cpu_memory, job.settings.offload
+    if given is None:
+        return None if level == "cpu" else 0
+    least = _host_bytes(job, layers)
+    needed = least + (_chunks_in_all(job) if level == "cpu" else 0)
+    if given < needed:
+        fits = given >= least
+        what = "all activations" if fits else "one layer"
+        remedy = "use --offload disk, or fewer calibration samples" if fits else "a smaller --chunk-tokens takes less"
+        raise OffloadError(
+            f"--cpu-memory {given / 1e6:.1f} MB is too little: a worker needs about {needed / 1e6:.1f} MB to hold {what}; {remedy}"
+        )
+    return given - least
+
+
+def _chunks(job: Job, layers: Sequence[LayerEstimate]) -> ChunkEstimate:
+    budget, needed = _budget(job, layers), _chunks_in_all(job)
+    memory = needed if budget is None else min(budget, needed)
+    moved = max(0, _activation_bytes(job) - memory) * len(layers)
+    return ChunkEstimate(memory, needed - memory, moved)
+
+
+def _chunks_in_all(job: Job) -> int:
+    """Bytes of the chunks that are kept at a time: twice all of them where a layer's inputs wait to be stored as a snapshot."""
+    has_snapshots = len(job.plan.tasks) > job.settings.snapshot_every
+    return _activation_bytes(job) * (2 if has_snapshots else 1)
+
+
+def _host_bytes(job: Job, layers: Sequence[LayerEstimate]) -> int:
+    """The peak of host memory but for waiting chunks: a layer at work, the next one read, the one before being written."""
+    on_device = job.device.type == "cuda"
+    held = [0]
+    for i, layer in enumerate(layers):
+        following = layers[i + 1].loaded_bytes if i + 1 < len(layers) else 0
+        before = layers[i - 1].written_bytes if i else 0
+        held.append((layer.loaded_bytes if on_device else layer.device_bytes) + following + before)
+    largest_outside = max((job.index.entries[name].num_bytes for name in job.plan.outside), default=0)
+    under_way = 0
+    if job.settings.offload != "cpu":
+        under_way = min(_CHUNKS_UNDER_WAY * _chunk_tokens(job) * _token_bytes(job), _activation_bytes(job))
+    process = _PROCESS_BYTES + (_DEEPSPEED_BYTES if job.settings.offload == "nvme" else 0)
+    return process + under_way + max(*held, _embedding_peak(job), largest_outside)
+
+
+def _embedding_bytes(job: Job) -> int:
+    return sum(job.index.entries[name].num_bytes for name in job.skeleton.outside_names().values())
+
+
+def _embedding_peak(job: Job) -> int:
+    """The embeddings as they are on disk and, if that is another, in the dtype that they are run in."""
+    stored, width, compute = _embedding_bytes(job), job.skeleton.dtype.itemsize, _compute_bytes(job)
+    return stored + (stored * compute // width if compute != width else 0)
+
+
+def _activation_bytes(job: Job) -> int:
+    return job.settings.num_samples * job.settings.sequence_length * _token_bytes(job)
+
+
+def _token_bytes(job: Job) -> int:
+    """Of one token's hidden state, as it is kept between layers."""
+    return int(job.skeleton.model.config.get_text_config(decoder=True).hidden_size) * job.skeleton.dtype.itemsize
+
+
+def _chunk_tokens(job: Job) -> int:
+    """Tokens of a chunk: whole sequences, at least one."""
+    length = job.settings.sequence_length
+    return min(max(1, job.settings.chunk_tokens // length), job.settings.num_samples) * length
+
+
+def _compute_bytes(job: Job) -> int:
+    return compute_dtype(job.device, job.skeleton.dtype).itemsize
 
 
 def deal(expected: Estimate, schedule: Schedule) -> tuple[WorkerEstimate, ...]:
@@ -114,7 +206,7 @@ def packed_bytes(shape: tuple[int, int], scheme: WeightScheme, scale_bytes: int)
     return 4 * rows * ceil(columns * scheme.num_bits / 32) + scale_bytes * rows * groups + zero_points + 16
 
 
-def _layer(job: Job, task: LayerTask, num_tokens: int) -> LayerEstimate:
+def _layer(job: Job, task: LayerTask) -> LayerEstimate:
     entries = {name: job.index.entries[disk] for name, disk in task.disk_names.items()}
     loaded = sum(entry.num_bytes for entry in entries.values())
     read = sum(entry.stored_bytes for entry in entries.values())
@@ -126,22 +218,35 @@ def _layer(job: Job, task: LayerTask, num_tokens: int) -> LayerEstimate:
         else e.num_bytes
         for name, e in entries.items()
     )
-    compute = compute_dtype(job.device, job.skeleton.dtype)
-    working = sum(prod(e.shape) for e in entries.values()) * compute.itemsize if compute != job.skeleton.dtype else 0
+    num_values = sum(prod(e.shape) for e in entries.values())
+    num_tokens = job.settings.num_samples * job.settings.sequence_length
     statistics = sum(4 * width_in * min(width_in, num_tokens) for width_in in _widths(task))
-    forward = working + 6 * job.settings.chunk_tokens * max(sum(s) for s in task.shapes.values()) * compute.itemsize
-    touched = [path for mapping in task.mappings for path in {mapping.smooth, *mapping.balance} if path in task.shapes]
+    compute = _compute_bytes(job)
+    working = num_values * compute if compute != width else 0
+    widest = max((sum(shape) for shape in task.shapes.values()), default=0)
+    forward = working + _FORWARD_COPIES * _chunk_tokens(job) * widest * compute
+    touched = {path for m in task.mappings for path in (m.smooth, *m.balance) if path in task.shapes}
     smoothed = 4 * sum(prod(task.shapes[path]) for path in touched)
-    rounding = max((_rounding_bytes(task, site) for site in task.sites), default=0)
-    return LayerEstimate(task.layer, read, loaded, written, loaded + statistics + max(forward, smoothed + rounding))
+    search = max((_search_bytes(task, mapping.balance) for mapping in task.mappings), default=0)
+    check = 4 * num_values if task.mappings else 0
+    codes = sum(prod(task.shapes[path]) for path in task.schemes)
+    rounding = codes + max((_rounding_bytes(task, site) for site in task.sites), default=0)
+    peak = max(forward, search, smoothed + max(check, rounding))
+    return LayerEstimate(task.layer, read, loaded, written, loaded + statistics + peak)
 
 
 def _widths(task: LayerTask) -> list[int]:
     return [task.shapes[site[0]][1] for site in task.sites]
 
 
+def _search_bytes(task: LayerTask, balance: tuple[str, ...]) -> int:
+    """The weights in float32, stacked, and two matrices of their size: magnitudes, then errors of candidates."""
+    return 4 * 4 * sum(prod(task.shapes[path]) for path in balance)
+
+
 def _rounding_bytes(task: LayerTask, site: tuple[str, ...]) -> int:
-    """GPTQ's peak: the stacked weights, their working copy, steps, zeros and codes; the Gram matrix, its order and its factor."""
+    """GPTQ's peak: the stacked weights, their copies in the grid's dtype and by activation order, and their codes; the Gram matrix in
+    activation order, its factor, and room for inverting."""
     columns = task.shapes[site[0]][1]
     rows = sum(task.shapes[path][0] for path in site if path in task.schemes)
-    return 4 * (6 * rows * columns + 4 * columns * columns)
+    return 4 * (3 * rows * columns + 3 * columns * columns)

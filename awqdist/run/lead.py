@@ -12,6 +12,7 @@ from types import TracebackType
 from torch import Tensor
 
 from awqdist.checkpoint.writer import output_error
+from awqdist.run.chunks import sweep_offload
 from awqdist.run.event_log import EVENTS_FILE, EventLog, bytes_read, read_events, seconds_of_runs
 from awqdist.run.events import (
     Event,
@@ -55,6 +56,7 @@ class Lead:
             job.settings.output, agreed_fingerprint or fingerprint(job, samples), overwrite=job.settings.overwrite
         )
         try:
+            sweep_offload(job)
             check_sources(job, self._journal.entries.layers)
             file, is_new = job.settings.output / EVENTS_FILE, not self._journal.entries.layers
             self._earlier_s = 0.0 if is_new else seconds_of_runs(file)
@@ -74,6 +76,7 @@ class Lead:
             if error is not None:
                 self._log.append(Message(RunFailed(str(error) or type(error).__name__), None, time.time()))
             self._log.close()
+            sweep_offload(self._job)
             self._journal.close()
 
     def begin(self, backend: str, num_workers: int) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 from pathlib import Path
 
 from awqdist.checkpoint.index import INDEX_FILE, SINGLE_FILE
@@ -110,7 +111,9 @@ def remove_model(output: Path) -> None:
             for file in output.glob(pattern):
                 file.unlink(missing_ok=True)
         for file in sorted((output / STATE_FOLDER).iterdir()):
-            if file.name != LOCK_FILE:
+            if file.is_dir():  # an offload folder that a killed run left behind
+                shutil.rmtree(file)
+            elif file.name != LOCK_FILE:
                 file.unlink()
     except OSError as error:
         raise output_error(output, error) from error

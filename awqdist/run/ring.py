@@ -19,8 +19,11 @@ from typing import Generic, Protocol, TypeVar
 
 from torch import Tensor
 
+from awqdist.checkpoint.writer import LazyTensor
+from awqdist.offload.levels import open_store
+from awqdist.run.chunks import Chunks, store_settings
 from awqdist.run.device import worker_status
-from awqdist.run.events import Emit, LayerForwarded, WorkerStarted
+from awqdist.run.events import Emit, LayerForwarded, Warned, WorkerStarted
 from awqdist.run.job import Job, other_weights
 from awqdist.run.journal import SnapshotRecord
 from awqdist.run.output import STATE_FOLDER
@@ -82,25 +85,31 @@ class _Course:
         self._worker = Worker(job, emit)
         self._reader: _Background[LoadedLayer] = _Background()
         self._writer: _Background[None] = _Background()
-        self._chunks: list[Tensor | None] = [
-            None
-        ] * assignment.schedule.num_chunks  # inputs, then outputs, of the layer under way
-        self._inputs: list[Tensor] = []  # kept for a snapshot
+        self._snapshot: list[LazyTensor] = []  # of the inputs of the layer under way
         self._searched: SearchedLayer | None = None
+        settings = store_settings(job, assignment.schedule.num_workers)
+        self._chunks = Chunks(open_store(settings, lambda message: emit(Warned(message))))
 
     def __enter__(self) -> _Course:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._reader.close()
-        self._writer.close(raising=error is None)
+        try:
+            self._writer.close(raising=error is None)
+        finally:
+            self._chunks.close()
 
     def prepare(self, samples: Tensor) -> None:
         """Embeds the samples, and takes up the inputs of the first layer if it is this worker's."""
         schedule, snapshot = self._assignment.schedule, self._assignment.snapshot
-        embedded = self._worker.embed(samples)
-        if schedule.owner(schedule.first) == self._assignment.worker:
-            self._chunks = list(load_snapshot(self._state_folder, snapshot) if snapshot else embedded)
+        is_first = schedule.owner(schedule.first) == self._assignment.worker
+        for index, hidden in enumerate(self._worker.embed(samples)):
+            if is_first and snapshot is None:
+                self._chunks.put(schedule.first, index, hidden)
+        if is_first and snapshot is not None:
+            for index, hidden in enumerate(load_snapshot(self._state_folder, snapshot)):
+                self._chunks.put(schedule.first, index, hidden)
 
     def take(self, step: Step) -> None:
         self._writer.check()
@@ -109,12 +118,11 @@ class _Course:
                 task = self._job.plan.tasks[step.layer]
                 self._reader.start(lambda: read_layer(self._job, task, self._emit, self._reader.check_open))
             case "receive":
-                self._chunks[step.chunk] = self._transport.receive(step.layer, step.chunk)
+                self._chunks.put_passing(step.layer, step.chunk, self._transport.receive(step.layer, step.chunk))
             case "forward":
                 self._forward(step.layer, step.chunk)
             case "send":
-                self._transport.send(step.layer + 1, step.chunk, self._chunk(step.chunk))
-                self._chunks[step.chunk] = None
+                self._transport.send(step.layer + 1, step.chunk, self._chunks.take(step.layer + 1, step.chunk))
             case "search":
                 self._searched = self._worker.search()
             case "write":
@@ -127,27 +135,34 @@ class _Course:
         schedule, is_finished = self._assignment.schedule, layer in self._assignment.finished
         if index == 0:
             self._worker.begin(self._reader.wait(), forward_only=is_finished)
-        chunk = self._chunk(index)
-        if self._is_snapshot(layer):
-            self._inputs.append(chunk)
-        self._chunks[index] = self._worker.forward(index, chunk)
+        output = self._worker.forward(index, self._input(layer, index))
+        if schedule.is_sent(layer):
+            self._chunks.put_passing(layer + 1, index, output)
+        elif layer + 1 < schedule.stop:
+            self._chunks.put(layer + 1, index, output)
         if index + 1 < schedule.num_chunks:
             return
-        if self._is_snapshot(layer):
-            inputs, self._inputs = self._inputs, []
-            self._writer.start(lambda: self._emit(save_snapshot(self._state_folder, layer, inputs)))
+        self._chunks.expect(layer + 1, 0)
+        if self._snapshot:
+            chunks, self._snapshot = self._snapshot, []
+            self._writer.start(lambda: self._emit(save_snapshot(self._state_folder, layer, chunks)))
         if is_finished:
             if self._worker.leave() != self._assignment.finished[layer]:
                 raise other_weights(self._job, layer)
             self._emit(LayerForwarded(layer))
 
+    def _input(self, layer: int, index: int) -> Tensor:
+        """A chunk that is forwarded now; the next one is fetched meanwhile."""
+        if self._is_snapshot(layer):
+            hidden, kept = self._chunks.take_and_keep(layer, index)
+            self._snapshot.append(kept)
+        else:
+            hidden = self._chunks.take(layer, index)
+        self._chunks.expect(layer, index + 1)
+        return hidden
+
     def _is_snapshot(self, layer: int) -> bool:
         return layer > self._assignment.schedule.first and layer % self._job.settings.snapshot_every == 0
-
-    def _chunk(self, index: int) -> Tensor:
-        chunk = self._chunks[index]
-        assert chunk is not None, f"chunk {index} has not come"
-        return chunk
 
     @property
     def _state_folder(self) -> Path:

@@ -3,29 +3,35 @@ before it, and in the end for the embeddings."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from torch import Tensor
 
 from awqdist.checkpoint.index import read_header
 from awqdist.checkpoint.reader import read_tensor
-from awqdist.checkpoint.writer import write_safetensors
+from awqdist.checkpoint.writer import LazyTensor, stream_safetensors
 from awqdist.run.events import SnapshotSaved
 from awqdist.run.journal import Journal, SnapshotRecord, file_hash
 
 _NUM_KEPT = 2
 
 
-def save_snapshot(folder: Path, layer: int, chunks: list[Tensor]) -> SnapshotSaved:
-    """Stores the inputs of `layer`, chunks of (B, L, H), in the state folder."""
-    file = folder / f"boundary-{layer:05d}.safetensors"
-    written = write_safetensors(file, {f"chunk-{i:06d}": chunk for i, chunk in enumerate(chunks)})
+def chunk_name(index: int) -> str:
+    """What chunk number `index` is called in a snapshot."""
+    return f"chunk-{index:06d}"
+
+
+def save_snapshot(folder: Path, layer: int, chunks: Sequence[LazyTensor]) -> SnapshotSaved:
+    """Stores the inputs of `layer`, chunks of (B, L, H) in order, in the state folder; one of them in memory at a time."""
+    written = stream_safetensors(folder / f"boundary-{layer:05d}.safetensors", chunks)
     return SnapshotSaved(layer, written.name, written.sha256)
 
 
-def load_snapshot(folder: Path, record: SnapshotRecord) -> list[Tensor]:
-    """The chunks of a snapshot."""
-    return [read_tensor(entry) for entry in sorted(read_header(folder / record.file), key=lambda e: e.name)]
+def load_snapshot(folder: Path, record: SnapshotRecord) -> Iterator[Tensor]:
+    """The chunks of a snapshot, one after the other."""
+    for entry in sorted(read_header(folder / record.file), key=lambda e: e.name):
+        yield read_tensor(entry)
 
 
 def newest_usable(journal: Journal, last_layer: int) -> SnapshotRecord | None:

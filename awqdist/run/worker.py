@@ -74,10 +74,10 @@ class Worker:
         self._calls: list[list[LayerCall]] = []  # by chunk, then by layer
         self._layer: _Layer | None = None
 
-    def embed(self, samples: Tensor) -> list[Tensor]:
-        """Takes in the calibration samples (N, L) int64. Returns the inputs of the first layer, chunks of (B, L, H) on the CPU."""
+    def embed(self, samples: Tensor) -> Iterator[Tensor]:
+        """Takes in the calibration samples (N, L) int64. Gives the inputs of the first layer, chunks of (B, L, H) on the CPU, one after
+        the other; to be gone through to its end."""
         outside = self._outside()
-        chunks = []
         distinct: list[list[LayerCall]] = []  # calls are equal for chunks of equal shape; they are kept once
         self._token_chunks = token_chunks(self._job.settings, samples)
         for tokens in self._token_chunks:
@@ -86,8 +86,7 @@ class Worker:
             if known is None:
                 distinct.append(calls)
             self._calls.append(known or calls)
-            chunks.append(hidden.to("cpu", self._job.skeleton.dtype))
-        return chunks
+            yield hidden.to("cpu", self._job.skeleton.dtype)
 
     def begin(self, loaded: LoadedLayer, *, forward_only: bool = False) -> None:
         """Takes up a layer that was read. With `forward_only` no statistics are gathered, and it cannot be searched."""

@@ -1,0 +1,93 @@
+"""The boundary chunks of a worker: the inputs of its layers, on their way from one layer to the next. They lie in a store, in memory as far
+as the budget goes and below it beyond, but for those that come from a neighbour or go to one: they pass through."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from torch import Tensor
+
+from awqdist.checkpoint.writer import LazyTensor, lazy_tensor
+from awqdist.offload.folder import sweep
+from awqdist.offload.levels import StoreSettings
+from awqdist.offload.store import Store
+from awqdist.run.estimate import chunk_budget
+from awqdist.run.job import Job
+from awqdist.run.output import STATE_FOLDER
+from awqdist.run.snapshots import chunk_name
+
+_OFFLOAD_FOLDER = "offload"
+
+
+def offload_folder(job: Job) -> Path:
+    """In which workers make folders for what they offload."""
+    return job.settings.offload_dir or job.settings.output / STATE_FOLDER / _OFFLOAD_FOLDER
+
+
+def sweep_offload(job: Job) -> None:
+    """Removes what workers that are gone left in the offload folder, as far as this machine sees it; and the folder if it is the run's."""
+    sweep(offload_folder(job))
+    if job.settings.offload_dir is None:
+        with suppress(OSError):  # a worker lives
+            offload_folder(job).rmdir()
+
+
+def store_settings(job: Job, num_workers: int) -> StoreSettings:
+    """A store of one of so many workers. If there are several, each has two: this one, and one for what neighbours send."""
+    budget_bytes = chunk_budget(job)
+    if budget_bytes is not None and num_workers > 1:
+        budget_bytes //= 2
+    return StoreSettings(job.settings.offload, offload_folder(job), budget_bytes, pinned=job.device.type == "cuda")
+
+
+class Chunks:
+    """Chunks by layer and number. A chunk is forgotten when it is taken, unless a snapshot is to be made of it."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._passing: dict[
+            str, Tensor
+        ] = {}  # received and not yet forwarded, or forwarded and not yet sent: one at a time
+
+    def put(self, layer: int, index: int, hidden: Tensor) -> None:
+        """hidden: an input of `layer`, (B, L, H) on the CPU; waits for its turn."""
+        self._store.put(_key(layer, index), hidden)
+
+    def put_passing(self, layer: int, index: int, hidden: Tensor) -> None:
+        """hidden: an input of `layer` that is taken at once."""
+        self._passing[_key(layer, index)] = hidden
+
+    def take(self, layer: int, index: int) -> Tensor:
+        hidden = self._passing.pop(_key(layer, index), None)
+        return self._take_stored(_key(layer, index)) if hidden is None else hidden
+
+    def take_and_keep(self, layer: int, index: int) -> tuple[Tensor, LazyTensor]:
+        """The chunk; and what it is for a snapshot, from which it is taken a second time and then forgotten."""
+        key = _key(layer, index)
+        hidden = self._passing.pop(key, None)
+        if hidden is None:
+            hidden = self._store.get(key)
+        else:
+            self._store.put(key, hidden)
+        return hidden, lazy_tensor(chunk_name(index), hidden, self._taking(key))
+
+    def expect(self, layer: int, index: int) -> None:
+        """Begins to fetch a chunk that is taken next, if it is here."""
+        self._store.prefetch(_key(layer, index))
+
+    def close(self) -> None:
+        self._store.close()
+
+    def _taking(self, key: str) -> Callable[[], Tensor]:
+        return lambda: self._take_stored(key)
+
+    def _take_stored(self, key: str) -> Tensor:
+        hidden = self._store.get(key)
+        self._store.drop(key)
+        return hidden
+
+
+def _key(layer: int, index: int) -> str:
+    return f"layer-{layer:05d}-chunk-{index:06d}"
