@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from ring_messages import layer_record
 from safetensors import safe_open
 from torch import Tensor
 
-from awqdist.checkpoint.writer import write_safetensors
+from awqdist.checkpoint.writer import lazy_tensor, write_safetensors
 from awqdist.errors import AwqdistError, OutputError
 from awqdist.recipe import load_recipe
 from awqdist.recipe.settings import RunSettings
@@ -37,7 +38,7 @@ from awqdist.run.job import Job, prepare
 from awqdist.run.journal import read_journal
 from awqdist.run.lead import Lead
 from awqdist.run.ring import Assignment
-from awqdist.run.snapshots import load_snapshot, save_snapshot
+from awqdist.run.snapshots import chunk_name, load_snapshot, save_snapshot
 
 SAMPLES = torch.randint(0, 128, (8, 32), generator=torch.Generator().manual_seed(0))
 STATE = ".awqdist"
@@ -79,7 +80,9 @@ def chunks_of(layer: int) -> list[Tensor]:
 
 
 def saved_snapshot(job: Job, layer: int) -> SnapshotSaved:
-    return save_snapshot(job.settings.output / STATE, layer, chunks_of(layer))
+    named = ((chunk_name(index), chunk) for index, chunk in enumerate(chunks_of(layer)))
+    lazy = [lazy_tensor(name, chunk, partial(torch.clone, chunk)) for name, chunk in named]
+    return save_snapshot(job.settings.output / STATE, layer, lazy)
 
 
 def interrupted(job: Job, layers: list[int], snapshots: list[int]) -> None:
