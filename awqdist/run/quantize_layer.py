@@ -13,16 +13,18 @@ from torch import Tensor, nn
 
 from awqdist.errors import NumericalError
 from awqdist.export.formats import Format
+from awqdist.model.conversion import FusedParameter
 from awqdist.model.forward import LayerCall
 from awqdist.model.mapping import ResolvedMapping
 from awqdist.model.preserve import TOLERANCE, apply_scales, change_of_output
 from awqdist.quant.clip import clipped_range
 from awqdist.quant.grid import QuantizedWeight, grid_parameters, group_range, round_to_nearest, rounding_difference
 from awqdist.quant.rounding import round_gptq
-from awqdist.quant.search import BalanceWeight, ScaleChoice, search_scales
-from awqdist.quant.stats import InputStatistics, quadratic_form, rough_quadratic_form
+from awqdist.quant.search import BalanceWeight, ScaleChoice, SearchGroup, search_groups
+from awqdist.quant.stats import quadratic_form, rough_quadratic_form
 from awqdist.recipe import Recipe, WeightScheme
 from awqdist.run.device import release_host_memory
+from awqdist.run.gather import SiteStatistics
 from awqdist.run.plan import LayerTask
 from awqdist.run.records import LinearRecord, MappingRecord, SiteRecord
 from awqdist.run.stopwatch import Stopwatch
@@ -40,9 +42,10 @@ class Method:
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """What the function check runs: the layer, one sequence of its inputs (1, L, H), and its other arguments."""
+    """What the function check runs: the layer and its fused experts, one sequence of its inputs (1, L, H), and its other arguments."""
 
     layer: nn.Module
+    experts: tuple[FusedParameter, ...]
     hidden: Tensor
     call: LayerCall
 
@@ -72,7 +75,7 @@ class _Site:
 def quantize_layer(
     task: LayerTask,
     parameters: Parameters,
-    statistics: Mapping[str, InputStatistics],
+    statistics: Mapping[str, SiteStatistics],
     method: Method,
     trial: Trial | None,
     watch: Stopwatch,
@@ -83,19 +86,21 @@ def quantize_layer(
     by its first linear. Raises NumericalError where smoothing would change the layer's function.
     """
     with watch.stage("search"):
-        choices = {m.balance[0]: _search(task, m, parameters, statistics[m.balance[0]], method) for m in task.mappings}
+        choices = {m.balance[0]: _search(task, m, parameters, statistics, method) for m in task.mappings}
         smoothed = dict(parameters)
-        scales = {}
+        scales: dict[str, Tensor] = {}  # by every linear that is balanced
         for mapping in task.mappings:
-            first = mapping.balance[0]
-            changed, scales[first] = apply_scales(smoothed, mapping, choices[first].scales)
+            changed, applied = apply_scales(smoothed, mapping, choices[mapping.balance[0]].scales)
             smoothed.update(changed)
+            scales.update(dict.fromkeys(mapping.balance, applied))
     with watch.stage("check"):
         smoothing_error = _check_function(task, parameters, smoothed, choices, trial)
     weights: dict[str, QuantizedWeight] = {}
     linears: list[LinearRecord] = []
     with watch.stage("round"):
         for paths in task.sites:
+            if not any(path in task.schemes for path in paths):
+                continue
             release_host_memory()
             grid_dtype = method.layout.grid_dtype(parameters[f"{paths[0]}.weight"].dtype)
             site = _site(statistics[paths[0]], scales.get(paths[0]), grid_dtype)
@@ -117,14 +122,24 @@ def quantize_layer(
 
 
 def _search(
-    task: LayerTask, mapping: ResolvedMapping, parameters: Parameters, statistics: InputStatistics, method: Method
+    task: LayerTask,
+    mapping: ResolvedMapping,
+    parameters: Parameters,
+    statistics: Mapping[str, SiteStatistics],
+    method: Method,
 ) -> ScaleChoice:
     smoothing = method.recipe.smoothing
     assert smoothing is not None
-    weights = [parameters[f"{path}.weight"] for path in mapping.balance]
-    balance = [BalanceWeight(w.float(), task.schemes.get(p)) for w, p in zip(weights, mapping.balance, strict=True)]
-    source = mapping.source_channels(weights[0].shape[1]).to(weights[0].device)
-    choice = search_scales(balance, statistics, source, smoothing, method.layout.grid_dtype(weights[0].dtype))
+    site_of = {path: site[0] for site in task.sites for path in site}
+    balance: dict[str, list[BalanceWeight]] = {}
+    for path in mapping.balance:
+        weight = BalanceWeight(parameters[f"{path}.weight"], task.schemes.get(path))
+        balance.setdefault(site_of[path], []).append(weight)
+    groups = [SearchGroup(weights, statistics[site]) for site, weights in balance.items()]
+    first = parameters[f"{mapping.balance[0]}.weight"]
+    source = mapping.source_channels(first.shape[1]).to(first.device)
+    mean_abs = statistics[site_of[mapping.balance[0]]].mean_abs
+    choice = search_groups(groups, mean_abs, source, smoothing, method.layout.grid_dtype(first.dtype))
     if choice.error_after != choice.error_after:
         raise NumericalError(
             f"layer {task.layer}, mapping {mapping.smooth} -> {', '.join(mapping.balance)}: no candidate gives a finite error;"
@@ -143,7 +158,7 @@ def _check_function(
     """The relative change of the layer's output by smoothing alone. Raises NumericalError above the tolerance."""
     if trial is None or all(choice.ratio is None for choice in choices.values()):
         return 0.0
-    change = change_of_output(trial.layer, parameters, smoothed, trial.hidden, trial.call)
+    change = change_of_output(trial.layer, parameters, smoothed, trial.hidden, trial.call, trial.experts)
     if not change <= TOLERANCE:
         guilty = [
             m for m in task.mappings if not _change_by(m, parameters, choices, trial) <= TOLERANCE
@@ -156,7 +171,7 @@ def _check_function(
     return change
 
 
-def _site(statistics: InputStatistics, scales: Tensor | None, grid_dtype: torch.dtype) -> _Site:
+def _site(statistics: SiteStatistics, scales: Tensor | None, grid_dtype: torch.dtype) -> _Site:
     """Takes the Gram matrix out of `statistics`, to hold only one."""
     if scales is None:
         scales = torch.ones_like(statistics.mean_abs)
@@ -169,7 +184,7 @@ def _change_by(
 ) -> float:
     """The relative change of the layer's output by one mapping alone."""
     changed, _ = apply_scales(parameters, mapping, choices[mapping.balance[0]].scales)
-    return change_of_output(trial.layer, parameters, {**parameters, **changed}, trial.hidden, trial.call)
+    return change_of_output(trial.layer, parameters, {**parameters, **changed}, trial.hidden, trial.call, trial.experts)
 
 
 def _round_site(
@@ -238,7 +253,7 @@ def _mapping_record(task: LayerTask, mapping: ResolvedMapping, choice: ScaleChoi
     )
 
 
-def _site_record(task: LayerTask, paths: tuple[str, ...], statistics: InputStatistics) -> SiteRecord:
+def _site_record(task: LayerTask, paths: tuple[str, ...], statistics: SiteStatistics) -> SiteRecord:
     mean_abs = statistics.mean_abs
     median = float(mean_abs.median())
     return SiteRecord(
