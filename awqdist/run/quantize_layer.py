@@ -260,4 +260,5 @@ def _site_record(task: LayerTask, paths: tuple[str, ...], statistics: SiteStatis
         linears=tuple(task.disk_module(path) for path in paths),
         num_tokens=statistics.num_tokens,
         max_over_median=float(mean_abs.max()) / median if median > 0 else float("inf"),
+        expert=task.routed[paths[0]].expert if paths[0] in task.routed else None,
     )
