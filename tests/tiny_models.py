@@ -258,6 +258,21 @@ _CLASSES = {
             **_HEADS,
         ),
     ),
+    "phimoe": ("PhimoeForCausalLM", _text("PhimoeConfig", attention_bias=True, **_EXPERTS)),
+    "ernie4.5-moe": (
+        "Ernie4_5_MoeForCausalLM",
+        _text("Ernie4_5_MoeConfig", moe_num_experts=8, moe_k=2, moe_num_shared_experts=1, moe_intermediate_size=64),
+    ),
+    "minimax-m2": ("MiniMaxM2ForCausalLM", _text("MiniMaxM2Config", **_EXPERTS, **_HEADS)),
+    "hunyuan-moe": ("HunYuanMoEV1ForCausalLM", _text("HunYuanMoEV1Config", num_experts=8, moe_topk=2, **_HEADS)),
+    "afmoe": (
+        "AfmoeForCausalLM",
+        _text("AfmoeConfig", num_dense_layers=1, num_shared_experts=1, sliding_window=WINDOW, **_ROUTED, **_HEADS),
+    ),
+    "glm4.7-flash": (
+        "Glm4MoeLiteForCausalLM",
+        _text("Glm4MoeLiteConfig", **{k: v for k, v in _DEEPSEEK.items() if k != "first_k_dense_replace"}),
+    ),
 }
 _MOE = tuple(_CLASSES)
 _CONFIGS |= _CLASSES

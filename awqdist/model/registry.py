@@ -70,6 +70,12 @@ _MIXTRAL = (
     _VALUE_TO_OUTPUT,
     _mapping("w3", "w2"),
 )
+_AFMOE = (
+    _mapping("input_layernorm", *_QKV, r"self_attn\.gate_proj"),
+    _mapping("pre_mlp_layernorm", r"mlp\..*gate_proj", r"mlp\..*up_proj"),
+    _VALUE_TO_OUTPUT,
+    _UP_TO_DOWN,
+)
 
 _REGISTRY: dict[str, tuple[MappingPattern, ...]] = {
     "LlamaForCausalLM": _LLAMA,
@@ -103,6 +109,12 @@ _REGISTRY: dict[str, tuple[MappingPattern, ...]] = {
     "Glm4MoeForCausalLM": _LLAMA,
     "DeepseekV2ForCausalLM": _DEEPSEEK,
     "DeepseekV3ForCausalLM": _DEEPSEEK,
+    "Glm4MoeLiteForCausalLM": _DEEPSEEK,
+    "PhimoeForCausalLM": _MIXTRAL,
+    "MiniMaxM2ForCausalLM": _MIXTRAL,
+    "Ernie4_5_MoeForCausalLM": _LLAMA,
+    "HunYuanMoEV1ForCausalLM": _LLAMA,
+    "AfmoeForCausalLM": _AFMOE,
 }
 
 
