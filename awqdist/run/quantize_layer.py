@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from awqdist.errors import NumericalError
@@ -17,16 +16,13 @@ from awqdist.model.conversion import FusedParameter
 from awqdist.model.forward import LayerCall
 from awqdist.model.mapping import ResolvedMapping
 from awqdist.model.preserve import TOLERANCE, apply_scales, change_of_output
-from awqdist.quant.clip import clipped_range
-from awqdist.quant.grid import QuantizedWeight, grid_parameters, group_range, round_to_nearest, rounding_difference
-from awqdist.quant.rounding import round_gptq
+from awqdist.quant.grid import QuantizedWeight
 from awqdist.quant.search import BalanceWeight, ScaleChoice, SearchGroup, search_groups
-from awqdist.quant.stats import quadratic_form, rough_quadratic_form
-from awqdist.recipe import Recipe, WeightScheme
-from awqdist.run.device import release_host_memory
+from awqdist.recipe import Recipe
 from awqdist.run.gather import SiteStatistics
 from awqdist.run.plan import LayerTask
 from awqdist.run.records import LinearRecord, MappingRecord, SiteRecord
+from awqdist.run.round_sites import SmoothedSites, round_sites
 from awqdist.run.stopwatch import Stopwatch
 
 Parameters = Mapping[str, Tensor]
@@ -62,16 +58,6 @@ class LayerResult:
     smoothing_error: float
 
 
-@dataclass(frozen=True, slots=True)
-class _Site:
-    """An input site after smoothing. gram: (I, I) of the input divided by scales (I,); grid_dtype: of the group scales to store."""
-
-    gram: Tensor
-    scales: Tensor
-    num_dead_inputs: int
-    grid_dtype: torch.dtype
-
-
 def quantize_layer(
     task: LayerTask,
     parameters: Parameters,
@@ -95,18 +81,9 @@ def quantize_layer(
             scales.update(dict.fromkeys(mapping.balance, applied))
     with watch.stage("check"):
         smoothing_error = _check_function(task, parameters, smoothed, choices, trial)
-    weights: dict[str, QuantizedWeight] = {}
-    linears: list[LinearRecord] = []
     with watch.stage("round"):
-        for paths in task.sites:
-            if not any(path in task.schemes for path in paths):
-                continue
-            release_host_memory()
-            grid_dtype = method.layout.grid_dtype(parameters[f"{paths[0]}.weight"].dtype)
-            site = _site(statistics[paths[0]], scales.get(paths[0]), grid_dtype)
-            site_weights, records = _round_site(task, paths, smoothed, site, method.recipe)
-            weights.update(site_weights)
-            linears += records
+        grid_dtypes = {p: method.layout.grid_dtype(parameters[f"{p}.weight"].dtype) for p in task.schemes}
+        weights, linears = round_sites(task, smoothed, SmoothedSites(statistics, scales, grid_dtypes), method.recipe)
     return LayerResult(
         weights=weights,
         parameters={
@@ -171,74 +148,12 @@ def _check_function(
     return change
 
 
-def _site(statistics: SiteStatistics, scales: Tensor | None, grid_dtype: torch.dtype) -> _Site:
-    """Takes the Gram matrix out of `statistics`, to hold only one."""
-    if scales is None:
-        scales = torch.ones_like(statistics.mean_abs)
-    num_dead_inputs = int((statistics.mean_abs == 0).sum())
-    return _Site(statistics.take_smoothed_gram(scales), scales, num_dead_inputs, grid_dtype)
-
-
 def _change_by(
     mapping: ResolvedMapping, parameters: Parameters, choices: Mapping[str, ScaleChoice], trial: Trial
 ) -> float:
     """The relative change of the layer's output by one mapping alone."""
     changed, _ = apply_scales(parameters, mapping, choices[mapping.balance[0]].scales)
     return change_of_output(trial.layer, parameters, {**parameters, **changed}, trial.hidden, trial.call, trial.experts)
-
-
-def _round_site(
-    task: LayerTask, paths: tuple[str, ...], smoothed: Parameters, site: _Site, recipe: Recipe
-) -> tuple[dict[str, QuantizedWeight], list[LinearRecord]]:
-    """Rounds the linears of one input site. Those under one scheme go through stacked: their rows are independent."""
-    quantized = [path for path in paths if path in task.schemes]
-    weights: dict[str, QuantizedWeight] = {}
-    records = []
-    for scheme in dict.fromkeys(task.schemes[path] for path in quantized):
-        stacked = [path for path in quantized if task.schemes[path] == scheme]
-        parts = [smoothed[f"{path}.weight"].float() for path in stacked]
-        result, clipped = _round(torch.cat(parts), scheme, site, recipe)
-        first = 0
-        for path, part in zip(stacked, parts, strict=True):
-            rows = slice(first, first + part.shape[0])
-            first += part.shape[0]
-            weights[path] = QuantizedWeight(
-                result.codes[rows], result.weight_scale[rows], result.zero_point[rows], scheme
-            )
-            records.append(_linear_record(task.disk_module(path), part, weights[path], site, clipped))
-    return weights, records
-
-
-def _round(weight: Tensor, scheme: WeightScheme, site: _Site, recipe: Recipe) -> tuple[QuantizedWeight, float]:
-    """Fixes the grid, then rounds. weight: (O, I) float32, smoothed. Also returns the share of clipped groups."""
-    stored = weight.to(site.grid_dtype)  # what compressed-tensors' observer would see
-    clipped = 0.0
-    if recipe.clip:
-        low, high, clipped = clipped_range(weight, site.gram, scheme)
-        low, high = low.to(site.grid_dtype), high.to(site.grid_dtype)
-    else:
-        low, high = group_range(stored, scheme)
-    weight_scale, zero_point = grid_parameters(low, high, scheme)
-    if recipe.rounding.method == "nearest":
-        return round_to_nearest(stored, weight_scale, zero_point, scheme), clipped
-    return round_gptq(weight, site.gram, weight_scale, zero_point, scheme, recipe.rounding), clipped
-
-
-def _linear_record(name: str, weight: Tensor, result: QuantizedWeight, site: _Site, clipped: float) -> LinearRecord:
-    signal = max(rough_quadratic_form(weight, site.gram), 1e-30)
-    ones = torch.ones_like(site.scales)
-    nearest = rounding_difference(weight / site.scales, ones, result.scheme, site.grid_dtype).mul_(site.scales)
-    return LinearRecord(
-        name=name,
-        shape=(weight.shape[0], weight.shape[1]),
-        num_bits=result.scheme.num_bits,
-        group_size=result.scheme.group_size,
-        symmetric=result.scheme.symmetric,
-        relative_error_nearest=rough_quadratic_form(nearest, site.gram) / signal,
-        relative_error=quadratic_form(result.dequantize().sub_(weight), site.gram) / signal,
-        clipped_share=clipped,
-        num_dead_inputs=site.num_dead_inputs,
-    )
 
 
 def _mapping_record(task: LayerTask, mapping: ResolvedMapping, choice: ScaleChoice) -> MappingRecord:
