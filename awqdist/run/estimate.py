@@ -6,10 +6,12 @@ from dataclasses import asdict, dataclass
 from math import ceil, prod
 from typing import Any
 
+from awqdist.quant.experts import max_rows
 from awqdist.recipe import WeightScheme
 from awqdist.run.device import compute_dtype
 from awqdist.run.job import Job
 from awqdist.run.plan import LayerTask
+from awqdist.run.round_sites import SIDE_BY_SIDE_BYTES
 from awqdist.run.schedule import Schedule
 
 _PROCESS_BYTES = 450_000_000  # Python, torch and transformers themselves, resident
@@ -122,21 +124,46 @@ def _layer(job: Job, task: LayerTask, num_tokens: int) -> LayerEstimate:
         for name, e in entries.items()
     )
     compute = compute_dtype(job.device, job.skeleton.dtype)
-    working = sum(prod(e.shape) for e in entries.values()) * compute.itemsize if compute != job.skeleton.dtype else 0
-    statistics = sum(4 * width_in * min(width_in, num_tokens) for width_in in _widths(task))
+    copied = entries if compute != job.skeleton.dtype else {f"{path}.weight": 0 for path in _experts(job, task)}
+    working = sum(prod(e.shape) for name, e in entries.items() if name in copied) * compute.itemsize
+    shared = [task.shapes[site[0]][1] for site in task.sites if site[0] not in task.routed]
+    statistics = sum(4 * width_in * min(width_in, num_tokens) for width_in in shared)
+    statistics += _expert_rows(job, task, num_tokens) * compute.itemsize
     forward = working + 6 * job.settings.chunk_tokens * max(sum(s) for s in task.shapes.values()) * compute.itemsize
     touched = [path for mapping in task.mappings for path in {mapping.smooth, *mapping.balance} if path in task.shapes]
     smoothed = 4 * sum(prod(task.shapes[path]) for path in touched)
     rounding = max((_rounding_bytes(task, site) for site in task.sites), default=0)
-    return LayerEstimate(task.layer, read, written, read + statistics + max(forward, smoothed + rounding))
+    checked = 8 * sum(prod(task.shapes[path]) for path in _experts(job, task))  # float32, apart and fused
+    return LayerEstimate(task.layer, read, written, read + statistics + max(forward, smoothed + max(rounding, checked)))
 
 
-def _widths(task: LayerTask) -> list[int]:
-    return [task.shapes[site[0]][1] for site in task.sites]
+def _experts(job: Job, task: LayerTask) -> list[str]:
+    """Paths of the linears of which the forward pass holds a fused copy."""
+    experts = job.skeleton.layer_experts(task.layer) if task.layer < job.skeleton.num_layers else ()
+    return [path for fused in experts for part in fused.parts for path in part]
+
+
+def _expert_rows(job: Job, task: LayerTask, num_tokens: int) -> int:
+    """Elements of the rows that are kept of all experts: each token goes to a few of them, and of each no more than a cap are kept."""
+    config = job.skeleton.model.config.get_text_config(decoder=True)
+    counts = (getattr(config, name, None) for name in ("num_experts_per_tok", "moe_k", "moe_topk"))
+    per_token = next((count for count in counts if isinstance(count, int)), 1)
+    widths: dict[str, list[int]] = {}
+    for first, routed in task.routed.items():
+        widths.setdefault(routed.fused, []).append(task.shapes[first][1])
+    itemsize = compute_dtype(job.device, job.skeleton.dtype).itemsize
+    return sum(
+        w[0] * min(num_tokens * per_token, len(w) * min(num_tokens, max_rows(len(w), w[0], itemsize)))
+        for w in widths.values()
+    )
 
 
 def _rounding_bytes(task: LayerTask, site: tuple[str, ...]) -> int:
     """GPTQ's peak: the stacked weights, their working copy, steps, zeros and codes; the Gram matrix, its order and its factor."""
     columns = task.shapes[site[0]][1]
     rows = sum(task.shapes[path][0] for path in site if path in task.schemes)
-    return 4 * (6 * rows * columns + 4 * columns * columns)
+    side_by_side = 1
+    if site[0] in task.routed:
+        alike = sum(routed.fused == task.routed[site[0]].fused for routed in task.routed.values())
+        side_by_side = min(alike, ceil(SIDE_BY_SIDE_BYTES / (8 * columns * columns)))
+    return 4 * side_by_side * (6 * rows * columns + 4 * columns * columns)

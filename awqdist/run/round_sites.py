@@ -23,7 +23,7 @@ from awqdist.run.gather import SiteStatistics
 from awqdist.run.plan import LayerTask
 from awqdist.run.records import LinearRecord
 
-_SIDE_BY_SIDE_BYTES = 1 << 30  # of the Gram matrices and their factors
+SIDE_BY_SIDE_BYTES = 1 << 29  # of the Gram matrices and their factors
 
 Parameters = Mapping[str, Tensor]
 
@@ -86,7 +86,7 @@ def _batches(task: LayerTask) -> Iterator[list[tuple[str, ...]]]:
     batch: list[tuple[str, ...]] = []
     for paths in (site for site in task.sites if any(path in task.schemes for path in site)):
         width = task.shapes[paths[0]][1]
-        full = len(batch) * 8 * width * width >= _SIDE_BY_SIDE_BYTES
+        full = len(batch) * 8 * width * width >= SIDE_BY_SIDE_BYTES
         if batch and (full or not _alike(task, batch[0], paths)):
             yield batch
             batch = []
