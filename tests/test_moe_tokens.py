@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -198,3 +199,33 @@ def test_the_result_does_not_depend_on_how_the_samples_are_cut_into_chunks_beyon
         assert [s.num_tokens for s in ours.sites] == [s.num_tokens for s in theirs.sites]
         for one, other in zip(ours.mappings, theirs.mappings, strict=True):
             assert one.error_before == pytest.approx(other.error_before, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "ignored",
+    [
+        r"re:.*\.experts\..*",
+        r"re:.*\.experts\.3\..*",
+        r"re:.*(gate|up)_proj",
+        r"re:.*down_proj",
+        r"re:.*shared_experts.*",
+        r"re:.*mlp.*",
+    ],
+)
+def test_a_recipe_may_leave_out_any_part_of_a_block(ignored: str, tmp_path: Path) -> None:
+    source = tiny_checkpoint("deepseek-v3", tmp_path / "source")
+    groups = load_recipe([AWQModifier(), GPTQModifier(ignore=["lm_head", ignored], config_groups=GROUPS)])
+
+    summary = oneshot(
+        model=str(source),
+        dataset=SAMPLES.tolist(),
+        recipe=groups,
+        output_dir=tmp_path / "output",
+        num_calibration_samples=SAMPLES.shape[0],
+        max_seq_length=SAMPLES.shape[1],
+        device="cpu",
+    )
+
+    assert not any(re.match(ignored.removeprefix("re:"), x.name) for record in summary.layers for x in record.linears)
+    plain = dequantized_checkpoint(tmp_path / "output", tmp_path / "plain")
+    assert distance(logits(load(plain), PROBE), logits(load(source), PROBE)) < 0.5

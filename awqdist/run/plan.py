@@ -149,7 +149,8 @@ def _sites(
             if any(path in schemes for path in linears.linears):
                 found.append(linears.linears)
                 routed[linears.linears[0]] = RoutedSite(linears.fused, linears.expert, shared, inner=not common)
-        if any(path in schemes for path in site) and common:
+        needed = any(path in schemes for path in site) or (experts and any(path in schemes for path in parts))
+        if needed and common:
             found.append(common)
     return tuple(found), routed
 

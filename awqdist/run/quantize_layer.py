@@ -109,7 +109,7 @@ def _search(
     assert smoothing is not None
     site_of = {path: site[0] for site in task.sites for path in site}
     balance: dict[str, list[BalanceWeight]] = {}
-    for path in mapping.balance:
+    for path in (path for path in mapping.balance if path in site_of):  # the others are experts that the recipe ignores
         weight = BalanceWeight(parameters[f"{path}.weight"], task.schemes.get(path))
         balance.setdefault(site_of[path], []).append(weight)
     groups = [SearchGroup(weights, statistics[site]) for site, weights in balance.items()]
