@@ -28,11 +28,16 @@ Choose = Callable[[LayerTask, ResolvedMapping, dict[str, Tensor]], Tensor]
 
 
 def recipe(
-    bits: int = 4, *, ignore: tuple[str, ...] = ("lm_head",), targets: tuple[str, ...] = ("Linear",), **awq: Any
+    bits: int = 4,
+    *,
+    ignore: tuple[str, ...] = ("lm_head",),
+    targets: tuple[str, ...] = ("Linear",),
+    symmetric: bool = False,
+    **awq: Any,
 ) -> Recipe:
-    """AWQ and asymmetric rounding to nearest in groups of 32. awq: further fields of AWQModifier."""
+    """AWQ and rounding to nearest in groups of 32. awq: further fields of AWQModifier."""
     weights = QuantizationArgs(
-        num_bits=bits, type="int", symmetric=False, strategy="group", group_size=GROUP_SIZE, dynamic=False
+        num_bits=bits, type="int", symmetric=symmetric, strategy="group", group_size=GROUP_SIZE, dynamic=False
     )
     groups = {"group_0": QuantizationScheme(targets=list(targets), weights=weights)}
     return load_recipe([AWQModifier(**awq), QuantizationModifier(ignore=list(ignore), config_groups=groups)])

@@ -1,4 +1,4 @@
-"""Tiny random checkpoints of every dense decoder family, written by transformers itself, so with the names of published checkpoints.
+"""Tiny random checkpoints of every decoder family, written by transformers itself, so with the names of published checkpoints.
 
 Widths fit groups of 32. Norm weights are far from 1 (or from 0, where the norm multiplies by 1 + weight), biases far from 0, and some
 channels are outliers: whatever forgets one of them shows.
@@ -33,8 +33,13 @@ def tiny_text(num_lines: int = 400) -> str:
 
 
 def families() -> list[str]:
-    """Names of all families, as `tiny_checkpoint` takes them."""
-    return list(_CONFIGS)
+    """Names of all dense families, as `tiny_checkpoint` takes them."""
+    return [name for name in _CONFIGS if name not in _MOE]
+
+
+def moe_families() -> list[str]:
+    """Names of all families with mixtures of experts."""
+    return list(_MOE)
 
 
 def tiny_checkpoint(
@@ -73,10 +78,17 @@ def randomize(model: PreTrainedModel, seed: int = 0) -> None:
                 parameter[3::17] += 2.0  # outliers
             elif parameter.ndim == 1:
                 parameter.copy_(0.5 * noise)
+            elif name.endswith(("gate.weight", "router.weight", "wg.weight")):
+                parameter.copy_(3 * noise * parameter[0].numel() ** -0.5)  # decided routing
+            elif parameter.ndim == 3:
+                parameter.copy_(noise * parameter.shape[-1] ** -0.5)
             elif "embed" in name:
                 parameter.copy_(noise)
             else:
                 parameter.copy_(noise * parameter[0].numel() ** -0.5)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator))
 
 
 @cache
@@ -194,3 +206,73 @@ _CONFIGS: dict[str, tuple[str, Callable[..., PretrainedConfig]]] = {
     ),
     "gpt-neox": ("GPTNeoXForCausalLM", _text("GPTNeoXConfig", use_parallel_residual=True, **_NO_KV_HEADS)),
 }
+
+_EXPERTS = {"num_local_experts": 8, "num_experts_per_tok": 2}
+_ROUTED = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+_DEEPSEEK = {
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 4,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 64,
+    "first_k_dense_replace": 1,
+    "n_group": 4,
+    "topk_group": 2,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 24,
+    "routed_scaling_factor": 1.5,
+    "norm_topk_prob": True,
+}
+
+
+def _without_q_lora(config: PretrainedConfig) -> PretrainedConfig:
+    config.q_lora_rank = None
+    return config
+
+
+_CLASSES = {
+    "mixtral": ("MixtralForCausalLM", _text("MixtralConfig", **_EXPERTS)),
+    "qwen2-moe": ("Qwen2MoeForCausalLM", _text("Qwen2MoeConfig", shared_expert_intermediate_size=96, **_ROUTED)),
+    "qwen3-moe": ("Qwen3MoeForCausalLM", _text("Qwen3MoeConfig", norm_topk_prob=True, **_ROUTED, **_WIDE_HEADS)),
+    "olmoe": ("OlmoeForCausalLM", _text("OlmoeConfig", num_experts=8, num_experts_per_tok=2)),
+    "deepseek-v2": (
+        "DeepseekV2ForCausalLM",
+        _text("DeepseekV2Config", **{**_DEEPSEEK, "topk_method": "group_limited_greedy"}),
+    ),
+    "deepseek-v3": ("DeepseekV3ForCausalLM", _text("DeepseekV3Config", **_DEEPSEEK)),
+    "deepseek-v3-no-q-lora": (
+        "DeepseekV3ForCausalLM",
+        lambda **changes: _without_q_lora(_text("DeepseekV3Config", **_DEEPSEEK)(**changes)),
+    ),
+    "glm4-moe": (
+        "Glm4MoeForCausalLM",
+        _text(
+            "Glm4MoeConfig",
+            attention_bias=True,
+            use_qk_norm=True,
+            **{k: _DEEPSEEK[k] for k in list(_DEEPSEEK)[2:9]},
+            **_HEADS,
+        ),
+    ),
+    "phimoe": ("PhimoeForCausalLM", _text("PhimoeConfig", attention_bias=True, **_EXPERTS)),
+    "ernie4.5-moe": (
+        "Ernie4_5_MoeForCausalLM",
+        _text("Ernie4_5_MoeConfig", moe_num_experts=8, moe_k=2, moe_num_shared_experts=1, moe_intermediate_size=64),
+    ),
+    "minimax-m2": ("MiniMaxM2ForCausalLM", _text("MiniMaxM2Config", **_EXPERTS, **_HEADS)),
+    "hunyuan-moe": ("HunYuanMoEV1ForCausalLM", _text("HunYuanMoEV1Config", num_experts=8, moe_topk=2, **_HEADS)),
+    "afmoe": (
+        "AfmoeForCausalLM",
+        _text("AfmoeConfig", num_dense_layers=1, num_shared_experts=1, sliding_window=WINDOW, **_ROUTED, **_HEADS),
+    ),
+    "glm4.7-flash": (
+        "Glm4MoeLiteForCausalLM",
+        _text("Glm4MoeLiteConfig", **{k: v for k, v in _DEEPSEEK.items() if k != "first_k_dense_replace"}),
+    ),
+}
+_MOE = tuple(_CLASSES)
+_CONFIGS |= _CLASSES

@@ -21,7 +21,7 @@ from awqdist.cli.evaluate import Evaluation, evaluate
 from awqdist.cli.progress import Kind, renderer
 from awqdist.cli.report import write_report
 from awqdist.cli.simulation import SimulationOptions, forecast, print_forecast, print_workers, schedule_of
-from awqdist.cli.tables import show_bytes, summary_table
+from awqdist.cli.tables import pattern_of, show_bytes, summary_table
 from awqdist.demo import calibration_text, demo_folder, evaluation_text
 from awqdist.recipe import load_recipe
 from awqdist.recipe.settings import Placement, RunSettings
@@ -192,9 +192,12 @@ def _mapping_table(plan: Plan) -> Table:
     rows: dict[tuple[str, str, str], list[int]] = {}
     for task in plan.layers:
         for mapping in task.mappings:
-            tied = f"one scale per key/value channel, {mapping.source[1]} query heads each" if mapping.source else ""
+            repeats = mapping.source[1] if mapping.source else 1
+            tied = f"one scale per key/value channel, {repeats} query heads each" if repeats > 1 else ""
             note = "(1 + w) norm" if mapping.unit_offset else tied
-            rows.setdefault((mapping.smooth, ", ".join(mapping.balance), note), []).append(task.layer)
+            balance = ", ".join(dict.fromkeys(map(pattern_of, mapping.balance)))  # experts are named once
+            layers = rows.setdefault((pattern_of(mapping.smooth), balance, note), [])
+            layers += [task.layer] if task.layer not in layers[-1:] else []
         for skipped in task.skipped:
             rows.setdefault((skipped.mapping, "", f"skipped: {skipped.reason}"), []).append(task.layer)
     for (smooth, balance, note), layers in rows.items():

@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from awqdist.cli.dequantized import has_packed_experts, load_dequantized
 from awqdist.errors import AwqdistError, CheckpointError, NumericalError
 
 if TYPE_CHECKING:
@@ -183,7 +184,10 @@ def _load_model(name: str, device: str) -> Any:
         config = AutoConfig.from_pretrained(name)
         text_only = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING  # Mistral3 is not: it sees, but reads text all the same
         loader: Any = AutoModelForCausalLM if text_only else AutoModelForImageTextToText
-        model, loaded = loader.from_pretrained(name, config=config, dtype=torch.float32, output_loading_info=True)
+        if has_packed_experts(Path(name), config):
+            model, loaded = load_dequantized(Path(name), config)
+        else:
+            model, loaded = loader.from_pretrained(name, config=config, dtype=torch.float32, output_loading_info=True)
         missing = sorted(loaded["missing_keys"])
         if missing:  # transformers would go on with random numbers in their place
             raise CheckpointError(f"model {name}: the checkpoint lacks {len(missing)} tensors, first {missing[0]}")

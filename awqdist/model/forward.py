@@ -2,11 +2,14 @@
 
 `record_calls` runs the model's own forward with every decoder layer replaced by a recorder: out come the first layer's input and, for every
 layer, the further arguments that the model gives it (rotary embeddings, the mask of its kind). `forward_layer` then runs one layer.
+
+Experts run by transformers' own eager code, which calls `torch.nn.functional.linear` once for each expert that a token was routed to,
+with that expert's slice of the fused parameter. Whoever watches such a parameter is told of these calls: no model code is copied.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -14,12 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
+from awqdist.model.conversion import FusedParameter
 from awqdist.model.skeleton import Skeleton
 
 Parameters = Mapping[str, Tensor]
 Watch = Callable[[Tensor], None]
+ExpertWatch = Callable[[int, Tensor], None]  # expert, its rows (n, I)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,18 +97,57 @@ def forward_layer(
     hidden: Tensor,
     call: LayerCall,
     watches: Mapping[str, Watch] | None = None,
+    expert_watches: Mapping[str, ExpertWatch] | None = None,
 ) -> Tensor:
     """Output hidden states of one layer.
 
-    hidden: (B, L, H) in the dtype of `parameters`; watches: module path within the layer -> function that is given the input of
-    that module.
+    parameters: by names in the layer, experts fused; hidden: (B, L, H) in their dtype; watches: module path within the layer ->
+    function that is given the input of that module; expert_watches: the same for fused parameters, expert by expert.
     """
     with ExitStack() as stack, torch.no_grad():
+        if expert_watches:
+            watched = {name: (parameters[name], watch) for name, watch in expert_watches.items()}
+            stack.enter_context(_WatchedExperts(watched))
         for path, watch in (watches or {}).items():
             stack.callback(layer.get_submodule(path).register_forward_pre_hook(_tell(watch)).remove)
         output = functional_call(layer, dict(parameters), (hidden, *call.args), call.kwargs)
     states: Tensor = output[0] if isinstance(output, tuple) else output
     return states
+
+
+def run_all_experts(
+    layer: nn.Module, parameters: Parameters, experts: Sequence[FusedParameter], rows: Tensor, watch: ExpertWatch
+) -> None:
+    """Takes rows (m, H) through every expert of one experts module, and tells what their inner linears read.
+
+    The module's own forward does it, under a routing of every row to every expert.
+    """
+    module = layer.get_submodule(experts[0].module)
+    own = {fused.name.rpartition(".")[2]: parameters[fused.name] for fused in experts}
+    inner = {fused.name: (parameters[fused.name], watch) for fused in experts if fused.is_inner}
+    num_experts = len(experts[0].parts)
+    routing = torch.arange(num_experts, device=rows.device).expand(rows.shape[0], -1)  # (m, E)
+    with _WatchedExperts(inner), torch.no_grad():
+        functional_call(module, own, (rows, routing, torch.ones_like(routing, dtype=rows.dtype)))
+
+
+class _WatchedExperts(TorchFunctionMode):
+    """Tells of every linear whose weight is a slice of a fused parameter. watched: name -> the parameter (E, R, I), and who is told."""
+
+    def __init__(self, watched: Mapping[str, tuple[Tensor, ExpertWatch]]) -> None:
+        super().__init__()
+        self._watched = {
+            parameter.untyped_storage().data_ptr(): (parameter, watch) for parameter, watch in watched.values()
+        }
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.nn.functional.linear:
+            weight: Tensor = args[1] if len(args) > 1 else (kwargs or {})["weight"]
+            parameter, watch = self._watched.get(weight.untyped_storage().data_ptr(), (None, None))
+            if parameter is not None and watch is not None:
+                offset = weight.storage_offset() - parameter.storage_offset()
+                watch(offset // parameter.stride(0), args[0])
+        return func(*args, **(kwargs or {}))
 
 
 def with_buffers(module: nn.Module, parameters: Parameters, device: torch.device) -> dict[str, Tensor]:

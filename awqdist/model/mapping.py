@@ -21,13 +21,15 @@ from awqdist.recipe import MappingPattern, matches
 class HeadShape:
     """How attention reads its projections: numbers of query heads and of key/value heads, and the values per head.
 
-    clipped: queries, keys and values are clamped (`clip_qkv` of Olmo and DBRX), so that they cannot be scaled.
+    clipped: queries, keys and values are clamped (`clip_qkv` of Olmo and DBRX), so that they cannot be scaled; latent: rows of keys
+    and of values per head in the up-projection of multi-head latent attention.
     """
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
     clipped: bool = False
+    latent: tuple[int, int] | None = None
 
     @classmethod
     def of(cls, config: object) -> HeadShape:
@@ -35,7 +37,14 @@ class HeadShape:
         heads = int(getattr(config, "num_attention_heads", 1))
         kv_heads = getattr(config, "num_key_value_heads", None)
         head_dim = getattr(config, "head_dim", None) or int(getattr(config, "hidden_size", heads)) // heads
-        return cls(heads, int(kv_heads or heads), int(head_dim), getattr(config, "clip_qkv", None) is not None)
+        latent = tuple(int(getattr(config, name, None) or 0) for name in ("qk_nope_head_dim", "v_head_dim"))
+        clipped = getattr(config, "clip_qkv", None) is not None
+        return cls(heads, int(kv_heads or heads), int(head_dim), clipped, (latent[0], latent[1]) if latent[1] else None)
+
+    def is_latent(self, num_outputs: int, num_inputs: int) -> bool:
+        """Whether a linear (num_outputs, ·) holds each head's keys and values, and one (·, num_inputs) reads the values."""
+        rows = self.latent or (0, 0)
+        return num_inputs == self.num_heads * rows[1] and num_outputs == self.num_heads * sum(rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +58,7 @@ class ResolvedMapping:
     source: (
         tuple[int, int, int] | None
     )  # (kv heads, query heads per kv head, head_dim); None: channel i comes from row i
+    rows_before: int = 0  # of each head in the smooth linear, in front of the rows that the channels come from
 
     def source_channels(self, num_inputs: int) -> Tensor:
         """(I,) int64: the smooth layer's output channel that each input channel of the balance layers comes from."""
@@ -56,6 +66,14 @@ class ResolvedMapping:
             return torch.arange(num_inputs)
         kv_heads, repeats, head_dim = self.source
         return torch.arange(kv_heads * head_dim).view(kv_heads, 1, head_dim).expand(-1, repeats, -1).reshape(-1)
+
+    def over_rows(self, scales: Tensor) -> Tensor:
+        """Scales of the smooth layer's last rows from those of its output channels (S,): 1 for rows that nobody scales."""
+        if not self.rows_before:
+            return scales
+        assert self.source is not None
+        heads = scales.view(-1, self.source[2])  # (heads, head_dim)
+        return torch.cat([heads.new_ones(heads.shape[0], self.rows_before), heads], 1).flatten()
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,31 +94,44 @@ def resolve(
 
     A site is smoothed once, by the first mapping that names one of its linears. Raises RecipeError where the smooth layer is ambiguous.
     """
-    mappings: list[ResolvedMapping] = []
+    mappings: dict[str, ResolvedMapping] = {}  # by the first linear of the site
     skipped: list[tuple[str, str]] = []
+    names = {path: disk_name(path) for path in (*structure.norms, *structure.linears)}
     for pattern in patterns:
-        smooths = [
-            path for path in (*structure.norms, *structure.linears) if matches(pattern.smooth_layer, disk_name(path))
-        ]
-        balance = [p for p in structure.linears if any(matches(b, disk_name(p)) for b in pattern.balance_layers)]
+        smooths = [path for path, name in names.items() if matches(pattern.smooth_layer, name)]
+        balance = [p for p in structure.linears if any(matches(b, names[p]) for b in pattern.balance_layers)]
         label = f"{pattern.smooth_layer} -> {', '.join(pattern.balance_layers)}"
         if not smooths or not balance:
             side = "smooth layer" if not smooths else "balance layer"
             skipped.append((label, f"no {side} of that name in this layer"))
             continue
-        if len(smooths) > 1:
-            raise RecipeError(
-                f"mapping {label}: smooth_layer matches {len(smooths)} modules of one layer ({', '.join(smooths)})"
-            )
-        outcome = connect(structure, smooths[0], tuple(balance), heads)
-        if isinstance(outcome, ResolvedMapping):
-            earlier = next((m.smooth for m in mappings if m.balance == outcome.balance), None)
-            if earlier is None:
-                mappings.append(outcome)
-                continue
-            outcome = f"an earlier mapping smooths the input of {', '.join(outcome.balance)} by {earlier} already"
-        skipped.append((label, outcome))
-    return Resolution(tuple(mappings), tuple(skipped))
+        for smooth, paths in _pairs(label, smooths, balance):
+            outcome = connect(structure, smooth, paths, heads)
+            if isinstance(outcome, ResolvedMapping):
+                earlier = mappings.setdefault(outcome.balance[0], outcome)
+                if earlier is outcome:
+                    continue
+                outcome = (
+                    f"an earlier mapping smooths the input of {', '.join(outcome.balance)} by {earlier.smooth} already"
+                )
+            skipped.append((label, outcome))
+    return Resolution(tuple(mappings.values()), tuple(dict.fromkeys(skipped)))
+
+
+def _pairs(label: str, smooths: list[str], balance: list[str]) -> list[tuple[str, tuple[str, ...]]]:
+    """Smooth layers with the balance layers that are meant. Where a pattern matches several, as those of experts do, layers of one
+    parent module belong together. Raises RecipeError where that leaves one without a partner."""
+    if len(smooths) == 1:
+        return [(smooths[0], tuple(balance))]
+    by_parent: dict[str, list[str]] = {}
+    for path in balance:
+        by_parent.setdefault(path.rpartition(".")[0], []).append(path)
+    parents = [smooth.rpartition(".")[0] for smooth in smooths]
+    if len(set(parents)) < len(parents) or set(parents) != by_parent.keys():
+        raise RecipeError(
+            f"mapping {label}: smooth_layer matches {len(smooths)} modules of one layer ({', '.join(smooths[:4])})"
+        )
+    return [(smooth, tuple(by_parent[parent])) for smooth, parent in zip(smooths, parents, strict=True)]
 
 
 def connect(
@@ -123,6 +154,8 @@ def connect(
     value_rows = heads.num_kv_heads * heads.head_dim
     if attention and heads.clipped:
         return f"the model clamps the outputs of {smooth} (clip_qkv)"
+    if siblings and heads.latent and heads.is_latent(num_outputs, num_inputs):
+        return ResolvedMapping(smooth, site, False, False, (heads.num_heads, 1, heads.latent[1]), heads.latent[0])
     if num_outputs == num_inputs:
         return ResolvedMapping(smooth, site, False, False, None)
     tied = (heads.num_kv_heads, heads.num_heads // heads.num_kv_heads, heads.head_dim)

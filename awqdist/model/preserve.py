@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from awqdist.model.conversion import FusedParameter, fuse_experts
 from awqdist.model.forward import LayerCall, forward_layer, with_buffers
 from awqdist.model.mapping import ResolvedMapping
 from awqdist.quant.smooth import balance_linear, per_source, smooth_linear, smooth_norm
@@ -30,7 +31,7 @@ def apply_scales(
             changed[bias] = parameters[bias].float() / scales
     else:
         source = mapping.source_channels(scales.shape[0]).to(scales.device)
-        outputs = per_source(scales, source)
+        outputs = mapping.over_rows(per_source(scales, source))
         changed[weight] = smooth_linear(parameters[weight], outputs)
         if bias in parameters:
             changed[bias] = smooth_linear(parameters[bias], outputs)
@@ -46,17 +47,19 @@ def change_of_output(
     after: Mapping[str, Tensor],
     hidden: Tensor,
     call: LayerCall,
+    experts: Sequence[FusedParameter] = (),
 ) -> float:
     """‖f_after(x) - f_before(x)‖ / ‖f_before(x) - x‖ in float32: the change of what the layer adds to its input.
 
-    before, after: parameters in any dtype; hidden: (B, L, H).
+    before, after: parameters in any dtype, by unfused names; hidden: (B, L, H).
     """
     call = call.cast(hidden.device, torch.float32, hidden.shape[0])
     hidden = hidden.float()
     outputs = []
     for side in (before, after):
         parameters = {name: p.float() if p.is_floating_point() else p for name, p in side.items()}
-        outputs.append(forward_layer(layer, with_buffers(layer, parameters, hidden.device), hidden, call))
+        working = with_buffers(layer, fuse_experts(experts, parameters), hidden.device)
+        outputs.append(forward_layer(layer, working, hidden, call))
     contribution = (outputs[0] - hidden).norm()
     return float((outputs[1] - outputs[0]).norm() / contribution.clamp(min=1e-20))
 
@@ -67,6 +70,7 @@ def preserves_function(
     mappings: Sequence[ResolvedMapping],
     hidden: Tensor,
     call: LayerCall,
+    experts: Sequence[FusedParameter] = (),
 ) -> bool:
     """Whether scaling by random factors between 1/64 and 64 leaves the layer's output unchanged.
 
@@ -80,4 +84,4 @@ def preserves_function(
         factors = torch.exp2(torch.randint(-6, 7, (int(source.max()) + 1,), generator=generator).float())[source]
         changed, _ = apply_scales(smoothed, mapping, factors.to(hidden.device))
         smoothed.update(changed)
-    return change_of_output(layer, parameters, smoothed, hidden, call) < TOLERANCE
+    return change_of_output(layer, parameters, smoothed, hidden, call, experts) < TOLERANCE

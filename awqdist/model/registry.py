@@ -54,6 +54,29 @@ _GPT_NEOX = (
     _mapping("post_attention_layernorm", "dense_h_to_4h"),
 )
 
+# A mapping's whole site is compensated whatever it lists: routers, shared experts and their gates among it. `up_proj -> down_proj`
+# pairs each expert's own; a layer without experts takes the same patterns.
+_DEEPSEEK = (
+    _mapping("input_layernorm", "q_proj", "q_a_proj", "kv_a_proj_with_mqa"),
+    _mapping("q_a_layernorm", "q_b_proj"),
+    _mapping("kv_a_layernorm", "kv_b_proj"),
+    _mapping("kv_b_proj", "o_proj"),
+    _mapping("post_attention_layernorm", "gate_proj", "up_proj"),
+    _UP_TO_DOWN,
+)
+_MIXTRAL = (
+    _mapping("input_layernorm", *_QKV),
+    _mapping("post_attention_layernorm", "w1", "w3"),
+    _VALUE_TO_OUTPUT,
+    _mapping("w3", "w2"),
+)
+_AFMOE = (
+    _mapping("input_layernorm", *_QKV, r"self_attn\.gate_proj"),
+    _mapping("pre_mlp_layernorm", r"mlp\..*gate_proj", r"mlp\..*up_proj"),
+    _VALUE_TO_OUTPUT,
+    _UP_TO_DOWN,
+)
+
 _REGISTRY: dict[str, tuple[MappingPattern, ...]] = {
     "LlamaForCausalLM": _LLAMA,
     "MistralForCausalLM": _LLAMA,
@@ -79,6 +102,19 @@ _REGISTRY: dict[str, tuple[MappingPattern, ...]] = {
     "Glm4ForCausalLM": _GLM,
     "OPTForCausalLM": _OPT,
     "GPTNeoXForCausalLM": _GPT_NEOX,
+    "MixtralForCausalLM": _MIXTRAL,
+    "Qwen2MoeForCausalLM": _LLAMA,
+    "Qwen3MoeForCausalLM": _LLAMA,
+    "OlmoeForCausalLM": _LLAMA,
+    "Glm4MoeForCausalLM": _LLAMA,
+    "DeepseekV2ForCausalLM": _DEEPSEEK,
+    "DeepseekV3ForCausalLM": _DEEPSEEK,
+    "Glm4MoeLiteForCausalLM": _DEEPSEEK,
+    "PhimoeForCausalLM": _MIXTRAL,
+    "MiniMaxM2ForCausalLM": _MIXTRAL,
+    "Ernie4_5_MoeForCausalLM": _LLAMA,
+    "HunYuanMoEV1ForCausalLM": _LLAMA,
+    "AfmoeForCausalLM": _AFMOE,
 }
 
 

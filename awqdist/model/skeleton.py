@@ -3,7 +3,7 @@
 The skeleton is never filled and never modified: layers run through `torch.func.functional_call` with parameters handed in. Buffers
 (rotary frequencies, embedding multipliers) are computed for real, since no checkpoint holds them.
 
-transformers' private loading API (how on-disk names map to module names) is used in this file only.
+Names in the model are *unfused* wherever tensors are meant: experts have a name each, as on disk (`conversion.py`).
 """
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ import transformers
 from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from awqdist.errors import CheckpointError, ModelError
+from awqdist.model.conversion import FusedParameter, float32_names, match_names
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +34,8 @@ class Skeleton:
     prefix: str
     on_disk: dict[str, str]  # parameter or buffer name in `model` -> name on disk
     unknown: tuple[str, ...]  # on-disk names that `model` does not have
+    fused: tuple[FusedParameter, ...]  # the experts of all layers, by names in `model`
+    float32: frozenset[str]  # what is computed in float32 whatever the dtype, by names in `model`
 
     @property
     def architecture(self) -> str:
@@ -52,6 +53,17 @@ class Skeleton:
         """Parameter name within decoder layer `layer` -> on-disk name."""
         start = f"{self.prefix}.{layer}."
         return {name.removeprefix(start): disk for name, disk in self.on_disk.items() if name.startswith(start)}
+
+    def layer_experts(self, layer: int) -> tuple[FusedParameter, ...]:
+        """The fused parameters of decoder layer `layer`, by names within it."""
+        start = f"{self.prefix}.{layer}."
+        return tuple(fused.within(start) for fused in self.fused if fused.name.startswith(start))
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every parameter and buffer that a checkpoint may hold, by its unfused name."""
+        shapes = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
+        experts = {f"{path}.weight": f.part_shape for f in self.fused for part in f.parts for path in part}
+        return {**shapes, **experts}
 
     def outside_names(self) -> dict[str, str]:
         """Parameter name within the decoder -> on-disk name, for everything in the decoder that is not in a layer."""
@@ -105,11 +117,14 @@ def build_skeleton(config: PretrainedConfig, disk_names: Iterable[str]) -> Skele
     if not found:
         raise ModelError(f"{type(model).__name__}: no list of {num_layers} decoder layers found in its text model")
     prefix = next(name for name, module in model.named_modules() if module is found[0])
-    on_disk, unknown = _match_names(model, disk_names)
-    missing = [n for n in _required(model) if n not in on_disk]
+    names = match_names(model, disk_names)
+    present = names.on_disk.keys() | {fused.name for fused in names.fused}
+    missing = [n for n in _required(model) if n not in present]
     if missing:
         raise CheckpointError(f"the checkpoint lacks the tensor for {missing[0]} ({len(missing)} missing in all)")
-    return Skeleton(model, decoder, found[0], prefix, on_disk, unknown)
+    if names.fused:
+        model.set_experts_implementation("eager")  # one linear per expert, which `forward.py` can watch
+    return Skeleton(model, decoder, found[0], prefix, names.on_disk, names.unknown, names.fused, float32_names(model))
 
 
 def first_line(error: BaseException) -> str:
@@ -129,30 +144,6 @@ def _empty_model(config: PretrainedConfig) -> PreTrainedModel:
         raise ModelError(
             f"transformers cannot build {', '.join(names) or config.model_type}: {first_line(error)}"
         ) from None
-
-
-def _match_names(model: PreTrainedModel, disk_names: Iterable[str]) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Module name -> on-disk name through transformers' own renamings, and the on-disk names that match nothing."""
-    conversions = get_model_conversion_mapping(model)
-    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
-    converters = [c for c in conversions if isinstance(c, WeightConverter)]
-    state = model.state_dict()
-    on_disk: dict[str, str] = {}
-    unknown = []
-    for disk in disk_names:
-        name, converted = rename_source_key(disk, renamings, converters, model.base_model_prefix, state)
-        if name not in state and disk in state:
-            name, converted = disk, None
-        if name in state and converted is not None:
-            raise ModelError(
-                f"{type(model).__name__}: tensor {disk} is stored in another layout than transformers computes with"
-                f" ({name}); mixture-of-experts checkpoints are not supported yet"
-            )
-        if name in state:
-            on_disk[name] = disk
-        else:
-            unknown.append(disk)
-    return on_disk, tuple(unknown)
 
 
 def _required(model: PreTrainedModel) -> list[str]:

@@ -2,22 +2,37 @@
 
 Linears that are given the same tensor form an *input site*; a norm whose output is that tensor is the site's norm. Tensors are
 recognised by their storage, so views count as the same tensor.
+
+Routing depends on data, which the meta device has none of: a module of experts is passed over. The linears of its experts that read its
+input belong to that input's site, whatever tokens each of them is sent; those within the experts are a site each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from awqdist.model.conversion import FusedParameter
 from awqdist.model.forward import LayerCall, forward_layer, record_calls, with_buffers
 from awqdist.model.skeleton import Skeleton
 
 _TRACE_TOKENS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class RoutedLinears:
+    """Linears of one expert that read the same rows: the slice `expert` of the fused parameter multiplies them."""
+
+    linears: tuple[str, ...]
+    fused: str
+    expert: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +43,8 @@ class LayerStructure:
     sites: tuple[tuple[str, ...], ...]  # linears that read one tensor
     site_norms: dict[str, str]  # first linear of a site -> path of the norm whose output the site reads
     norms: dict[str, bool]  # every norm with a weight -> whether it multiplies by (1 + weight)
+    routed: tuple[RoutedLinears, ...] = ()
+    gates: frozenset[str] = frozenset()  # linears that decide on experts: routers and gates of shared experts
 
     def site_of(self, linear: str) -> tuple[str, ...]:
         return next(site for site in self.sites if linear in site)
@@ -38,11 +55,12 @@ def trace_layers(skeleton: Skeleton) -> list[LayerStructure]:
     calls = trial_calls(skeleton)
     known: dict[tuple[Any, ...], LayerStructure] = {}
     structures = []
-    for layer, call in zip(skeleton.layers, calls, strict=True):
+    hidden_size = skeleton.model.config.get_text_config(decoder=True).hidden_size
+    for number, (layer, call) in enumerate(zip(skeleton.layers, calls, strict=True)):
         signature: tuple[Any, ...] = tuple((path, type(module)) for path, module in layer.named_modules())
         signature += tuple((name, tuple(parameter.shape)) for name, parameter in layer.named_parameters())
         if signature not in known:
-            known[signature] = _trace(layer, call, skeleton.model.config.get_text_config(decoder=True).hidden_size)
+            known[signature] = _trace(layer, call, hidden_size, skeleton.layer_experts(number))
         structures.append(known[signature])
     return structures
 
@@ -58,47 +76,98 @@ def trial_calls(skeleton: Skeleton) -> list[LayerCall]:
     return record_calls(skeleton, with_buffers(skeleton.decoder, zeros, torch.device("cpu")), token_ids)[1]
 
 
-def _trace(layer: nn.Module, call: LayerCall, hidden_size: int) -> LayerStructure:
-    readers: dict[tuple[int, int, int], list[str]] = {}  # tensor -> linears that read it
-    produced: dict[tuple[int, int, int], str] = {}  # tensor -> norm that made it
-    alive: list[Tensor] = []  # storages stay distinct only while they live
-    handles = []
+@dataclass(slots=True)
+class _Sightings:
+    """What a run on the meta device shows."""
 
-    def on_linear(path: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            alive.append(args[0])
-            readers.setdefault(_identity(args[0]), []).append(path)
+    readers: dict[tuple[int, int, int], list[str]] = field(default_factory=dict)  # tensor -> linears that read it
+    produced: dict[tuple[int, int, int], str] = field(default_factory=dict)  # tensor -> norm that made it
+    alive: list[Tensor] = field(default_factory=list)  # storages stay distinct only while they live
 
-        return hook
+    def read(self, tensor: Tensor, paths: Iterable[str]) -> None:
+        self.alive.append(tensor)
+        self.readers.setdefault(_identity(tensor), []).extend(paths)
 
-    def on_norm(path: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            alive.append(output)
-            produced[_identity(output)] = path
+    def made(self, tensor: Tensor, path: str) -> None:
+        self.alive.append(tensor)
+        self.produced[_identity(tensor)] = path
 
-        return hook
 
+def _trace(
+    layer: nn.Module, call: LayerCall, hidden_size: int, experts: tuple[FusedParameter, ...] = ()
+) -> LayerStructure:
+    seen = _Sightings()
     norms = dict(_norms(layer))
-    for path, module in layer.named_modules():
-        if isinstance(module, nn.Linear):
-            handles.append(module.register_forward_pre_hook(on_linear(path)))
-        elif path in norms:
-            handles.append(module.register_forward_hook(on_norm(path)))
-    try:
-        _run_on_meta(layer, call, hidden_size)
-    finally:
-        for handle in handles:
-            handle.remove()
-    sites = tuple(tuple(site) for site in readers.values())
-    linears = {path: _shape(layer.get_submodule(path)) for site in sites for path in site}
-    site_norms = {site[0]: produced[key] for key, site in readers.items() if key in produced}
-    return LayerStructure(linears, sites, site_norms, {path: has_unit_offset(norm) for path, norm in norms.items()})
+    shapes = {path: fused.part_shape for fused in experts for part in fused.parts for path in part}
+    with ExitStack() as stack:
+        for path, module in layer.named_modules():
+            if isinstance(module, nn.Linear) or (experts and _is_router(module)):
+                shapes[path] = _shape(module)
+                stack.callback(module.register_forward_pre_hook(_reading(seen, path)).remove)
+            elif path in norms:
+                stack.callback(module.register_forward_hook(_making(seen, path)).remove)
+        for path in {fused.module for fused in experts}:
+            module = layer.get_submodule(path)
+            module.forward = _passed_over(seen, [fused for fused in experts if fused.module == path])
+            stack.callback(delattr, module, "forward")
+        _run_on_meta(layer, call, hidden_size, torch.float32 if experts else None)
+    sites = tuple(tuple(site) for site in seen.readers.values())
+    routed = tuple(RoutedLinears(part, f.name, e) for f in experts for e, part in enumerate(f.parts))
+    return LayerStructure(
+        linears={path: shapes[path] for site in sites for path in site},
+        sites=sites,
+        site_norms={site[0]: seen.produced[key] for key, site in seen.readers.items() if key in seen.produced},
+        norms={path: has_unit_offset(norm) for path, norm in norms.items()},
+        routed=routed,
+        gates=_gates(sites, shapes, experts),
+    )
 
 
-def _run_on_meta(layer: nn.Module, call: LayerCall, hidden_size: int) -> None:
+def _reading(seen: _Sightings, path: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    return lambda module, args: seen.read(args[0], [path])
+
+
+def _making(seen: _Sightings, path: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+    return lambda module, args, output: seen.made(output, path)
+
+
+def _passed_over(seen: _Sightings, experts: list[FusedParameter]) -> Callable[..., Tensor]:
+    """A forward for a module of experts that computes nothing."""
+
+    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        for fused in experts:
+            for part in fused.parts:
+                seen.read(torch.empty(1, device="meta") if fused.is_inner else hidden_states, part)
+        return torch.empty_like(hidden_states)
+
+    return forward
+
+
+def _is_router(module: nn.Module) -> bool:
+    """A module with a weight matrix of its own that is no linear: transformers' routers."""
+    weight = module._parameters.get("weight")
+    return weight is not None and weight.ndim == 2 and not isinstance(module, nn.Embedding)
+
+
+def _gates(
+    sites: tuple[tuple[str, ...], ...], shapes: dict[str, tuple[int, int]], experts: tuple[FusedParameter, ...]
+) -> frozenset[str]:
+    """Linears beside experts that have an output per expert, or one: they decide, and stay in full precision."""
+    gates = set()
+    for fused in experts:
+        site = next(site for site in sites if fused.parts[0][0] in site)
+        beside = [path for path in site if not path.startswith(f"{fused.module}.")]
+        gates |= {
+            path for path in beside if shapes[path][0] in (1, len(fused.parts)) and re.search("gate|router", path)
+        }
+    return frozenset(path for path in gates if not path.endswith("gate_proj"))
+
+
+def _run_on_meta(layer: nn.Module, call: LayerCall, hidden_size: int, dtype: torch.dtype | None) -> None:
+    """dtype: of all tensors; float32 where routers cast to it, so that a cast is no new tensor. None: the layer's own."""
     meta = torch.device("meta")
-    parameters: dict[str, Tensor] = {name: p.detach() for name, p in layer.named_parameters()}
-    dtype = next(iter(parameters.values())).dtype
+    parameters: dict[str, Tensor] = {n: p.detach().to(meta, dtype) for n, p in layer.named_parameters()}
+    dtype = dtype or next(iter(parameters.values())).dtype
     buffers = {name: buffer.to(meta) for name, buffer in layer.named_buffers()}
     hidden = torch.empty(1, _TRACE_TOKENS, hidden_size, dtype=dtype, device=meta)
     forward_layer(layer, {**parameters, **buffers}, hidden, call.cast(meta, dtype))
@@ -121,8 +190,9 @@ def has_unit_offset(norm: nn.Module) -> bool:
 
 
 def _shape(linear: nn.Module) -> tuple[int, int]:
-    assert isinstance(linear, nn.Linear)
-    return linear.out_features, linear.in_features
+    weight = linear.weight
+    assert isinstance(weight, Tensor)
+    return weight.shape[0], weight.shape[1]
 
 
 def _identity(tensor: Tensor) -> tuple[int, int, int]:

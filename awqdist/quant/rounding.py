@@ -17,7 +17,7 @@ from awqdist.errors import NumericalError
 from awqdist.quant.grid import QuantizedWeight
 from awqdist.recipe import Rounding, WeightScheme
 
-_SUB_BLOCK = 32
+SUB_BLOCK = 32
 _INVERSE_BLOCK = 512
 _MAX_DAMPENING = 1.0
 
@@ -85,8 +85,8 @@ def round_gptq(
     for start in range(0, work.shape[0], rounding.block_size):
         stop = min(start + rounding.block_size, work.shape[0])
         errors = torch.empty_like(work[start:stop])
-        for sub_start in range(start, stop, _SUB_BLOCK):
-            part = slice(sub_start, min(sub_start + _SUB_BLOCK, stop))
+        for sub_start in range(start, stop, SUB_BLOCK):
+            part = slice(sub_start, min(sub_start + SUB_BLOCK, stop))
             sub_errors = errors[sub_start - start : part.stop - start]
             grid = scales[groups[part]], zeros[groups[part]], limit
             codes[order[part]] = _round_columns(work[part], factor[part, part], grid, sub_errors)

@@ -8,30 +8,34 @@ Large layers are screened first: errors of all candidates on a sample of the row
 the exact errors of the winner and of the identity decide. The sample takes the rows with the largest error under the identity, and every
 n-th of the others, counted n times. (An evenly spaced sample chose scales up to 28 % worse on a model with outliers: few rows carry most
 of the error.)
+
+In front of a mixture of experts one set of scales serves linears that read different rows: the shared ones all tokens, each expert its
+own. Such a mapping has several *groups*; errors are summed over them, and one group is worked on at a time.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from awqdist.quant.grid import grouped, rounding_difference
-from awqdist.quant.stats import InputStatistics
+from awqdist.quant.stats import Statistics
 from awqdist.recipe import Smoothing, WeightScheme
 
 _SCREENED_ROWS = (
     256  # rows that rank the candidates, half of them the worst; used where a mapping has at least twice as many
 )
+_GROUP_ROWS = (32, 1024)  # with several groups: rows of each, at least, and of all together
 _NUM_FINALISTS = 3
 
 
 @dataclass(frozen=True, slots=True)
 class BalanceWeight:
-    """A linear that reads the smoothed tensor. weight: (O, I) float32; scheme: None where the recipe leaves it unquantized."""
+    """A linear that reads the smoothed tensor. weight: (O, I) float; scheme: None where the recipe leaves it unquantized."""
 
     weight: Tensor
     scheme: WeightScheme | None
@@ -59,55 +63,84 @@ class _Candidate:
     duo_scaling: bool
 
 
+@dataclass(frozen=True, slots=True)
+class SearchGroup:
+    """Balance layers that read the same rows, and the statistics of these."""
+
+    balance: Sequence[BalanceWeight]
+    statistics: Statistics
+
+    def stacks(self) -> list[Stack]:
+        """Quantized linears under one scheme as one (ΣO, I) matrix: their rows are independent of each other."""
+        schemes = dict.fromkeys(b.scheme for b in self.balance if b.scheme is not None)
+        return [(torch.cat([b.weight.float() for b in self.balance if b.scheme == s]), s) for s in schemes]
+
+
 def search_scales(
-    balance: Sequence[BalanceWeight],
-    statistics: InputStatistics,
-    source: Tensor,
-    settings: Smoothing,
-    dtype: torch.dtype,
+    balance: Sequence[BalanceWeight], statistics: Statistics, source: Tensor, settings: Smoothing, dtype: torch.dtype
 ) -> ScaleChoice:
-    """Chooses the smoothing scales of one mapping.
+    """Chooses the smoothing scales of one mapping whose balance layers all read the same rows.
 
     balance: all linears that read the smoothed tensor; source: (I,) int64, the smooth layer's output channel that each input
     channel comes from (arange, or repeated under grouped-query attention): inputs of one source share a scale; dtype: what the
     group scales are stored in.
     """
-    stacks = _stack_by_scheme(balance)
-    candidates = _candidates(stacks, statistics.mean_abs, source, settings)
+    return search_groups([SearchGroup(balance, statistics)], statistics.mean_abs, source, settings, dtype)
+
+
+def search_groups(
+    groups: Sequence[SearchGroup], mean_abs: Tensor, source: Tensor, settings: Smoothing, dtype: torch.dtype
+) -> ScaleChoice:
+    """The same for several groups of balance layers. mean_abs: (I,), of the smoothed tensor."""
+    units = [_Unit(group, group.stacks() if len(groups) == 1 else None) for group in groups]
+    candidates = _candidates(weight_mean(s for u in units for s in u.stacks()), mean_abs, source, settings)
     finite = [c for c in candidates if bool(torch.isfinite(c.scales).all())]
     identity, others = finite[0], finite[1:]
-    row_errors = [_row_errors(stack, identity.scales, statistics, dtype) for stack in stacks]
     num_nonfinite = len(candidates) - len(finite)
-    if sum(errors.shape[0] for errors in row_errors) >= 2 * _SCREENED_ROWS:
-        others, num_dropped = _screened(stacks, row_errors, others, statistics, dtype)
-        num_nonfinite += num_dropped
-    finalists = [identity, *others]
-    errors = [sum(float(e.sum()) for e in row_errors), *(_error(stacks, c.scales, statistics, dtype) for c in others)]
-    usable = [(error, i) for i, error in enumerate(errors) if math.isfinite(error)]
-    num_nonfinite += len(errors) - len(usable)
-    best_error, best = min(usable, default=(errors[0], 0))
-    chosen = finalists[best]
+    screened = sum(unit.num_rows for unit in units) >= 2 * _SCREENED_ROWS
+    error_before, estimates = _first_look(units, identity, others if screened else [], dtype)
+    if screened:
+        usable = _ranked(others, estimates)
+        num_nonfinite += len(others) - len(usable)
+        finalists = usable[:_NUM_FINALISTS]
+        others = _ranked(finalists, _errors(units, finalists, dtype, rough=True))[:1]
+    errors = [error_before, *_errors(units, others, dtype)]
+    usable_errors = [(error, i) for i, error in enumerate(errors) if math.isfinite(error)]
+    num_nonfinite += len(errors) - len(usable_errors)
+    best_error, best = min(usable_errors, default=(errors[0], 0))
+    chosen = [identity, *others][best]
     return ScaleChoice(chosen.scales, chosen.ratio, chosen.duo_scaling, errors[0], best_error, num_nonfinite)
 
 
-def weight_mean(stacks: Sequence[Stack]) -> Tensor:
+def weight_mean(stacks: Iterable[Stack]) -> Tensor:
     """(I,) float32: mean over all rows of |W| / (max |W| of its group + 1e-6)."""
-    total = torch.zeros_like(stacks[0][0][0])
+    total, num_rows = torch.zeros(()), 0
     for weight, scheme in stacks:
         magnitude = grouped(weight.abs(), scheme)  # (O, G, g)
-        total += (magnitude / (magnitude.amax(-1, keepdim=True) + 1e-6)).flatten(1).sum(0)
-    return total / sum(weight.shape[0] for weight, _ in stacks)
+        sums = (magnitude / (magnitude.amax(-1, keepdim=True) + 1e-6)).flatten(1).sum(0)
+        total = total + sums if num_rows else sums
+        num_rows += weight.shape[0]
+    return total / num_rows
 
 
-def _stack_by_scheme(balance: Sequence[BalanceWeight]) -> list[Stack]:
-    """Quantized linears under one scheme as one (ΣO, I) matrix: their rows are independent of each other."""
-    schemes = dict.fromkeys(b.scheme for b in balance if b.scheme is not None)
-    return [(torch.cat([b.weight for b in balance if b.scheme == scheme]), scheme) for scheme in schemes]
+@dataclass(frozen=True, slots=True)
+class _Unit:
+    """A group in the search. kept: its stacks; None where there are many groups, whose float32 weights are not held at one time."""
+
+    group: SearchGroup
+    kept: list[Stack] | None
+
+    def stacks(self) -> list[Stack]:
+        return self.group.stacks() if self.kept is None else self.kept
+
+    @property
+    def num_rows(self) -> int:
+        return sum(b.weight.shape[0] for b in self.group.balance if b.scheme is not None)
 
 
-def _candidates(stacks: Sequence[Stack], mean_abs: Tensor, source: Tensor, settings: Smoothing) -> list[_Candidate]:
+def _candidates(w_mean: Tensor, mean_abs: Tensor, source: Tensor, settings: Smoothing) -> list[_Candidate]:
     """The identity first, then the grid of DESIGN: n_grid candidates in all (with duo "both": half of them each way)."""
-    x_mean, w_mean = _tie(mean_abs, source), _tie(weight_mean(stacks), source)
+    x_mean, w_mean = _tie(mean_abs, source), _tie(w_mean, source)
     num = settings.n_grid
     if settings.duo_scaling == "both":
         half = max(num // 2, 2)
@@ -144,38 +177,54 @@ class _Sample:
     counts: Tensor
 
 
-def _screened(
-    stacks: Sequence[Stack],
-    row_errors: Sequence[Tensor],
-    candidates: list[_Candidate],
-    statistics: InputStatistics,
-    dtype: torch.dtype,
-) -> tuple[list[_Candidate], int]:
-    """The candidate worth an exact evaluation, and how many gave no finite error. row_errors: (O,) of every stack under the identity."""
-    samples = [_sample(stack, errors) for stack, errors in zip(stacks, row_errors, strict=True)]
-    whole = [
-        _Sample(weight, scheme, torch.ones_like(e)) for (weight, scheme), e in zip(stacks, row_errors, strict=True)
-    ]
-    usable = _ranked(samples, candidates, statistics, dtype)
-    return _ranked(whole, usable[:_NUM_FINALISTS], statistics, dtype)[:1], len(candidates) - len(usable)
+def _first_look(
+    units: Sequence[_Unit], identity: _Candidate, others: Sequence[_Candidate], dtype: torch.dtype
+) -> tuple[float, list[float]]:
+    """The exact error of the identity, and those of the others as a sample of the rows tells them."""
+    num_sampled = _SCREENED_ROWS if len(units) == 1 else max(_GROUP_ROWS[0], _GROUP_ROWS[1] // len(units))
+    error_before, estimates = 0.0, [0.0] * len(others)
+    for unit in units:
+        with unit.group.statistics.hold():
+            for stack in unit.stacks():
+                row_errors = _row_errors(stack, identity.scales, unit.group.statistics, dtype)
+                error_before += float(row_errors.sum())
+                if not others:
+                    continue
+                sample = _sample(stack, row_errors, num_sampled)
+                for i, candidate in enumerate(others):
+                    estimates[i] += _rough_error(sample, candidate, unit.group.statistics, dtype)
+    return error_before, estimates
 
 
-def _ranked(
-    samples: Sequence[_Sample], candidates: Sequence[_Candidate], statistics: InputStatistics, dtype: torch.dtype
-) -> list[_Candidate]:
+def _errors(
+    units: Sequence[_Unit], candidates: Sequence[_Candidate], dtype: torch.dtype, *, rough: bool = False
+) -> list[float]:
+    """The error of each candidate over all rows."""
+    errors = [0.0] * len(candidates)
+    for unit in units:
+        statistics = unit.group.statistics
+        with statistics.hold():
+            for stack in unit.stacks():
+                for i, candidate in enumerate(candidates):
+                    if rough:
+                        whole = _Sample(
+                            *stack, torch.ones(stack[0].shape[0], dtype=torch.float64, device=stack[0].device)
+                        )
+                        errors[i] += _rough_error(whole, candidate, statistics, dtype)
+                    else:
+                        errors[i] += float(_row_errors(stack, candidate.scales, statistics, dtype).sum())
+    return errors
+
+
+def _ranked(candidates: Sequence[_Candidate], errors: Sequence[float]) -> list[_Candidate]:
     """The candidates with a finite error, the best first."""
-    estimates = []
-    for candidate in candidates:
-        differences = [rounding_difference(s.weight, candidate.scales, s.scheme, dtype) for s in samples]
-        parts = [statistics.rough_row_errors(d) * s.counts for d, s in zip(differences, samples, strict=True)]
-        estimates.append(sum(float(part.sum()) for part in parts))
-    order = sorted((estimate, i) for i, estimate in enumerate(estimates) if math.isfinite(estimate))
-    return [candidates[i] for _, i in order]
+    return [candidates[i] for _, i in sorted((e, i) for i, e in enumerate(errors) if math.isfinite(e))]
 
 
-def _sample(stack: Stack, errors: Tensor) -> _Sample:
+def _sample(stack: Stack, errors: Tensor, num_rows: int) -> _Sample:
+    """About `num_rows` rows of a stack. errors: (O,), of its rows under the identity."""
     weight, scheme = stack
-    half = _SCREENED_ROWS // 2
+    half = num_rows // 2
     order = torch.argsort(errors, descending=True, stable=True)
     worst, others = order[:half], order[half:]
     step = max(1, others.shape[0] // half)
@@ -185,11 +234,12 @@ def _sample(stack: Stack, errors: Tensor) -> _Sample:
     return _Sample(weight[rows], scheme, counts)
 
 
-def _row_errors(stack: Stack, scales: Tensor, statistics: InputStatistics, dtype: torch.dtype) -> Tensor:
+def _rough_error(sample: _Sample, candidate: _Candidate, statistics: Statistics, dtype: torch.dtype) -> float:
+    difference = rounding_difference(sample.weight, candidate.scales, sample.scheme, dtype)
+    return float((statistics.rough_row_errors(difference) * sample.counts).sum())
+
+
+def _row_errors(stack: Stack, scales: Tensor, statistics: Statistics, dtype: torch.dtype) -> Tensor:
     """(O,) float64."""
     weight, scheme = stack
     return statistics.row_errors(rounding_difference(weight, scales, scheme, dtype))
-
-
-def _error(stacks: Sequence[Stack], scales: Tensor, statistics: InputStatistics, dtype: torch.dtype) -> float:
-    return sum(float(_row_errors(stack, scales, statistics, dtype).sum()) for stack in stacks)

@@ -11,12 +11,30 @@ and cheaper, and are kept instead. Both are exact; sums are float32 and additive
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 _BLOCK = 256  # columns per block of a Gram matrix; only the blocks on and below its diagonal are multiplied
+
+
+class Statistics(Protocol):
+    """What the search asks of an input site."""
+
+    @property
+    def mean_abs(self) -> Tensor:
+        """(I,) float32: mean |x| of every channel."""
+
+    def row_errors(self, difference: Tensor) -> Tensor:
+        """The output error of every row of difference (O, I) float32: (O,) float64."""
+
+    def rough_row_errors(self, difference: Tensor) -> Tensor:
+        """`row_errors` to about three digits: to rank, not to report."""
+
+    def hold(self) -> AbstractContextManager[None]:
+        """Within it, what is needed for an answer is made once."""
 
 
 class InputStatistics:
@@ -102,7 +120,12 @@ class InputStatistics:
             return self.row_errors(difference)
         if self._rough_gram is None:
             self._rough_gram = self.gram().bfloat16()
-        return _rough_form_rows(difference, self._rough_gram)
+        return rough_form_rows(difference, self._rough_gram)
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """Keeps what is made for several questions; here that is kept anyway."""
+        yield
 
     def is_finite(self) -> bool:
         """Whether every activation that was added was finite."""
@@ -119,11 +142,11 @@ def rough_quadratic_form(difference: Tensor, gram: Tensor) -> float:
     """`quadratic_form` to about three digits where bfloat16 is fast, else exact."""
     if not has_fast_bfloat16(difference.device):
         return quadratic_form(difference, gram)
-    return float(_rough_form_rows(difference, gram.bfloat16()).sum())
+    return float(rough_form_rows(difference, gram.bfloat16()).sum())
 
 
-def _rough_form_rows(difference: Tensor, rough_gram: Tensor) -> Tensor:
-    """difference: (O, I) float32; rough_gram: (I, I) bfloat16. Returns (O,) float64."""
+def rough_form_rows(difference: Tensor, rough_gram: Tensor) -> Tensor:
+    """`quadratic_form_rows` in bfloat16 products. difference: (O, I) float32; rough_gram: (I, I) bfloat16. Returns (O,) float64."""
     return (difference.bfloat16() @ rough_gram).float().mul_(difference).sum(1).double()
 
 

@@ -104,12 +104,12 @@ def other_weights(job: Job, layer: int) -> OutputError:
 
 
 def _check_shapes(skeleton: Skeleton, index: CheckpointIndex) -> None:
-    expected = skeleton.model.state_dict()
+    expected = skeleton.shapes()
     for name, disk in skeleton.on_disk.items():
-        if index.entries[disk].shape != tuple(expected[name].shape):
+        if index.entries[disk].shape != expected[name]:
             raise CheckpointError(
                 f"{index.entries[disk].file}: tensor {disk} has shape {index.entries[disk].shape}, config.json asks for"
-                f" {tuple(expected[name].shape)}; config.json and weights are not of one model"
+                f" {expected[name]}; config.json and weights are not of one model"
             )
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 
 from awqdist.checkpoint.index import CheckpointIndex
@@ -18,16 +18,30 @@ from awqdist.run.records import SkippedMapping
 
 
 @dataclass(frozen=True, slots=True)
+class RoutedSite:
+    """An input site that is only given the rows which the router sends to one expert: slice `expert` of parameter `fused` reads them.
+
+    shared: first linear of the site that all tokens of the block go to; inner: whether the rows come out of the expert itself.
+    """
+
+    fused: str
+    expert: int
+    shared: str
+    inner: bool
+
+
+@dataclass(frozen=True, slots=True)
 class LayerTask:
     """What is done to one decoder layer; with `layer` = L, to lm_head. Paths and parameter names are within the layer."""
 
     layer: int
     disk_names: dict[str, str]  # parameter -> on-disk name
-    sites: tuple[tuple[str, ...], ...]  # input sites with at least one quantized linear
+    sites: tuple[tuple[str, ...], ...]  # linears that are given the same rows, and at least one of which is quantized
     shapes: dict[str, tuple[int, int]]  # linear -> (O, I)
     schemes: dict[str, WeightScheme]  # quantized linears
     mappings: tuple[ResolvedMapping, ...]
     skipped: tuple[SkippedMapping, ...]
+    routed: dict[str, RoutedSite] = field(default_factory=dict)  # by first linear; shared sites come after them
 
     def disk_module(self, path: str) -> str:
         return self.disk_names[f"{path}.weight"].removesuffix(".weight")
@@ -74,7 +88,8 @@ def make_plan(skeleton: Skeleton, index: CheckpointIndex, recipe: Recipe) -> Pla
     in_tasks = {name for task in tasks for name in task.disk_names.values()}
     in_tasks |= set(head.disk_names.values()) if head else set()
     quantized = {task.disk_module(path) for task in [*tasks, *([head] if head else [])] for path in task.schemes}
-    ignored = tuple(name for name in skeleton.linears() if skeleton.disk_module(name) not in quantized)
+    linears = dict.fromkeys([*skeleton.linears(), *_linears(skeleton, tasks)])
+    ignored = tuple(name for name in linears if skeleton.disk_module(name) not in quantized)
     ignored += _unknown_linears(skeleton, index)
     return Plan(
         architecture=skeleton.architecture,
@@ -111,7 +126,7 @@ def _layer_task(
     schemes = {}
     for path, shape in structure.linears.items():
         group = _group(recipe, f"{skeleton.prefix}.{layer}.{path}", disk_module(path))
-        if group is not None:
+        if group is not None and path not in structure.gates:
             _check_width(disk_module(path), shape, group.weights)
             schemes[path] = group.weights
     skipped = [SkippedMapping(mapping, reason) for mapping, reason in resolution.skipped]
@@ -122,8 +137,36 @@ def _layer_task(
         else:
             label = f"{disk_module(mapping.smooth)} -> {', '.join(mapping.balance)}"
             skipped.append(SkippedMapping(label, "the recipe quantizes none of its balance layers"))
-    sites = tuple(site for site in structure.sites if any(path in schemes for path in site))
-    return LayerTask(layer, names, sites, structure.linears, schemes, tuple(applied), tuple(skipped))
+    sites, routed = _sites(structure, schemes)
+    return LayerTask(layer, names, sites, structure.linears, schemes, tuple(applied), tuple(skipped), routed)
+
+
+def _sites(
+    structure: LayerStructure, schemes: Mapping[str, WeightScheme]
+) -> tuple[tuple[tuple[str, ...], ...], dict[str, RoutedSite]]:
+    """The sites of a layer with quantized linears, each expert's apart, and what is routed. In front of experts the site that all tokens
+    go to is kept even where nothing in it is quantized: it is what experts with few tokens are fitted to."""
+    parts = {path: linears for linears in structure.routed for path in linears.linears}
+    found: list[tuple[str, ...]] = []
+    routed: dict[str, RoutedSite] = {}
+    shared = ""
+    for site in structure.sites:
+        common = tuple(path for path in site if path not in parts)
+        experts = list(dict.fromkeys(parts[path] for path in site if path in parts))
+        shared = common[0] if experts and common else shared
+        for linears in experts:
+            if any(path in schemes for path in linears.linears):
+                found.append(linears.linears)
+                routed[linears.linears[0]] = RoutedSite(linears.fused, linears.expert, shared, inner=not common)
+        needed = any(path in schemes for path in site) or (experts and any(path in schemes for path in parts))
+        if needed and common:
+            found.append(common)
+    return tuple(found), routed
+
+
+def _linears(skeleton: Skeleton, tasks: Iterable[LayerTask]) -> Iterator[str]:
+    """All linears of the layers, experts' and routers among them, by their names in the model."""
+    return (f"{skeleton.prefix}.{task.layer}.{path}" for task in tasks for path in task.shapes)
 
 
 def _group(recipe: Recipe, name: str, disk: str) -> SchemeGroup | None:
@@ -166,7 +209,7 @@ def _check_width(name: str, shape: tuple[int, int], scheme: WeightScheme) -> Non
 
 def _check_recipe(recipe: Recipe, skeleton: Skeleton, tasks: list[LayerTask]) -> None:
     """Every pattern of the recipe must name something; something must be quantized."""
-    linears = list(skeleton.linears())
+    linears = list(dict.fromkeys([*skeleton.linears(), *_linears(skeleton, tasks)]))
     modules = [
         task.disk_module(p.removesuffix(".weight")) for task in tasks for p in task.disk_names if p.endswith(".weight")
     ]

@@ -8,23 +8,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from awqdist.errors import NumericalError
 from awqdist.export.formats import Format
+from awqdist.model.conversion import FusedParameter
 from awqdist.model.forward import LayerCall
 from awqdist.model.mapping import ResolvedMapping
 from awqdist.model.preserve import TOLERANCE, apply_scales, change_of_output
-from awqdist.quant.clip import clipped_range
-from awqdist.quant.grid import QuantizedWeight, grid_parameters, group_range, round_to_nearest, rounding_difference
-from awqdist.quant.rounding import round_gptq
-from awqdist.quant.search import BalanceWeight, ScaleChoice, search_scales
-from awqdist.quant.stats import InputStatistics, quadratic_form, rough_quadratic_form
-from awqdist.recipe import Recipe, WeightScheme
-from awqdist.run.device import release_host_memory
+from awqdist.quant.grid import QuantizedWeight
+from awqdist.quant.search import BalanceWeight, ScaleChoice, SearchGroup, search_groups
+from awqdist.recipe import Recipe
+from awqdist.run.gather import SiteStatistics
 from awqdist.run.plan import LayerTask
 from awqdist.run.records import LinearRecord, MappingRecord, SiteRecord
+from awqdist.run.round_sites import SmoothedSites, round_sites
 from awqdist.run.stopwatch import Stopwatch
 
 Parameters = Mapping[str, Tensor]
@@ -40,9 +38,10 @@ class Method:
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """What the function check runs: the layer, one sequence of its inputs (1, L, H), and its other arguments."""
+    """What the function check runs: the layer and its fused experts, one sequence of its inputs (1, L, H), and its other arguments."""
 
     layer: nn.Module
+    experts: tuple[FusedParameter, ...]
     hidden: Tensor
     call: LayerCall
 
@@ -59,20 +58,10 @@ class LayerResult:
     smoothing_error: float
 
 
-@dataclass(frozen=True, slots=True)
-class _Site:
-    """An input site after smoothing. gram: (I, I) of the input divided by scales (I,); grid_dtype: of the group scales to store."""
-
-    gram: Tensor
-    scales: Tensor
-    num_dead_inputs: int
-    grid_dtype: torch.dtype
-
-
 def quantize_layer(
     task: LayerTask,
     parameters: Parameters,
-    statistics: Mapping[str, InputStatistics],
+    statistics: Mapping[str, SiteStatistics],
     method: Method,
     trial: Trial | None,
     watch: Stopwatch,
@@ -83,25 +72,18 @@ def quantize_layer(
     by its first linear. Raises NumericalError where smoothing would change the layer's function.
     """
     with watch.stage("search"):
-        choices = {m.balance[0]: _search(task, m, parameters, statistics[m.balance[0]], method) for m in task.mappings}
+        choices = {m.balance[0]: _search(task, m, parameters, statistics, method) for m in task.mappings}
         smoothed = dict(parameters)
-        scales = {}
+        scales: dict[str, Tensor] = {}  # by every linear that is balanced
         for mapping in task.mappings:
-            first = mapping.balance[0]
-            changed, scales[first] = apply_scales(smoothed, mapping, choices[first].scales)
+            changed, applied = apply_scales(smoothed, mapping, choices[mapping.balance[0]].scales)
             smoothed.update(changed)
+            scales.update(dict.fromkeys(mapping.balance, applied))
     with watch.stage("check"):
         smoothing_error = _check_function(task, parameters, smoothed, choices, trial)
-    weights: dict[str, QuantizedWeight] = {}
-    linears: list[LinearRecord] = []
     with watch.stage("round"):
-        for paths in task.sites:
-            release_host_memory()
-            grid_dtype = method.layout.grid_dtype(parameters[f"{paths[0]}.weight"].dtype)
-            site = _site(statistics[paths[0]], scales.get(paths[0]), grid_dtype)
-            site_weights, records = _round_site(task, paths, smoothed, site, method.recipe)
-            weights.update(site_weights)
-            linears += records
+        grid_dtypes = {p: method.layout.grid_dtype(parameters[f"{p}.weight"].dtype) for p in task.schemes}
+        weights, linears = round_sites(task, smoothed, SmoothedSites(statistics, scales, grid_dtypes), method.recipe)
     return LayerResult(
         weights=weights,
         parameters={
@@ -117,14 +99,24 @@ def quantize_layer(
 
 
 def _search(
-    task: LayerTask, mapping: ResolvedMapping, parameters: Parameters, statistics: InputStatistics, method: Method
+    task: LayerTask,
+    mapping: ResolvedMapping,
+    parameters: Parameters,
+    statistics: Mapping[str, SiteStatistics],
+    method: Method,
 ) -> ScaleChoice:
     smoothing = method.recipe.smoothing
     assert smoothing is not None
-    weights = [parameters[f"{path}.weight"] for path in mapping.balance]
-    balance = [BalanceWeight(w.float(), task.schemes.get(p)) for w, p in zip(weights, mapping.balance, strict=True)]
-    source = mapping.source_channels(weights[0].shape[1]).to(weights[0].device)
-    choice = search_scales(balance, statistics, source, smoothing, method.layout.grid_dtype(weights[0].dtype))
+    site_of = {path: site[0] for site in task.sites for path in site}
+    balance: dict[str, list[BalanceWeight]] = {}
+    for path in (path for path in mapping.balance if path in site_of):  # the others are experts that the recipe ignores
+        weight = BalanceWeight(parameters[f"{path}.weight"], task.schemes.get(path))
+        balance.setdefault(site_of[path], []).append(weight)
+    groups = [SearchGroup(weights, statistics[site]) for site, weights in balance.items()]
+    first = parameters[f"{mapping.balance[0]}.weight"]
+    source = mapping.source_channels(first.shape[1]).to(first.device)
+    mean_abs = statistics[site_of[mapping.balance[0]]].mean_abs
+    choice = search_groups(groups, mean_abs, source, smoothing, method.layout.grid_dtype(first.dtype))
     if choice.error_after != choice.error_after:
         raise NumericalError(
             f"layer {task.layer}, mapping {mapping.smooth} -> {', '.join(mapping.balance)}: no candidate gives a finite error;"
@@ -143,7 +135,7 @@ def _check_function(
     """The relative change of the layer's output by smoothing alone. Raises NumericalError above the tolerance."""
     if trial is None or all(choice.ratio is None for choice in choices.values()):
         return 0.0
-    change = change_of_output(trial.layer, parameters, smoothed, trial.hidden, trial.call)
+    change = change_of_output(trial.layer, parameters, smoothed, trial.hidden, trial.call, trial.experts)
     if not change <= TOLERANCE:
         guilty = [
             m for m in task.mappings if not _change_by(m, parameters, choices, trial) <= TOLERANCE
@@ -156,74 +148,12 @@ def _check_function(
     return change
 
 
-def _site(statistics: InputStatistics, scales: Tensor | None, grid_dtype: torch.dtype) -> _Site:
-    """Takes the Gram matrix out of `statistics`, to hold only one."""
-    if scales is None:
-        scales = torch.ones_like(statistics.mean_abs)
-    num_dead_inputs = int((statistics.mean_abs == 0).sum())
-    return _Site(statistics.take_smoothed_gram(scales), scales, num_dead_inputs, grid_dtype)
-
-
 def _change_by(
     mapping: ResolvedMapping, parameters: Parameters, choices: Mapping[str, ScaleChoice], trial: Trial
 ) -> float:
     """The relative change of the layer's output by one mapping alone."""
     changed, _ = apply_scales(parameters, mapping, choices[mapping.balance[0]].scales)
-    return change_of_output(trial.layer, parameters, {**parameters, **changed}, trial.hidden, trial.call)
-
-
-def _round_site(
-    task: LayerTask, paths: tuple[str, ...], smoothed: Parameters, site: _Site, recipe: Recipe
-) -> tuple[dict[str, QuantizedWeight], list[LinearRecord]]:
-    """Rounds the linears of one input site. Those under one scheme go through stacked: their rows are independent."""
-    quantized = [path for path in paths if path in task.schemes]
-    weights: dict[str, QuantizedWeight] = {}
-    records = []
-    for scheme in dict.fromkeys(task.schemes[path] for path in quantized):
-        stacked = [path for path in quantized if task.schemes[path] == scheme]
-        parts = [smoothed[f"{path}.weight"].float() for path in stacked]
-        result, clipped = _round(torch.cat(parts), scheme, site, recipe)
-        first = 0
-        for path, part in zip(stacked, parts, strict=True):
-            rows = slice(first, first + part.shape[0])
-            first += part.shape[0]
-            weights[path] = QuantizedWeight(
-                result.codes[rows], result.weight_scale[rows], result.zero_point[rows], scheme
-            )
-            records.append(_linear_record(task.disk_module(path), part, weights[path], site, clipped))
-    return weights, records
-
-
-def _round(weight: Tensor, scheme: WeightScheme, site: _Site, recipe: Recipe) -> tuple[QuantizedWeight, float]:
-    """Fixes the grid, then rounds. weight: (O, I) float32, smoothed. Also returns the share of clipped groups."""
-    stored = weight.to(site.grid_dtype)  # what compressed-tensors' observer would see
-    clipped = 0.0
-    if recipe.clip:
-        low, high, clipped = clipped_range(weight, site.gram, scheme)
-        low, high = low.to(site.grid_dtype), high.to(site.grid_dtype)
-    else:
-        low, high = group_range(stored, scheme)
-    weight_scale, zero_point = grid_parameters(low, high, scheme)
-    if recipe.rounding.method == "nearest":
-        return round_to_nearest(stored, weight_scale, zero_point, scheme), clipped
-    return round_gptq(weight, site.gram, weight_scale, zero_point, scheme, recipe.rounding), clipped
-
-
-def _linear_record(name: str, weight: Tensor, result: QuantizedWeight, site: _Site, clipped: float) -> LinearRecord:
-    signal = max(rough_quadratic_form(weight, site.gram), 1e-30)
-    ones = torch.ones_like(site.scales)
-    nearest = rounding_difference(weight / site.scales, ones, result.scheme, site.grid_dtype).mul_(site.scales)
-    return LinearRecord(
-        name=name,
-        shape=(weight.shape[0], weight.shape[1]),
-        num_bits=result.scheme.num_bits,
-        group_size=result.scheme.group_size,
-        symmetric=result.scheme.symmetric,
-        relative_error_nearest=rough_quadratic_form(nearest, site.gram) / signal,
-        relative_error=quadratic_form(result.dequantize().sub_(weight), site.gram) / signal,
-        clipped_share=clipped,
-        num_dead_inputs=site.num_dead_inputs,
-    )
+    return change_of_output(trial.layer, parameters, {**parameters, **changed}, trial.hidden, trial.call, trial.experts)
 
 
 def _mapping_record(task: LayerTask, mapping: ResolvedMapping, choice: ScaleChoice) -> MappingRecord:
@@ -238,11 +168,12 @@ def _mapping_record(task: LayerTask, mapping: ResolvedMapping, choice: ScaleChoi
     )
 
 
-def _site_record(task: LayerTask, paths: tuple[str, ...], statistics: InputStatistics) -> SiteRecord:
+def _site_record(task: LayerTask, paths: tuple[str, ...], statistics: SiteStatistics) -> SiteRecord:
     mean_abs = statistics.mean_abs
     median = float(mean_abs.median())
     return SiteRecord(
         linears=tuple(task.disk_module(path) for path in paths),
         num_tokens=statistics.num_tokens,
         max_over_median=float(mean_abs.max()) / median if median > 0 else float("inf"),
+        expert=task.routed[paths[0]].expert if paths[0] in task.routed else None,
     )

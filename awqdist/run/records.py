@@ -46,6 +46,7 @@ class SiteRecord:
     linears: tuple[str, ...]
     num_tokens: int
     max_over_median: float  # largest mean |x| of a channel over the median channel's: how strong the outliers are
+    expert: int | None = None  # whose rows these are; None: all tokens of the layer
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,16 +10,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from awqdist.checkpoint.index import TensorEntry
 from awqdist.checkpoint.reader import Reading, check_finite, read_tensors
 from awqdist.checkpoint.writer import write_safetensors
 from awqdist.errors import NumericalError
+from awqdist.model.conversion import fuse_experts
 from awqdist.model.forward import LayerCall, forward_layer, head_inputs, record_calls, with_buffers
-from awqdist.quant.stats import InputStatistics
 from awqdist.run.device import compute_dtype, peak_memory_bytes, release_host_memory
 from awqdist.run.events import ChunkForwarded, Emit, LayerFinished, MappingSearched, SourceRead, StageStarted
+from awqdist.run.gather import Gathering
 from awqdist.run.job import Job, token_chunks
 from awqdist.run.plan import LayerTask
 from awqdist.run.quantize_layer import LayerResult, Method, Trial, quantize_layer
@@ -58,7 +60,7 @@ class _Layer:
     parameters: dict[str, Tensor]
     source_crc32: int
     working: dict[str, Tensor]
-    statistics: dict[str, InputStatistics]
+    gathering: Gathering | None  # None: the layer is only forwarded
     trial: Trial | None = None
 
 
@@ -100,12 +102,11 @@ class Worker:
             if is_head:
                 working = self._outside()
             else:
-                converted = {name: tensor.to(self._dtype) for name, tensor in parameters.items()}
-                working = with_buffers(job.skeleton.layers[task.layer], converted, job.device)
-        num_tokens = sum(tokens.numel() for tokens in self._token_chunks)
-        widths = {} if forward_only else {site[0]: task.shapes[site[0]][1] for site in task.sites}
-        statistics = {path: InputStatistics(width, num_tokens, job.device) for path, width in widths.items()}
-        self._layer = _Layer(task, loaded.watch, parameters, loaded.source_crc32, working, statistics)
+                converted = self._converted(parameters, f"{job.skeleton.prefix}.{task.layer}.")
+                fused = fuse_experts(job.skeleton.layer_experts(task.layer), converted)
+                working = with_buffers(job.skeleton.layers[task.layer], fused, job.device)
+        gathering = None if forward_only else self._gathering(task)
+        self._layer = _Layer(task, loaded.watch, parameters, loaded.source_crc32, working, gathering)
 
     def forward(self, index: int, chunk: Tensor) -> Tensor:
         """Takes chunk number `index`, (B, L, H), through the layer. Returns its output on the CPU, in the checkpoint's dtype."""
@@ -113,16 +114,19 @@ class Worker:
         before = layer.watch.seconds["forward"] if index else 0.0  # the first chunk answers for `begin` as well
         with layer.watch.piece("forward"):
             hidden = chunk.to(job.device, self._dtype)
+            watches = layer.gathering.watches() if layer.gathering else {}
             if layer.task.layer == job.skeleton.num_layers:
                 tokens = self._token_chunks[index].to(job.device)
-                layer.statistics[layer.task.sites[0][0]].add(head_inputs(job.skeleton, layer.working, tokens, hidden))
+                watches[layer.task.sites[0][0]](head_inputs(job.skeleton, layer.working, tokens, hidden))
                 output = hidden
             else:
                 module, call = job.skeleton.layers[layer.task.layer], self._calls[index][layer.task.layer]
                 if layer.trial is None:
-                    layer.trial = Trial(module, chunk[:1].to(job.device), call)
-                watches = {path: statistics.add for path, statistics in layer.statistics.items()}
-                output = forward_layer(module, layer.working, hidden, call.cast(job.device, self._dtype), watches)
+                    experts = job.skeleton.layer_experts(layer.task.layer)
+                    layer.trial = Trial(module, experts, chunk[:1].to(job.device), call)
+                experts_seen = layer.gathering.expert_watches() if layer.gathering else {}
+                call = call.cast(job.device, self._dtype)
+                output = forward_layer(module, layer.working, hidden, call, watches, experts_seen)
             output = output.to("cpu", job.skeleton.dtype)
         seconds = layer.watch.seconds["forward"] - before
         num_chunks = len(self._token_chunks)
@@ -132,15 +136,19 @@ class Worker:
     def search(self) -> SearchedLayer:
         """Quantizes the layer, after all chunks. Raises NumericalError."""
         layer = self._under_way()
-        layer.working = {}
-        release_host_memory()
-        for site, statistics in layer.statistics.items():
-            if not statistics.is_finite():
+        assert layer.gathering is not None, "a layer that was only forwarded has no statistics"
+        statistics = layer.gathering.statistics
+        for site, found in statistics.items():
+            if not found.is_finite():
                 raise NumericalError(
                     f"layer {layer.task.layer}: the input of {site} is not finite on the calibration text; check the weights, or"
                     " convert the model to a wider dtype; the layers before it are kept"
                 )
-        result = quantize_layer(layer.task, layer.parameters, layer.statistics, self._method, layer.trial, layer.watch)
+        if layer.task.routed:
+            layer.gathering.finish(self._job.skeleton.layers[layer.task.layer], layer.working)
+        layer.working = {}
+        release_host_memory()
+        result = quantize_layer(layer.task, layer.parameters, statistics, self._method, layer.trial, layer.watch)
         for mapping in result.mappings:
             self._emit(MappingSearched(layer.task.layer, mapping))
         with layer.watch.stage("round"):
@@ -161,6 +169,16 @@ class Worker:
             for kind, tensor in self._job.format.pack(weight).items():
                 tensors[f"{task.disk_module(path)}.{kind}"] = tensor
         return {name: tensor.cpu() for name, tensor in tensors.items()}
+
+    def _gathering(self, task: LayerTask) -> Gathering:
+        num_tokens = sum(tokens.numel() for tokens in self._token_chunks)
+        experts = self._job.skeleton.layer_experts(task.layer)
+        return Gathering(task, experts, num_tokens, len(self._token_chunks), (self._job.device, self._dtype))
+
+    def _converted(self, parameters: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+        """Parameters in the dtype that they are computed with. prefix: of their names in the model."""
+        wide = self._job.skeleton.float32
+        return {n: p.to(torch.float32 if prefix + n in wide else self._dtype) for n, p in parameters.items()}
 
     def _outside(self) -> dict[str, Tensor]:
         """Parameters and buffers of the decoder that are in no layer."""

@@ -1,0 +1,59 @@
+"""Loads a checkpoint in the pack-quantized format as a float model, with our own reader of the format.
+
+transformers 5.17 takes no zero points of experts (`DecompressExperts`: "Asymmetric quant requires zero-point values"), so that it cannot
+load what vLLM and SGLang can. What is evaluated here is the weights that the checkpoint means; the model is transformers' own.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+from awqdist.errors import CheckpointError
+
+
+def has_packed_experts(folder: Path, config: Any) -> bool:
+    """Whether `folder` holds experts in the pack-quantized format with zero points."""
+    from awqdist.checkpoint.index import read_index
+
+    packed = (getattr(config, "quantization_config", None) or {}).get("format") == "pack-quantized"
+    if not packed or not folder.is_dir():
+        return False
+    return any(".experts." in name and name.endswith(".weight_zero_point") for name in read_index(folder).entries)
+
+
+def load_dequantized(folder: Path, config: Any) -> tuple[Any, dict[str, Any]]:
+    """The float32 model of `folder`, and transformers' account of the loading.
+
+    Raises CheckpointError where linears are quantized in more than one way.
+    """
+    import torch
+    import transformers
+
+    from awqdist.checkpoint.index import read_index
+    from awqdist.checkpoint.reader import read_tensor
+    from awqdist.export.compressed_tensors import CompressedTensorsFormat
+    from awqdist.recipe import WeightScheme
+
+    schemes = {
+        WeightScheme(w["num_bits"], w["symmetric"], w.get("group_size") or -1)
+        for w in (group["weights"] for group in config.quantization_config["config_groups"].values())
+    }
+    if len(schemes) != 1:
+        raise CheckpointError(
+            f"model {folder}: experts with zero points, and linears of {len(schemes)} kinds, cannot be evaluated"
+        )
+    (scheme,) = schemes
+    state = {name: read_tensor(entry) for name, entry in read_index(folder).entries.items()}
+    for module in [name.removesuffix(".weight_packed") for name in state if name.endswith(".weight_packed")]:
+        kinds = [kind for kind in ("packed", "scale", "zero_point", "shape") if f"{module}.weight_{kind}" in state]
+        parts = {f"weight_{kind}": state.pop(f"{module}.weight_{kind}") for kind in kinds}
+        state[f"{module}.weight"] = CompressedTensorsFormat().unpack(parts, scheme).dequantize()
+    plain = deepcopy(config)
+    del plain.quantization_config
+    kind = getattr(transformers, config.architectures[0])  # the Auto classes load folders only
+    found: tuple[Any, dict[str, Any]] = kind.from_pretrained(
+        None, config=plain, state_dict=state, dtype=torch.float32, output_loading_info=True
+    )
+    return found

@@ -1,0 +1,103 @@
+"""Statistics of one expert: the rows that it was sent, and a prior for those that were sent few.
+
+With n rows X of its own, and Ḡ the average x·xᵀ of a token of the prior, an expert is searched and rounded under
+
+    Ĝ = XᵀX + k·Ḡ,    k = PRIOR_TOKENS
+
+as if k average tokens had been sent to it beside its own. Divided by n + k this is the weighted mean of its own second moment (weight
+n / (n + k)) and of the prior's. So an expert that was sent nothing is fitted to the prior alone, one that was sent thousands of rows is
+fitted to them, and nothing in between is singular or falls back to rounding to nearest. The prior of what reads the block's input is
+all tokens of the layer; that of an inner linear is a sample of them, sent through this expert.
+
+Rows are kept up to a cap, in the dtype that they came in; of more, the first stand for all. Gram matrices are made one expert at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from awqdist.quant.stats import InputStatistics, exact_for, quadratic_form_rows, rough_form_rows
+
+PRIOR_TOKENS = 32.0
+_ROW_BUDGET_BYTES = 4 << 30  # of all experts' rows of one kind, unless that were less than _MIN_ROWS each
+_MIN_ROWS = 2048
+
+
+def max_rows(num_experts: int, num_inputs: int, itemsize: int) -> int:
+    """How many rows (I,) are kept of each expert."""
+    return max(_MIN_ROWS, _ROW_BUDGET_BYTES // (num_experts * num_inputs * itemsize))
+
+
+class ExpertStatistics:
+    """See the module. num_inputs: I; prior: complete by the time that anything is asked for."""
+
+    def __init__(self, num_inputs: int, most_rows: int, prior: InputStatistics, device: torch.device) -> None:
+        self.num_inputs = num_inputs
+        self.num_tokens = 0
+        self._prior = prior
+        self._most_rows = most_rows
+        self._num_kept = 0
+        self._rows: list[Tensor] = []
+        self._sum_abs = torch.zeros(num_inputs, dtype=torch.float32, device=device)
+        self._gram: Tensor | None = None
+        self._rough_gram: Tensor | None = None
+
+    def add(self, activations: Tensor) -> None:
+        """Adds rows (n, I), any float dtype."""
+        rows = activations.detach().reshape(-1, self.num_inputs)
+        self.num_tokens += rows.shape[0]
+        self._sum_abs += torch.linalg.vector_norm(rows.float(), 1, 0)
+        kept = rows[: self._most_rows - self._num_kept]
+        if kept.shape[0]:
+            self._rows.append(kept.clone())
+            self._num_kept += kept.shape[0]
+
+    @property
+    def mean_abs(self) -> Tensor:
+        """(I,) float32: mean |x| of every channel, the prior's tokens included."""
+        return (self._sum_abs + PRIOR_TOKENS * self._prior.mean_abs) / (self.num_tokens + PRIOR_TOKENS)
+
+    def gram(self) -> Tensor:
+        """Ĝ, (I, I) float32, a new tensor unless it is held."""
+        if self._gram is not None:
+            return self._gram
+        gram = self._prior.gram() * (PRIOR_TOKENS / max(self._prior.num_tokens, 1))
+        if self._rows:
+            rows = torch.cat(self._rows)  # (n, I)
+            wide = rows.float()
+            with exact_for(rows.dtype):
+                gram.addmm_(wide.T, wide, alpha=self.num_tokens / self._num_kept)
+        return gram
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """Makes Ĝ once for all that is asked within."""
+        self._gram = self.gram()
+        try:
+            yield
+        finally:
+            self._gram = self._rough_gram = None
+
+    def take_smoothed_gram(self, scales: Tensor) -> Tensor:
+        """Ĝ of the input divided by scales (I,). The rows are given up: errors cannot be asked for any more."""
+        gram = self.gram()
+        self._rows, self._num_kept = [], 0
+        return gram.div_(scales.unsqueeze(0)).div_(scales.unsqueeze(1))
+
+    def row_errors(self, difference: Tensor) -> Tensor:
+        """d·Ĝ·dᵀ of every row d of difference (O, I) float32: (O,) float64."""
+        return quadratic_form_rows(difference, self.gram())
+
+    def rough_row_errors(self, difference: Tensor) -> Tensor:
+        """`row_errors` to about three digits."""
+        if self._rough_gram is None:
+            self._rough_gram = self.gram().bfloat16()
+        return rough_form_rows(difference, self._rough_gram)
+
+    def is_finite(self) -> bool:
+        """Whether every activation that was added was finite."""
+        return bool(torch.isfinite(self._sum_abs).all())

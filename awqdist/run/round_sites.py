@@ -1,0 +1,165 @@
+"""Rounds the linears of a layer, input site by input site.
+
+Linears of one site under one scheme go through stacked: their rows are independent. Sites of experts go through side by side, as many
+as their matrices fit the memory meant for it: hundreds of small problems are one problem of batched products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from awqdist.quant.clip import clipped_range
+from awqdist.quant.grid import QuantizedWeight, grid_parameters, group_range, round_to_nearest, rounding_difference
+from awqdist.quant.rounding import round_gptq
+from awqdist.quant.rounding_experts import round_gptq_side_by_side
+from awqdist.quant.stats import quadratic_form, rough_quadratic_form
+from awqdist.recipe import Recipe, WeightScheme
+from awqdist.run.device import release_host_memory
+from awqdist.run.gather import SiteStatistics
+from awqdist.run.plan import LayerTask
+from awqdist.run.records import LinearRecord
+
+SIDE_BY_SIDE_BYTES = 1 << 29  # of the Gram matrices and their factors
+
+Parameters = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class SmoothedSites:
+    """statistics: by the first linear of a site; scales (I,) and the dtype of the group scales to store: by linear."""
+
+    statistics: Mapping[str, SiteStatistics]
+    scales: Mapping[str, Tensor]
+    grid_dtypes: Mapping[str, torch.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class _Site:
+    """An input site after smoothing. gram: (I, I) of the input divided by scales (I,); grid_dtype: of the group scales to store."""
+
+    gram: Tensor
+    scales: Tensor
+    num_dead_inputs: int
+    grid_dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class _Draft:
+    """Stacked linears on a fixed grid, to be rounded. weight: (ΣO, I) float32, smoothed; weight_scale, zero_point: (ΣO, G)."""
+
+    paths: list[str]
+    weight: Tensor
+    scheme: WeightScheme
+    site: _Site
+    weight_scale: Tensor
+    zero_point: Tensor
+    clipped: float
+
+
+def round_sites(
+    task: LayerTask, smoothed: Parameters, sites: SmoothedSites, recipe: Recipe
+) -> tuple[dict[str, QuantizedWeight], list[LinearRecord]]:
+    """All quantized linears of a layer by path, and their records. The Gram matrices are taken out of the statistics."""
+    weights: dict[str, QuantizedWeight] = {}
+    records: list[LinearRecord] = []
+    for batch in _batches(task):
+        release_host_memory()
+        drafts = [d for paths in batch for d in _drafts(task, paths, smoothed, _site(task, paths, sites), recipe)]
+        for draft, result in zip(drafts, _rounded(drafts, recipe), strict=True):
+            first = 0
+            for path in draft.paths:
+                rows = slice(first, first + task.shapes[path][0])
+                first = rows.stop
+                weights[path] = QuantizedWeight(
+                    result.codes[rows], result.weight_scale[rows], result.zero_point[rows], draft.scheme
+                )
+                records.append(_linear_record(task.disk_module(path), draft, rows, weights[path]))
+    return weights, records
+
+
+def _batches(task: LayerTask) -> Iterator[list[tuple[str, ...]]]:
+    """Sites with quantized linears; those of experts of one kind together, up to a bound."""
+    batch: list[tuple[str, ...]] = []
+    for paths in (site for site in task.sites if any(path in task.schemes for path in site)):
+        width = task.shapes[paths[0]][1]
+        full = len(batch) * 8 * width * width >= SIDE_BY_SIDE_BYTES
+        if batch and (full or not _alike(task, batch[0], paths)):
+            yield batch
+            batch = []
+        batch.append(paths)
+    if batch:
+        yield batch
+
+
+def _alike(task: LayerTask, one: tuple[str, ...], other: tuple[str, ...]) -> bool:
+    """Whether two sites are of experts of one kind, quantized in one way."""
+    routed = [task.routed.get(paths[0]) for paths in (one, other)]
+    schemes = [task.schemes.get(path) for path in (*one, *other)]
+    return (
+        routed[0] is not None and routed[1] is not None and routed[0].fused == routed[1].fused and len({*schemes}) == 1
+    )
+
+
+def _site(task: LayerTask, paths: tuple[str, ...], sites: SmoothedSites) -> _Site:
+    """Takes the Gram matrix out of the statistics, to hold only one."""
+    statistics = sites.statistics[paths[0]]
+    scales = sites.scales.get(paths[0])
+    if scales is None:
+        scales = torch.ones_like(statistics.mean_abs)
+    num_dead_inputs = int((statistics.mean_abs == 0).sum())
+    grid_dtype = next(sites.grid_dtypes[path] for path in paths if path in task.schemes)
+    return _Site(statistics.take_smoothed_gram(scales), scales, num_dead_inputs, grid_dtype)
+
+
+def _drafts(
+    task: LayerTask, paths: tuple[str, ...], smoothed: Parameters, site: _Site, recipe: Recipe
+) -> Iterator[_Draft]:
+    """Fixes the grid of the linears of one site, stacked by scheme."""
+    quantized = [path for path in paths if path in task.schemes]
+    for scheme in dict.fromkeys(task.schemes[path] for path in quantized):
+        stacked = [path for path in quantized if task.schemes[path] == scheme]
+        weight = torch.cat([smoothed[f"{path}.weight"].float() for path in stacked])
+        clipped = 0.0
+        if recipe.clip:
+            low, high, clipped = clipped_range(weight, site.gram, scheme)
+            low, high = low.to(site.grid_dtype), high.to(site.grid_dtype)
+        else:
+            low, high = group_range(weight.to(site.grid_dtype), scheme)  # what compressed-tensors' observer would see
+        weight_scale, zero_point = grid_parameters(low, high, scheme)
+        yield _Draft(stacked, weight, scheme, site, weight_scale, zero_point, clipped)
+
+
+def _rounded(drafts: Sequence[_Draft], recipe: Recipe) -> Iterator[QuantizedWeight]:
+    """The drafts of a batch on their grids; all of one shape and scheme where they are of several sites."""
+    if recipe.rounding.method == "nearest":
+        for d in drafts:
+            yield round_to_nearest(d.weight.to(d.site.grid_dtype), d.weight_scale, d.zero_point, d.scheme)
+    elif len({id(d.site) for d in drafts}) == 1:
+        for d in drafts:
+            yield round_gptq(d.weight, d.site.gram, d.weight_scale, d.zero_point, d.scheme, recipe.rounding)
+    else:
+        grids = [(d.weight_scale, d.zero_point) for d in drafts]
+        weights, grams = [d.weight for d in drafts], [d.site.gram for d in drafts]
+        yield from round_gptq_side_by_side(weights, grams, grids, drafts[0].scheme, recipe.rounding)
+
+
+def _linear_record(name: str, draft: _Draft, rows: slice, result: QuantizedWeight) -> LinearRecord:
+    site, weight = draft.site, draft.weight[rows]
+    signal = max(rough_quadratic_form(weight, site.gram), 1e-30)
+    ones = torch.ones_like(site.scales)
+    nearest = rounding_difference(weight / site.scales, ones, result.scheme, site.grid_dtype).mul_(site.scales)
+    return LinearRecord(
+        name=name,
+        shape=(weight.shape[0], weight.shape[1]),
+        num_bits=result.scheme.num_bits,
+        group_size=result.scheme.group_size,
+        symmetric=result.scheme.symmetric,
+        relative_error_nearest=rough_quadratic_form(nearest, site.gram) / signal,
+        relative_error=quadratic_form(result.dequantize().sub_(weight), site.gram) / signal,
+        clipped_share=draft.clipped,
+        num_dead_inputs=site.num_dead_inputs,
+    )

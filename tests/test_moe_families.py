@@ -1,0 +1,212 @@
+"""Every family with mixtures of experts, from its published on-disk form to a quantized checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from family_oracles import (
+    KINDS,
+    dequantized_checkpoint,
+    distance,
+    load,
+    logits,
+    open_job,
+    read_all,
+    recipe,
+    smoothed_checkpoint,
+    token_ids,
+    write_all,
+)
+from tiny_models import moe_families, tiny_checkpoint
+from torch import Tensor, nn
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar
+
+from awqdist import oneshot
+from awqdist.checkpoint.index import read_index
+from awqdist.checkpoint.reader import read_tensors
+from awqdist.model.conversion import fuse_experts
+from awqdist.model.forward import forward_layer, head_inputs, record_calls, with_buffers
+from awqdist.model.mapping import ResolvedMapping
+from awqdist.model.skeleton import build_skeleton, read_config
+from awqdist.run import worker
+from awqdist.run.plan import LayerTask
+from awqdist.run.quantize_layer import LayerResult, quantize_layer
+from awqdist.run.records import RunSummary
+
+SAMPLES = token_ids(8)
+PROBE = token_ids(2, seed=1)
+
+
+@dataclass
+class Case:
+    """One family, quantized once for all tests of this file. in_memory: the results of its layers, before they were packed."""
+
+    source: Path
+    float_logits: Tensor
+    output: Path
+    summary: RunSummary
+    in_memory: dict[int, LayerResult]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quiet() -> Iterator[None]:
+    disable_progress_bar()
+    yield
+    enable_progress_bar()
+
+
+def quantized(source: Path, output: Path, **options: Any) -> RunSummary:
+    return oneshot(
+        model=str(source),
+        dataset=SAMPLES.tolist(),
+        recipe=recipe(**options),
+        output_dir=output,
+        num_calibration_samples=SAMPLES.shape[0],
+        max_seq_length=SAMPLES.shape[1],
+        chunk_tokens=96,
+        device="cpu",
+    )
+
+
+@pytest.fixture(scope="module", params=moe_families())
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    folder = tmp_path_factory.mktemp(request.param)
+    source = tiny_checkpoint(request.param, folder / "source")
+    results: dict[int, LayerResult] = {}
+
+    def recorded(task: LayerTask, *args: Any) -> LayerResult:
+        results[task.layer] = quantize_layer(task, *args)
+        return results[task.layer]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(worker, "quantize_layer", recorded)
+        summary = quantized(source, folder / "output")
+    return Case(source, logits(load(source), PROBE), folder / "output", summary, results)
+
+
+def routing(model: Any) -> list[Tensor]:
+    """The experts of every token, sorted, of every block that routes (T, top k)."""
+    seen: list[Tensor] = []
+
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        seen.append(args[1].sort(-1).values)
+
+    blocks = [m for n, m in model.named_modules() if n.endswith(".experts") and not isinstance(m, nn.ModuleList)]
+    handles = [block.register_forward_pre_hook(hook) for block in blocks]
+    logits(model, PROBE)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def test_smoothing_with_random_scales_keeps_logits_and_routing_of_the_whole_model(case: Case, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(7)
+
+    def between_a_quarter_and_four(task: LayerTask, mapping: ResolvedMapping, weights: dict[str, Tensor]) -> Tensor:
+        source = mapping.source_channels(task.shapes[mapping.balance[0]][1])
+        return torch.exp2(4 * torch.rand(int(source.max()) + 1, generator=generator) - 2)[source]
+
+    smoothed = smoothed_checkpoint(open_job(case.source, recipe()), tmp_path / "smoothed", between_a_quarter_and_four)
+
+    assert distance(logits(load(smoothed), PROBE), case.float_logits) < 1e-4
+    before, after = routing(load(case.source)), routing(load(smoothed))
+    assert before
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_every_linear_but_routers_and_gates_is_smoothed_and_packed(case: Case) -> None:
+    job = open_job(case.source, recipe())
+    for task in job.plan.layers:
+        gates = set(task.shapes) - set(task.schemes)
+        assert all(path.rpartition(".")[2] in ("gate", "shared_expert_gate", "router", "wg") for path in gates)
+        balanced = {path for mapping in task.mappings for path in mapping.balance}
+        assert balanced == set(task.shapes), set(task.shapes) - balanced
+
+
+def test_every_source_tensor_is_packed_or_passed_through(case: Case) -> None:
+    source, output = read_all(case.source), read_all(case.output)
+    packed = {name.removesuffix(".weight_packed") for name in output if name.endswith(".weight_packed")}
+    job = open_job(case.source, recipe())
+
+    expected = {name for name in source if name.removesuffix(".weight") not in packed}
+    expected |= {f"{module}.{kind}" for module in packed for kind in KINDS}
+    assert set(output) == expected
+    assert packed == {task.disk_module(path) for task in job.plan.layers for path in task.schemes}
+    assert any(".experts.7." in name for name in packed)
+    for name, tensor in source.items():
+        if name.removesuffix(".weight") not in packed:
+            assert output[name].dtype == tensor.dtype, name
+    for name in set(source) - {name for task in job.plan.layers for name in task.disk_names.values()}:
+        assert torch.equal(output[name], source[name]), name
+
+
+def test_an_independent_reader_gets_the_logits_of_the_weights_in_memory(case: Case, tmp_path: Path) -> None:
+    plain = dequantized_checkpoint(case.output, tmp_path / "plain")
+    tensors = read_all(case.source)
+    for task in open_job(case.source, recipe()).plan.layers:
+        result = case.in_memory[task.layer]
+        tensors |= {task.disk_names[name]: tensor for name, tensor in result.parameters.items()}
+        tensors |= {f"{task.disk_module(path)}.weight": w.dequantize() for path, w in result.weights.items()}
+    in_memory = write_all(tmp_path / "memory", case.source, tensors)
+
+    found = logits(load(plain), PROBE)
+    assert distance(found, logits(load(in_memory), PROBE)) < 1e-5
+    assert distance(found, case.float_logits) < 0.6
+
+
+def test_transformers_loads_the_model_quantized_symmetrically(case: Case, tmp_path: Path) -> None:
+    quantized(case.source, tmp_path / "output", symmetric=True)
+    model, info = load(tmp_path / "output", output_loading_info=True)
+
+    assert {key: found for key, found in info.items() if found} == {}
+    plain = dequantized_checkpoint(tmp_path / "output", tmp_path / "plain")
+    assert distance(logits(model, PROBE), logits(load(plain), PROBE)) < 1e-5
+
+
+def test_transformers_does_not_read_zero_points_of_experts(case: Case) -> None:
+    """A limit of transformers 5.17, not of the checkpoint: once this fails, the README's table can say so."""
+    with pytest.raises(RuntimeError, match="issues during automatic conversion"):
+        load(case.output)
+
+
+def test_the_layer_by_layer_forward_gives_the_hidden_states_of_the_models_own(case: Case) -> None:
+    with torch.no_grad():
+        expected = load(case.source).eval()(input_ids=PROBE, output_hidden_states=True).hidden_states
+    index = read_index(case.source)
+    skeleton = build_skeleton(read_config(case.source), index.entries)
+
+    def read(names: dict[str, str]) -> dict[str, Tensor]:
+        tensors = read_tensors([index.entries[disk] for disk in names.values()])[0]
+        return {name: tensors[disk] for name, disk in names.items()}
+
+    cpu = torch.device("cpu")
+    outside = with_buffers(skeleton.decoder, read(skeleton.outside_names()), cpu)
+    hidden, calls = record_calls(skeleton, outside, PROBE)
+    found = [hidden]
+    for number, layer in enumerate(skeleton.layers):
+        fused = fuse_experts(skeleton.layer_experts(number), read(skeleton.layer_names(number)))
+        found.append(forward_layer(layer, with_buffers(layer, fused, cpu), found[-1], calls[number]))
+    found[-1] = head_inputs(skeleton, outside, PROBE, found[-1])  # transformers gives the last behind the final norm
+
+    assert len(found) == len(expected)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert distance(ours, theirs) < 1e-6
+
+
+def test_tokens_per_expert_are_recorded_and_add_up(case: Case) -> None:
+    job = open_job(case.source, recipe())
+    config = job.skeleton.model.config
+    top_k = getattr(config, "num_experts_per_tok", None) or config.moe_topk
+    num_blocks = 0
+    for task, record in zip(job.plan.layers, case.summary.layers, strict=True):
+        tokens = {site.linears[0]: site.num_tokens for site in record.sites}
+        for inner in (False, True):
+            routed = [task.disk_module(first) for first, site in task.routed.items() if site.inner == inner]
+            assert sum(tokens[name] for name in routed) == (top_k * SAMPLES.numel() if routed else 0)
+        num_blocks += bool(task.routed)
+    assert num_blocks
