@@ -181,7 +181,7 @@ def test_the_layer_by_layer_forward_gives_the_hidden_states_of_the_models_own(ca
     skeleton = build_skeleton(read_config(case.source), index.entries)
 
     def read(names: dict[str, str]) -> dict[str, Tensor]:
-        tensors = read_tensors([index.entries[disk] for disk in names.values()])[0]
+        tensors = read_tensors([index.entries[disk] for disk in names.values()]).tensors
         return {name: tensors[disk] for name, disk in names.items()}
 
     cpu = torch.device("cpu")
