@@ -4,33 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from math import ceil, prod
 from typing import Any
 
 from awqdist.errors import OffloadError
-from awqdist.quant.experts import max_rows
-from awqdist.recipe import WeightScheme
-from awqdist.run.device import compute_dtype
+from awqdist.run.estimate_layer import LayerEstimate, chunk_tokens, compute_bytes, estimate_layer
 from awqdist.run.job import Job
-from awqdist.run.plan import LayerTask
-from awqdist.run.round_sites import SIDE_BY_SIDE_BYTES
 from awqdist.run.schedule import Schedule
 
 _PROCESS_BYTES = 450_000_000  # Python, torch and transformers themselves, resident
 _DEEPSPEED_BYTES = 30_000_000  # what DeepNVMe adds to that
 _CHUNKS_UNDER_WAY = 4  # of an offloading worker: the one it forwards, the next one, and two that wait to be written
-_FORWARD_COPIES = 5  # of a chunk at the widest place of a layer
-
-
-@dataclass(frozen=True, slots=True)
-class LayerEstimate:
-    """Bytes of one layer. `device_bytes` is the peak while it is worked on; on a CPU that is host memory."""
-
-    layer: int
-    read_bytes: int
-    loaded_bytes: int  # its tensors in memory: more than was read where the source is quantized
-    written_bytes: int
-    device_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +57,7 @@ class WorkerEstimate:
 
 def estimate(job: Job) -> Estimate:
     """The estimate of a prepared job, for one worker. Raises OffloadError if its memory is too small."""
-    layers = tuple(_layer(job, task) for task in job.plan.tasks)
+    layers = tuple(estimate_layer(job, task) for task in job.plan.tasks)
     outside_bytes = sum(job.index.entries[name].num_bytes for name in job.plan.outside)
     embeddings = job.skeleton.outside_names().values()
     embedding_read = sum(job.index.entries[name].stored_bytes for name in embeddings)
@@ -102,7 +85,7 @@ def chunk_budget(job: Job) -> int | None:
 
     Raises OffloadError if --cpu-memory is too small for one layer, or, without a disk to offload to, for all chunks.
     """
-    return _budget(job, tuple(_layer(job, task) for task in job.plan.tasks))
+    return _budget(job, tuple(estimate_layer(job, task) for task in job.plan.tasks))
 
 
 def _budget(job: Job, layers: Sequence[LayerEstimate]) -> int | None:
@@ -145,7 +128,7 @@ def _host_bytes(job: Job, layers: Sequence[LayerEstimate]) -> int:
     largest_outside = max((job.index.entries[name].num_bytes for name in job.plan.outside), default=0)
     under_way = 0
     if job.settings.offload != "cpu":
-        under_way = min(_CHUNKS_UNDER_WAY * _chunk_tokens(job) * _token_bytes(job), _activation_bytes(job))
+        under_way = min(_CHUNKS_UNDER_WAY * chunk_tokens(job) * _token_bytes(job), _activation_bytes(job))
     process = _PROCESS_BYTES + (_DEEPSPEED_BYTES if job.settings.offload == "nvme" else 0)
     return process + under_way + max(*held, _embedding_peak(job), largest_outside)
 
@@ -156,7 +139,7 @@ def _embedding_bytes(job: Job) -> int:
 
 def _embedding_peak(job: Job) -> int:
     """The embeddings as they are on disk and, if that is another, in the dtype that they are run in."""
-    stored, width, compute = _embedding_bytes(job), job.skeleton.dtype.itemsize, _compute_bytes(job)
+    stored, width, compute = _embedding_bytes(job), job.skeleton.dtype.itemsize, compute_bytes(job)
     return stored + (stored * compute // width if compute != width else 0)
 
 
@@ -167,16 +150,6 @@ def _activation_bytes(job: Job) -> int:
 def _token_bytes(job: Job) -> int:
     """Of one token's hidden state, as it is kept between layers."""
     return int(job.skeleton.model.config.get_text_config(decoder=True).hidden_size) * job.skeleton.dtype.itemsize
-
-
-def _chunk_tokens(job: Job) -> int:
-    """Tokens of a chunk: whole sequences, at least one."""
-    length = job.settings.sequence_length
-    return min(max(1, job.settings.chunk_tokens // length), job.settings.num_samples) * length
-
-
-def _compute_bytes(job: Job) -> int:
-    return compute_dtype(job.device, job.skeleton.dtype).itemsize
 
 
 def deal(expected: Estimate, schedule: Schedule) -> tuple[WorkerEstimate, ...]:
@@ -198,81 +171,3 @@ def deal(expected: Estimate, schedule: Schedule) -> tuple[WorkerEstimate, ...]:
         )
 
     return tuple(worker(number) for number in range(schedule.num_workers))
-
-
-def packed_bytes(shape: tuple[int, int], scheme: WeightScheme, scale_bytes: int) -> int:
-    """Bytes of a quantized linear in the pack-quantized format."""
-    rows, columns = shape
-    groups = columns // scheme.group_size if scheme.group_size > 0 else 1
-    zero_points = 0 if scheme.symmetric else 4 * ceil(rows * scheme.num_bits / 32) * groups
-    return 4 * rows * ceil(columns * scheme.num_bits / 32) + scale_bytes * rows * groups + zero_points + 16
-
-
-def _layer(job: Job, task: LayerTask) -> LayerEstimate:
-    entries = {name: job.index.entries[disk] for name, disk in task.disk_names.items()}
-    loaded = sum(entry.num_bytes for entry in entries.values())
-    read = sum(entry.stored_bytes for entry in entries.values())
-    width = job.skeleton.dtype.itemsize
-    quantized = {f"{path}.weight": scheme for path, scheme in task.schemes.items()}
-    written = sum(
-        packed_bytes(task.shapes[name.removesuffix(".weight")], quantized[name], width)
-        if name in quantized
-        else e.num_bytes
-        for name, e in entries.items()
-    )
-    num_values = sum(prod(e.shape) for e in entries.values())
-    expert_values = sum(prod(task.shapes[path]) for path in _experts(job, task))
-    num_tokens = job.settings.num_samples * job.settings.sequence_length
-    compute = _compute_bytes(job)
-    shared = [task.shapes[site[0]][1] for site in task.sites if site[0] not in task.routed]
-    statistics = sum(4 * width_in * min(width_in, num_tokens) for width_in in shared)
-    statistics += _expert_rows(job, task, num_tokens) * compute
-    working = (num_values if compute != width else expert_values) * compute
-    widest = max((sum(shape) for shape in task.shapes.values()), default=0)
-    forward = working + _FORWARD_COPIES * _chunk_tokens(job) * widest * compute
-    touched = {path for m in task.mappings for path in (m.smooth, *m.balance) if path in task.shapes}
-    smoothed = 4 * sum(prod(task.shapes[path]) for path in touched)
-    search = max((_search_bytes(task, mapping.balance) for mapping in task.mappings), default=0)
-    check = 4 * (num_values + expert_values) if task.mappings else 0  # experts in float32, apart and fused
-    codes = sum(prod(task.shapes[path]) for path in task.schemes)
-    rounding = codes + max((_rounding_bytes(task, site) for site in task.sites), default=0)
-    peak = max(forward, search, smoothed + max(check, rounding))
-    return LayerEstimate(task.layer, read, loaded, written, loaded + statistics + peak)
-
-
-def _experts(job: Job, task: LayerTask) -> list[str]:
-    """Paths of the linears of which the forward pass holds a fused copy."""
-    experts = job.skeleton.layer_experts(task.layer) if task.layer < job.skeleton.num_layers else ()
-    return [path for fused in experts for part in fused.parts for path in part]
-
-
-def _expert_rows(job: Job, task: LayerTask, num_tokens: int) -> int:
-    """Elements of the rows that are kept of all experts: each token goes to a few of them, and of each no more than a cap are kept."""
-    config = job.skeleton.model.config.get_text_config(decoder=True)
-    counts = (getattr(config, name, None) for name in ("num_experts_per_tok", "moe_k", "moe_topk"))
-    per_token = next((count for count in counts if isinstance(count, int)), 1)
-    widths: dict[str, list[int]] = {}
-    for first, routed in task.routed.items():
-        widths.setdefault(routed.fused, []).append(task.shapes[first][1])
-    itemsize = compute_dtype(job.device, job.skeleton.dtype).itemsize
-    return sum(
-        w[0] * min(num_tokens * per_token, len(w) * min(num_tokens, max_rows(len(w), w[0], itemsize)))
-        for w in widths.values()
-    )
-
-
-def _search_bytes(task: LayerTask, balance: tuple[str, ...]) -> int:
-    """The weights in float32, stacked, and two matrices of their size: magnitudes, then errors of candidates."""
-    return 4 * 4 * sum(prod(task.shapes[path]) for path in balance)
-
-
-def _rounding_bytes(task: LayerTask, site: tuple[str, ...]) -> int:
-    """GPTQ's peak: the stacked weights, their copies in the grid's dtype and by activation order, and their codes; the Gram matrix in
-    activation order, its factor, and room for inverting."""
-    columns = task.shapes[site[0]][1]
-    rows = sum(task.shapes[path][0] for path in site if path in task.schemes)
-    side_by_side = 1
-    if site[0] in task.routed:
-        alike = sum(routed.fused == task.routed[site[0]].fused for routed in task.routed.values())
-        side_by_side = min(alike, ceil(SIDE_BY_SIDE_BYTES / (8 * columns * columns)))
-    return 4 * side_by_side * (3 * rows * columns + 3 * columns * columns)

@@ -1,0 +1,114 @@
+"""What one layer takes: bytes that are read, held and written while it is worked on. Arithmetic on shapes, no tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil, prod
+
+from awqdist.quant.experts import max_rows
+from awqdist.recipe import WeightScheme
+from awqdist.run.device import compute_dtype
+from awqdist.run.job import Job
+from awqdist.run.plan import LayerTask
+from awqdist.run.round_sites import SIDE_BY_SIDE_BYTES
+
+_FORWARD_COPIES = 5  # of a chunk at the widest place of a layer
+
+
+@dataclass(frozen=True, slots=True)
+class LayerEstimate:
+    """Bytes of one layer. `device_bytes` is the peak while it is worked on; on a CPU that is host memory."""
+
+    layer: int
+    read_bytes: int
+    loaded_bytes: int  # its tensors in memory: more than was read where the source is quantized
+    written_bytes: int
+    device_bytes: int
+
+
+def packed_bytes(shape: tuple[int, int], scheme: WeightScheme, scale_bytes: int) -> int:
+    """Bytes of a quantized linear in the pack-quantized format."""
+    rows, columns = shape
+    groups = columns // scheme.group_size if scheme.group_size > 0 else 1
+    zero_points = 0 if scheme.symmetric else 4 * ceil(rows * scheme.num_bits / 32) * groups
+    return 4 * rows * ceil(columns * scheme.num_bits / 32) + scale_bytes * rows * groups + zero_points + 16
+
+
+def estimate_layer(job: Job, task: LayerTask) -> LayerEstimate:
+    entries = {name: job.index.entries[disk] for name, disk in task.disk_names.items()}
+    loaded = sum(entry.num_bytes for entry in entries.values())
+    read = sum(entry.stored_bytes for entry in entries.values())
+    width = job.skeleton.dtype.itemsize
+    quantized = {f"{path}.weight": scheme for path, scheme in task.schemes.items()}
+    written = sum(
+        packed_bytes(task.shapes[name.removesuffix(".weight")], quantized[name], width)
+        if name in quantized
+        else e.num_bytes
+        for name, e in entries.items()
+    )
+    num_values = sum(prod(e.shape) for e in entries.values())
+    expert_values = sum(prod(task.shapes[path]) for path in _experts(job, task))
+    num_tokens = job.settings.num_samples * job.settings.sequence_length
+    compute = compute_bytes(job)
+    shared = [task.shapes[site[0]][1] for site in task.sites if site[0] not in task.routed]
+    statistics = sum(4 * width_in * min(width_in, num_tokens) for width_in in shared)
+    statistics += _expert_rows(job, task, num_tokens) * compute
+    working = (num_values if compute != width else expert_values) * compute
+    widest = max((sum(shape) for shape in task.shapes.values()), default=0)
+    forward = working + _FORWARD_COPIES * chunk_tokens(job) * widest * compute
+    touched = {path for m in task.mappings for path in (m.smooth, *m.balance) if path in task.shapes}
+    smoothed = 4 * sum(prod(task.shapes[path]) for path in touched)
+    search = max((_search_bytes(task, mapping.balance) for mapping in task.mappings), default=0)
+    check = 4 * (num_values + expert_values) if task.mappings else 0  # experts in float32, apart and fused
+    codes = sum(prod(task.shapes[path]) for path in task.schemes)
+    rounding = codes + max((_rounding_bytes(task, site) for site in task.sites), default=0)
+    peak = max(forward, search, smoothed + max(check, rounding))
+    return LayerEstimate(task.layer, read, loaded, written, loaded + statistics + peak)
+
+
+def _experts(job: Job, task: LayerTask) -> list[str]:
+    """Paths of the linears of which the forward pass holds a fused copy."""
+    experts = job.skeleton.layer_experts(task.layer) if task.layer < job.skeleton.num_layers else ()
+    return [path for fused in experts for part in fused.parts for path in part]
+
+
+def _expert_rows(job: Job, task: LayerTask, num_tokens: int) -> int:
+    """Elements of the rows that are kept of all experts: each token goes to a few of them, and of each no more than a cap are kept."""
+    config = job.skeleton.model.config.get_text_config(decoder=True)
+    counts = (getattr(config, name, None) for name in ("num_experts_per_tok", "moe_k", "moe_topk"))
+    per_token = next((count for count in counts if isinstance(count, int)), 1)
+    widths: dict[str, list[int]] = {}
+    for first, routed in task.routed.items():
+        widths.setdefault(routed.fused, []).append(task.shapes[first][1])
+    itemsize = compute_dtype(job.device, job.skeleton.dtype).itemsize
+    return sum(
+        w[0] * min(num_tokens * per_token, len(w) * min(num_tokens, max_rows(len(w), w[0], itemsize)))
+        for w in widths.values()
+    )
+
+
+def _search_bytes(task: LayerTask, balance: tuple[str, ...]) -> int:
+    """The weights in float32, stacked, and two matrices of their size: magnitudes, then errors of candidates."""
+    return 4 * 4 * sum(prod(task.shapes[path]) for path in balance)
+
+
+def _rounding_bytes(task: LayerTask, site: tuple[str, ...]) -> int:
+    """GPTQ's peak: the stacked weights, their copies in the grid's dtype and by activation order, and their codes; the Gram matrix in
+    activation order, its factor, and room for inverting."""
+    columns = task.shapes[site[0]][1]
+    rows = sum(task.shapes[path][0] for path in site if path in task.schemes)
+    side_by_side = 1
+    if site[0] in task.routed:
+        alike = sum(routed.fused == task.routed[site[0]].fused for routed in task.routed.values())
+        side_by_side = min(alike, ceil(SIDE_BY_SIDE_BYTES / (8 * columns * columns)))
+    return 4 * side_by_side * (3 * rows * columns + 3 * columns * columns)
+
+
+def chunk_tokens(job: Job) -> int:
+    """Tokens of a chunk: whole sequences, at least one."""
+    length = job.settings.sequence_length
+    return min(max(1, job.settings.chunk_tokens // length), job.settings.num_samples) * length
+
+
+def compute_bytes(job: Job) -> int:
+    return compute_dtype(job.device, job.skeleton.dtype).itemsize
