@@ -7,7 +7,8 @@ source up to the best row and column factors: what remains is the quantization e
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from awqdist.checkpoint.index import INDEX_FILE, CheckpointIndex, read_header, read_index
+from awqdist.checkpoint.index import INDEX_FILE, CheckpointIndex, TensorEntry, read_header, read_index
 from awqdist.checkpoint.reader import read_tensor
 from awqdist.checkpoint.source import read_source
 from awqdist.errors import CheckpointError, OutputError
@@ -75,7 +76,10 @@ def verify(output: Path, source: Path | None = None) -> Verification:
     problems += [f"{name} is stored but not in {INDEX_FILE}" for name in sorted(stored - set(index.entries))]
     layout = output_format(entries.fingerprint["format"])
     records = [linear for record in entries.layers.values() for linear in record.linears]
-    linears = tuple(_check_linear(record, index, layout, original) for record in records)
+    parts: dict[str, list[TensorEntry]] = defaultdict(list)  # by module: there are tens of thousands
+    for name, entry in index.entries.items():
+        parts[name.rpartition(".")[0]].append(entry)
+    linears = tuple(_check_linear(record, parts[record.name], layout, original) for record in records)
     return Verification((*problems, *_config_problems(output, index, records)), len(files), linears)
 
 
@@ -116,9 +120,9 @@ def _config_problems(output: Path, index: CheckpointIndex, records: list[LinearR
 
 
 def _check_linear(
-    record: LinearRecord, index: CheckpointIndex, layout: Format, source: CheckpointIndex | None
+    record: LinearRecord, parts: Sequence[TensorEntry], layout: Format, source: CheckpointIndex | None
 ) -> LinearCheck:
-    tensors = {e.name.removeprefix(f"{record.name}."): read_tensor(e) for e in index.under(f"{record.name}.")}
+    tensors = {e.name.removeprefix(f"{record.name}."): read_tensor(e) for e in parts}
     tensors.pop("bias", None)
     scheme = WeightScheme(record.num_bits, record.symmetric, record.group_size)
     try:
