@@ -46,8 +46,9 @@ def quantize(
     def begin() -> tuple[Job, Tensor]:
         check_output(settings)
         job = prepare(recipe, settings)
+        samples = _samples(job, calibration, tokenizer)
         chunk_budget(job)  # refuses too little memory
-        return job, _samples(job, calibration, tokenizer)
+        return job, samples
 
     match choose_backend(placement):
         case "ray":

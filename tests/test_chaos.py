@@ -77,8 +77,8 @@ class Chaos:
         self._num_in_flight += NUM_NODES  # at most
         match kind:
             case "actor" | "rank":
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(self._chance.choice(self._process_ids()), signal.SIGKILL)
+                if living := self._living_workers():
+                    os.kill(self._chance.choice(living), signal.SIGKILL)
                 time.sleep(0.2)  # for the others to notice
             case "node":
                 self._cluster.lose_node(self._chance.randrange(NUM_NODES))
@@ -123,8 +123,15 @@ class Chaos:
         self._run = None
         return False
 
+    def _living_workers(self) -> list[int]:
+        """The processes of the workers that began last, as far as they live; waits for the first while the run goes on."""
+        while not (living := [pid for pid in self._process_ids() if is_worker(pid)]):
+            if self._run is None or self._run.process.poll() is not None:
+                return []
+            time.sleep(0.01)
+        return living
+
     def _process_ids(self) -> list[int]:
-        """Of the workers that began last."""
         latest: dict[int, int] = {
             m["worker"]: m["process_id"] for m in messages(self._output) if m["event"] == "WorkerStarted"
         }
@@ -144,6 +151,14 @@ class Chaos:
         searched = [m for m in told if m["event"] == "StageStarted" and m["stage"] == "search"]
         assert len(searched) <= NUM_LAYERS + self._num_in_flight
         assert not any(searched_again(told, layer) for layer in finished)
+
+
+def is_worker(process_id: int) -> bool:
+    """Whether the process lives and is a rank or an actor: numbers of processes are used again."""
+    with contextlib.suppress(OSError):
+        command = Path(f"/proc/{process_id}/cmdline").read_bytes()
+        return command.startswith(b"ray::") or b"awqdist" in command
+    return False
 
 
 def searched_again(told: list[dict[str, Any]], layer: int) -> bool:
