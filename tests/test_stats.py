@@ -164,3 +164,14 @@ def test_precisions_nest() -> None:
             assert precisions() != outer
         assert precisions() == outer
     assert precisions() == before
+
+
+def test_overlapping_threads_leave_the_precision_as_they_found_it() -> None:
+    before = precisions()
+    first, second = exact_for(torch.bfloat16), exact_for(torch.bfloat16)
+    first.__enter__()
+    second.__enter__()  # as another thread would, before the first one is out
+    first.__exit__(None, None, None)
+    assert precisions() == ("bf16", "tf32")
+    second.__exit__(None, None, None)
+    assert precisions() == before

@@ -20,6 +20,7 @@ from awqdist.run.events import Message
 
 _MESSAGES = "messages"
 _POLL_S = 0.05
+_LEAVING_S = 10.0  # how long a leader waits for the others' last word
 T = TypeVar("T")
 
 
@@ -43,14 +44,25 @@ class RankStore:
             value = make()
         except AwqdistError as error:
             self.store.set(key, pickle.dumps((None, str(error))))
+            self._await_readers(key)
             raise
         self.store.set(key, pickle.dumps((part(value), None)))
         return value
 
+    def leave(self) -> None:
+        """Called by all when nothing more will be shared. The leader's process may hold the store: it leaves last."""
+        key = self._next_key()
+        if self.is_leader:
+            self._await_readers(key)
+        else:
+            self.store.set(f"{key}/{self.rank}", b"")
+
     def shared(self) -> Any:
         """Others: what the leader shares next. Raises AwqdistError if making it failed there."""
-        value, reason = pickle.loads(self._await(self._next_key()))
+        key = self._next_key()
+        value, reason = pickle.loads(self._await(key))
         if reason is not None:
+            self.store.set(f"{key}/{self.rank}", b"")
             raise AwqdistError(f"rank 0 gave up: {reason}")
         return value
 
@@ -60,6 +72,13 @@ class RankStore:
         self.store.set(f"{key}/{self.rank}", pickle.dumps(value))
         ranks = range(self.num_ranks) if self.is_leader else ()
         return [pickle.loads(self._await(f"{key}/{rank}")) for rank in ranks]
+
+    def _await_readers(self, key: str) -> None:
+        """Waits a while until all others have set theirs; who does not is gone."""
+        until = time.monotonic() + _LEAVING_S
+        theirs = [f"{key}/{rank}" for rank in range(1, self.num_ranks)]
+        while theirs and not self.store.check(theirs) and time.monotonic() < until:
+            time.sleep(_POLL_S)
 
     def _next_key(self) -> str:
         """All ranks share and gather in the same order."""

@@ -58,9 +58,10 @@ def run_torchrun(begin: Begin, recipe: Recipe, settings: RunSettings, listen: Li
         job = prepare(recipe, replace(settings, threads=threads, device=str(device)))
         answer_token(settings.output, token, ranks.rank)
         introductions = ranks.gather(Introduction(os.uname().nodename, str(device), fingerprint(job, samples)))
-        if ranks.is_leader:
-            return _lead(ranks, job, samples, introductions, token, listen)
-        return _follow(ranks, job, samples)
+        lead = ranks.is_leader
+        summary = _lead(ranks, job, samples, introductions, token, listen) if lead else _follow(ranks, job, samples)
+        ranks.leave()
+        return summary
 
 
 def _lead(

@@ -10,9 +10,10 @@ and cheaper, and are kept instead. Both are exact; sums are float32 and additive
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -174,15 +175,37 @@ def exact_for(dtype: torch.dtype) -> Iterator[None]:
     """Lets float32 products run on reduced-precision units where that loses nothing.
 
     bfloat16 values have 8 significant bits: a bfloat16 (CPU) or TF32 (CUDA) multiplier takes them unrounded and the sums are
-    float32 all the same. float16 fits TF32 only. Other dtypes are multiplied in full float32.
+    float32 all the same. float16 fits TF32 only. Other dtypes are multiplied in full float32. torch has one such setting for the whole
+    process: threads that overlap in here share it, and the last to leave puts back what the first one found.
     """
-    cpu, cuda = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul  # type: ignore[attr-defined]
-    before = cpu.fp32_precision, cuda.fp32_precision
-    try:
+    with ExitStack() as stack:
         if dtype == torch.bfloat16:
-            cpu.fp32_precision = "bf16"
+            stack.enter_context(_CPU_BF16)
         if dtype in (torch.bfloat16, torch.float16):
-            cuda.fp32_precision = "tf32"
+            stack.enter_context(_CUDA_TF32)
         yield
-    finally:
-        cpu.fp32_precision, cuda.fp32_precision = before
+
+
+class _Lowered:
+    """A process-wide precision, lowered while anyone is in this context."""
+
+    def __init__(self, backend: Any, precision: str) -> None:
+        self._backend, self._precision = backend, precision
+        self._lock, self._num_inside, self._before = threading.Lock(), 0, ""
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._num_inside:
+                self._before = self._backend.fp32_precision
+                self._backend.fp32_precision = self._precision
+            self._num_inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._num_inside -= 1
+            if not self._num_inside:
+                self._backend.fp32_precision = self._before
+
+
+_CPU_BF16 = _Lowered(torch.backends.mkldnn.matmul, "bf16")  # type: ignore[attr-defined]
+_CUDA_TF32 = _Lowered(torch.backends.cuda.matmul, "tf32")
