@@ -65,6 +65,13 @@ class Tiny:
         return (*(part for pair in {**given, **changed}.items() for part in pair), "--no-report")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Under pytest-xdist one process runs all that starts Ray: a cluster asked for by `auto` is then the test's own."""
+    for item in items:
+        if item.get_closest_marker("ray"):
+            item.add_marker(pytest.mark.xdist_group("ray"))
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     return write_tiny(tmp_path_factory.mktemp("tiny"), NUM_LAYERS)
