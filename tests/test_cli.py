@@ -67,6 +67,7 @@ OPTIONS = {
         "--json": False,
     },
     "mappings": {"MODEL": None, "--recipe": "default", "--json": False},
+    "families": {"--markdown": False},
     "verify": {"OUTPUT": None, "--source": None, "--json": False},
     "eval": {
         "MODEL": None,

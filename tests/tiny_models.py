@@ -42,6 +42,11 @@ def moe_families() -> list[str]:
     return list(_MOE)
 
 
+def architecture(family: str) -> str:
+    """The class of a family in transformers."""
+    return _CONFIGS[family][0]
+
+
 def tiny_checkpoint(
     family: str,
     folder: Path,

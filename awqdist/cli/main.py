@@ -1,26 +1,20 @@
 """The command line. Commands are thin: they turn options into settings, call the package, and show what comes back.
 
-Heavy libraries are imported inside the commands, so that `awqdist --help` answers at once. Every AwqdistError becomes one line and
-exit status 2; an interrupt says how to resume.
+Heavy libraries are imported inside the commands, so that `awqdist --help` answers at once.
 """
 
 from __future__ import annotations
 
 import gc
-import json
-import os
 import signal
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from awqdist.cli import options
+from awqdist.cli.failures import clear_errors, interrupt
 from awqdist.cli.options import Backend, Offload, OutputFormat, Progress
-from awqdist.errors import AwqdistError
 
 DEFAULT_CALIBRATION = "mit-han-lab/pile-val-backup::validation"
 
@@ -202,35 +196,14 @@ def demo(
     run_demo(output)
 
 
-class Interrupted(BaseException):
-    """A signal asked for the end. Not a KeyboardInterrupt, which typer would answer itself."""
+@app.command(epilog="Example: awqdist families --markdown")
+def families(
+    markdown: Annotated[bool, typer.Option("--markdown", help="The table as the README shows it.")] = False,
+) -> None:
+    """Shows the families of models that are known by name: what is smoothed in each, and what is left alone."""
+    from awqdist.cli.families import show_families
 
-
-@contextmanager
-def clear_errors() -> Iterator[None]:
-    """Turns expected failures, wrong usage and signals into one line and an exit status."""
-    try:
-        yield
-    except AwqdistError as error:
-        typer.echo(f"awqdist: error: {error}", err=True)
-        if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun shows it in its table of failures
-            Path(file).write_text(json.dumps({"message": str(error), "timestamp": int(time.time())}))
-        raise SystemExit(2) from None
-    except PermissionError as error:
-        typer.echo(f"awqdist: error: {error.strerror}: {error.filename}; choose a place that you may use", err=True)
-        raise SystemExit(2) from None
-    except typer.TyperException as error:
-        if error.format_message():
-            typer.echo(f"awqdist: error: {error.format_message()}", err=True)
-        raise SystemExit(error.exit_code) from None
-    except Interrupted as interrupt:
-        number = int(interrupt.args[0])
-        typer.echo("awqdist: interrupted; finished layers are kept, the same command resumes", err=True)
-        raise SystemExit(128 + number) from None
-
-
-def _interrupt(number: int, frame: Any) -> None:
-    raise Interrupted(number)
+    show_families(markdown=markdown)
 
 
 def main() -> None:
@@ -239,7 +212,7 @@ def main() -> None:
     try:
         with clear_errors():
             for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, _interrupt)
+                signal.signal(number, interrupt)
             raise SystemExit(app(standalone_mode=False))
     finally:
         gc.freeze()  # nor is it worth collecting on the way out
