@@ -161,6 +161,27 @@ def _gemma3(**changes: Any) -> PretrainedConfig:
     )
 
 
+_IMAGE_TOKENS = {"image_token_id": VOCABULARY - 1, "video_token_id": VOCABULARY - 2}
+_IMAGE_TOKENS |= {"vision_start_token_id": VOCABULARY - 3, "vision_end_token_id": VOCABULARY - 4}
+_QWEN_VISION = {"depth": 1, "num_heads": 2, "hidden_size": 32, "intermediate_size": 48, "patch_size": 14}
+_MROPE = {"rope_type": "default", "rope_theta": 10000.0}
+
+
+def _qwen_vl(kind: str, vision: dict[str, Any], **fields: Any) -> Callable[..., PretrainedConfig]:
+    """kind: the start of the configuration's name."""
+
+    def make(**changes: Any) -> PretrainedConfig:
+        text = {**_TEXT, **fields, **changes}
+        return getattr(transformers, f"{kind}Config")(
+            vision_config={**_QWEN_VISION, **vision},
+            text_config=text,
+            tie_word_embeddings=text["tie_word_embeddings"],
+            **_IMAGE_TOKENS,
+        )
+
+    return make
+
+
 _GEMMA = {**_HEADS, "tie_word_embeddings": True}
 _GEMMA2 = {**_GEMMA, **_MIXED, "query_pre_attn_scalar": 16}
 _NO_KV_HEADS = {"num_key_value_heads": None}
@@ -176,6 +197,25 @@ _CONFIGS: dict[str, tuple[str, Callable[..., PretrainedConfig]]] = {
         _text("Qwen2Config", use_sliding_window=True, max_window_layers=1, sliding_window=WINDOW),
     ),
     "qwen3": ("Qwen3ForCausalLM", _text("Qwen3Config", **_WIDE_HEADS)),
+    "qwen2-vl": (
+        "Qwen2VLForConditionalGeneration",
+        _qwen_vl(
+            "Qwen2VL", {"embed_dim": 32, "hidden_size": 64}, rope_parameters={**_MROPE, "mrope_section": [2, 3, 3]}
+        ),
+    ),
+    "qwen2.5-vl": (
+        "Qwen2_5_VLForConditionalGeneration",
+        _qwen_vl("Qwen2_5_VL", {"out_hidden_size": 64}, rope_parameters={**_MROPE, "mrope_section": [2, 3, 3]}),
+    ),
+    "qwen3-vl": (
+        "Qwen3VLForConditionalGeneration",
+        _qwen_vl(
+            "Qwen3VL",
+            {"out_hidden_size": 64, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
+            rope_parameters={**_MROPE, "mrope_section": [6, 5, 5], "mrope_interleaved": True},
+            **_WIDE_HEADS,
+        ),
+    ),
     "granite": (
         "GraniteForCausalLM",
         _text(

@@ -85,6 +85,8 @@ _AFMOE = (
     _UP_TO_DOWN,
 )
 
+_VISION = "vision tower: text is what it is calibrated on"
+
 FAMILIES = (
     Family("Llama", ("LlamaForCausalLM",), _LLAMA, tested=("llama", "llama-mha")),
     Family("Mistral", ("MistralForCausalLM",), _LLAMA, tested=("mistral",)),
@@ -92,11 +94,19 @@ FAMILIES = (
         "Mistral 3",
         ("Mistral3ForConditionalGeneration",),
         _LLAMA,
-        "vision tower: text is what it is calibrated on",
+        _VISION,
         tested=("mistral3",),
     ),
     Family("Qwen2", ("Qwen2ForCausalLM",), _LLAMA, tested=("qwen2",)),
     Family("Qwen3", ("Qwen3ForCausalLM",), _LLAMA, tested=("qwen3",)),
+    Family(
+        "Qwen2-VL, Qwen2.5-VL",
+        ("Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration"),
+        _LLAMA,
+        _VISION,
+        tested=("qwen2-vl", "qwen2.5-vl"),
+    ),
+    Family("Qwen3-VL", ("Qwen3VLForConditionalGeneration",), _LLAMA, _VISION, tested=("qwen3-vl",)),
     Family("Granite", ("GraniteForCausalLM",), _LLAMA, tested=("granite",)),
     Family("Seed-OSS", ("SeedOssForCausalLM",), _LLAMA, tested=("seed-oss",)),
     Family("SmolLM3", ("SmolLM3ForCausalLM",), _LLAMA, tested=("smollm3",)),
@@ -122,7 +132,7 @@ FAMILIES = (
         "Gemma 3",
         ("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"),
         _GEMMA2,
-        "vision tower: text is what it is calibrated on",
+        _VISION,
         tested=("gemma3", "gemma3-vision"),
     ),
     Family("Cohere", ("CohereForCausalLM", "Cohere2ForCausalLM"), _COHERE, tested=("cohere", "cohere2")),
