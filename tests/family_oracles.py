@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny_models import GROUP_SIZE, VOCABULARY
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from awqdist import AWQModifier, QuantizationArgs, QuantizationModifier, QuantizationScheme, load_recipe
@@ -116,6 +116,21 @@ def site_inputs(job: Job, model: PreTrainedModel, samples: Tensor) -> dict[tuple
     for handle in handles:
         handle.remove()
     return inputs
+
+
+def routing(model: Any, ids: Tensor) -> list[Tensor]:
+    """The experts of every token, sorted, of every block that routes (T, top k)."""
+    seen: list[Tensor] = []
+
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        seen.append(args[1].sort(-1).values)
+
+    blocks = [m for n, m in model.named_modules() if n.endswith(".experts") and not isinstance(m, nn.ModuleList)]
+    handles = [block.register_forward_pre_hook(hook) for block in blocks]
+    logits(model, ids)
+    for handle in handles:
+        handle.remove()
+    return seen
 
 
 def dequantized_checkpoint(quantized: Path, folder: Path) -> Path:

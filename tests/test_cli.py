@@ -66,7 +66,7 @@ OPTIONS = {
         "--transfer-seconds": None,
         "--json": False,
     },
-    "mappings": {"MODEL": None, "--recipe": "default", "--json": False},
+    "mappings": {"MODEL": None, "--recipe": "default", "--json": False, "--as-recipe": False},
     "families": {"--markdown": False},
     "verify": {"OUTPUT": None, "--source": None, "--json": False},
     "eval": {

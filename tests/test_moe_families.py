@@ -18,12 +18,13 @@ from family_oracles import (
     open_job,
     read_all,
     recipe,
+    routing,
     smoothed_checkpoint,
     token_ids,
     write_all,
 )
 from tiny_models import moe_families, tiny_checkpoint
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from awqdist import oneshot
@@ -89,21 +90,6 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return Case(source, logits(load(source), PROBE), folder / "output", summary, results)
 
 
-def routing(model: Any) -> list[Tensor]:
-    """The experts of every token, sorted, of every block that routes (T, top k)."""
-    seen: list[Tensor] = []
-
-    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-        seen.append(args[1].sort(-1).values)
-
-    blocks = [m for n, m in model.named_modules() if n.endswith(".experts") and not isinstance(m, nn.ModuleList)]
-    handles = [block.register_forward_pre_hook(hook) for block in blocks]
-    logits(model, PROBE)
-    for handle in handles:
-        handle.remove()
-    return seen
-
-
 def test_smoothing_with_random_scales_keeps_logits_and_routing_of_the_whole_model(case: Case, tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(7)
 
@@ -114,7 +100,7 @@ def test_smoothing_with_random_scales_keeps_logits_and_routing_of_the_whole_mode
     smoothed = smoothed_checkpoint(open_job(case.source, recipe()), tmp_path / "smoothed", between_a_quarter_and_four)
 
     assert distance(logits(load(smoothed), PROBE), case.float_logits) < 1e-4
-    before, after = routing(load(case.source)), routing(load(smoothed))
+    before, after = routing(load(case.source), PROBE), routing(load(smoothed), PROBE)
     assert before
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 

@@ -137,11 +137,16 @@ def plan(
 
 
 @app.command(epilog="Example: awqdist mappings ./my-model --recipe awq")
-def mappings(model: options.Model, recipe: options.RecipeOption = "default", as_json: options.Json = False) -> None:
+def mappings(
+    model: options.Model,
+    recipe: options.RecipeOption = "default",
+    as_json: options.Json = False,
+    as_recipe: Annotated[bool, typer.Option("--as-recipe", help="Print a recipe that holds these mappings.")] = False,
+) -> None:
     """Shows which layers smooth which linears, and every mapping that is skipped with its reason."""
-    from awqdist.cli.commands import show_mappings
+    from awqdist.cli.mappings import show_mappings
 
-    show_mappings(model, recipe, as_json=as_json)
+    show_mappings(model, recipe, as_json=as_json, as_recipe=as_recipe)
 
 
 @app.command(epilog="Example: awqdist verify ./llama-w4 --source meta-llama/Llama-3.1-8B")

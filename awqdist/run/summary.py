@@ -46,7 +46,8 @@ def warnings_of(job: Job, layers: tuple[LayerRecord, ...]) -> tuple[str, ...]:
     found = []
     if job.plan.inferred:
         found.append(
-            f"{job.plan.architecture} is not in the registry: its mappings were inferred from its structure and verified"
+            f"{job.plan.architecture} is not in the registry: its mappings were inferred from its structure and verified;"
+            " `awqdist mappings MODEL --as-recipe` prints them as a recipe to keep"
         )
     found += _source_warnings(job)
     nonfinite = sum(mapping.num_nonfinite_candidates for record in layers for mapping in record.mappings)
