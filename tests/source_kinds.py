@@ -210,6 +210,7 @@ def mxfp4_pair(model: Path, folder: Path) -> tuple[Path, Path]:
     for copy, tensors in ((source, stored), (twin, plain)):
         shutil.copytree(model, copy)
         save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+        set_config(copy, dtype=None)  # which is not named there either
     kept = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
     set_config(source, quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": kept})
     return source, twin

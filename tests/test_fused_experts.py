@@ -103,13 +103,15 @@ def test_an_mxfp4_source_gives_the_bytes_of_its_twin(tmp_path: Path) -> None:
 
     index = read_source(source)
     assert read(index).num_bytes == index.stored_bytes == stored
-    quantized(source, tmp_path / "output")
+    assert open_job(source, recipe()).skeleton.dtype == torch.bfloat16
+    summary = quantized(source, tmp_path / "output")
     quantized(twin, tmp_path / "expected")
 
     found, expected = model_files(tmp_path / "output"), model_files(tmp_path / "expected")
     assert found == expected
     for original in (source, twin):
         assert verify(tmp_path / "output", original).ok
+    assert "48 MXFP4 weights of the source were dequantized to BF16 as they were read" in summary.warnings
     assert "mxfp4" not in (tmp_path / "output" / "config.json").read_text()
 
 

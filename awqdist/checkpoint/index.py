@@ -65,6 +65,11 @@ class TensorEntry:
         return prod(self.shape) * DTYPES[self.dtype].itemsize
 
     @property
+    def quantized(self) -> Packing | None:
+        """How its values are stored, where the source is quantized."""
+        return (self.whole or self).packing
+
+    @property
     def stored_bytes(self) -> int:
         """What is read of the disk to have the tensor; its share of it where others are had by the same reading."""
         if self.whole is not None:
@@ -82,6 +87,10 @@ class Packing:
     dtype: str
     scale: TensorEntry
     block: tuple[int, int]
+
+    @property
+    def kind(self) -> str:
+        return MXFP4 if self.dtype == MXFP4 else "FP8"
 
 
 @dataclass(frozen=True, slots=True)
