@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import Dots1ForCausalLM
 
 from awqdist import oneshot
-from awqdist.checkpoint.index import read_index
+from awqdist.checkpoint.source import read_source
 from awqdist.errors import ModelError
 from awqdist.model.inference import infer_mappings
 from awqdist.model.mapping import ResolvedMapping
@@ -88,7 +88,7 @@ def test_a_norm_is_no_smooth_layer_where_a_router_or_gate_goes_uncompensated(
     family: str, decides: str, tmp_path: Path
 ) -> None:
     source = tiny_checkpoint(family, tmp_path)
-    skeleton = build_skeleton(read_config(source), read_index(source).entries)
+    skeleton = build_skeleton(read_config(source), read_source(source).entries)
     structure = trace_layers(skeleton)[0]
     sites = tuple(tuple(path for path in site if path != decides) for site in structure.sites)
     norms = {next(p for p in structure.site_of(first) if p != decides): n for first, n in structure.site_norms.items()}

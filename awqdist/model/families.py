@@ -84,6 +84,8 @@ _AFMOE = (
     _VALUE_TO_OUTPUT,
     _UP_TO_DOWN,
 )
+_GRANITE_MOE = (*_MIXTRAL, _mapping("input_linear", "output_linear"))  # the latter two of a shared expert
+_GPT_OSS = (*_LLAMA[:2], _VALUE_TO_OUTPUT)
 
 _VISION = "vision tower: text is what it is calibrated on"
 
@@ -187,6 +189,27 @@ FAMILIES = (
     ),
     Family(
         "HunYuan MoE", ("HunYuanMoEV1ForCausalLM",), _LLAMA, "routers: they decide on experts", tested=("hunyuan-moe",)
+    ),
+    Family(
+        "GraniteMoE",
+        ("GraniteMoeForCausalLM", "GraniteMoeSharedForCausalLM"),
+        _GRANITE_MOE,
+        "routers: they decide on experts",
+        tested=("granitemoe", "granitemoe-shared"),
+    ),
+    Family(
+        "Llama 4",
+        ("Llama4ForCausalLM", "Llama4ForConditionalGeneration"),
+        _LLAMA,
+        f"routers: they decide on experts; {_VISION}",
+        tested=("llama4", "llama4-vision"),
+    ),
+    Family(
+        "gpt-oss",
+        ("GptOssForCausalLM",),
+        _GPT_OSS,
+        "routers: they decide on experts; down_proj is not smoothed: what it reads is (up + 1) · gate · σ(1.702 · gate), with up clamped",
+        tested=("gpt-oss",),
     ),
     Family("AFMoE", ("AfmoeForCausalLM",), _AFMOE, "routers: they decide on experts", tested=("afmoe",)),
 )

@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from awqdist.errors import ModelError
-from awqdist.model.conversion import FusedParameter
+from awqdist.model.experts import FusedParameter
 from awqdist.model.forward import with_buffers
 from awqdist.model.mapping import HeadShape, ResolvedMapping, connect
 from awqdist.model.preserve import preserves_function
@@ -92,35 +93,49 @@ def _of_every_expert(structure: LayerStructure, mapping: ResolvedMapping) -> Gro
 
 
 class _ScaledCopies(torch.Tensor):
-    """(1, R, I), and stands for a parameter (E, R, I) whose slice e is the only one times a factor of its own."""
+    """(1, …) that stands for (E, …), whose slice e is its only one times a factor of its own."""
+
+    num_experts: int
+
+    def of(self, experts: Tensor) -> Tensor:
+        """The slices of these experts (n,): (n, …)."""
+        factors = torch.randn(self.num_experts, generator=torch.Generator().manual_seed(0))[experts]
+        return self.as_subclass(Tensor) * factors.reshape(-1, *(1,) * (self.ndim - 1))
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
-            if func is torch.Tensor.__getitem__ and isinstance(args[0], cls):
-                generator = torch.Generator().manual_seed(int(args[1]))
-                return args[0].as_subclass(torch.Tensor)[0] * torch.randn((), generator=generator)
-            return func(*args, **(kwargs or {}))
+            if func is Tensor.__getitem__ and isinstance(args[0], cls):
+                return args[0].of(torch.as_tensor(args[1]).reshape(1))[0]
+            whole = tree_map_only(cls, lambda copies: copies.of(torch.arange(copies.num_experts)), (args, kwargs or {}))
+            return func(*whole[0], **whole[1])
 
 
 @dataclass(frozen=True, slots=True)
 class _OneForAll(FusedParameter):
     """A fused parameter that is made of the first expert only."""
 
-    def fuse(self, parameters: dict[str, Tensor]) -> Tensor:
-        return FusedParameter.fuse(self, parameters).as_subclass(_ScaledCopies)
+    num_experts: int = 0
+
+    def fuse(self, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+        fused = FusedParameter.fuse(self, parameters)
+        copies = {name: tensor.as_subclass(_ScaledCopies) for name, tensor in fused.items()}
+        for tensor in copies.values():
+            tensor.num_experts = self.num_experts
+        return {**copies}
 
 
 def _one_for_all(fused: FusedParameter) -> _OneForAll:
-    return _OneForAll(fused.name, fused.parts[:1], fused.part_shape, fused.converter)
+    return _OneForAll(
+        fused.name, fused.parts[:1], fused.part_shape, fused.layout, fused.bias, num_experts=len(fused.parts)
+    )
 
 
 def _random_parameters(layer: nn.Module, experts: tuple[FusedParameter, ...]) -> Mapping[str, Tensor]:
     """Float32 parameters of plausible size, by unfused names."""
     shapes = {name: tuple(parameter.shape) for name, parameter in layer.named_parameters()}
     for fused in experts:
-        del shapes[fused.name]
-        shapes |= {f"{path}.weight": fused.part_shape for part in fused.parts for path in part}
+        shapes = {name: shape for name, shape in shapes.items() if name not in fused.names} | fused.shapes()
     generator = torch.Generator().manual_seed(0)
     return {
         name: torch.randn(shape, generator=generator) * (0.5 if len(shape) == 1 else shape[-1] ** -0.5)

@@ -4,7 +4,8 @@ Linears that are given the same tensor form an *input site*; a norm whose output
 recognised by their storage, so views count as the same tensor.
 
 Routing depends on data, which the meta device has none of: a module of experts is passed over. The linears of its experts that read its
-input belong to that input's site, whatever tokens each of them is sent; those within the experts are a site each.
+input belong to that input's site, whatever tokens each of them is sent; those within the experts are a site each. Where the module is
+given the router's scores times its tokens (Llama-4), the site is the router's.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from awqdist.errors import ModelError
-from awqdist.model.conversion import FusedParameter
+from awqdist.model.experts import FusedParameter
 from awqdist.model.forward import LayerCall, forward_layer, record_calls, with_buffers
 from awqdist.model.skeleton import Skeleton, first_line
 
@@ -95,6 +96,14 @@ class _Sightings:
         self.alive.append(tensor)
         self.readers.setdefault(_identity(tensor), []).extend(paths)
 
+    def input_of(self, path: str, given: Tensor) -> Tensor:
+        """What a module of experts reads: the tensor that it is given, or if no linear reads that, what those beside it read."""
+        parent = f"{path.rpartition('.')[0]}."
+        beside = [key for key, readers in self.readers.items() if any(reader.startswith(parent) for reader in readers)]
+        if _identity(given) in self.readers or not beside:
+            return given
+        return next(tensor for tensor in self.alive if _identity(tensor) == beside[-1])
+
     def made(self, tensor: Tensor, path: str) -> None:
         self.alive.append(tensor)
         self.produced[_identity(tensor)] = path
@@ -142,9 +151,10 @@ def _passed_over(seen: _Sightings, experts: list[FusedParameter]) -> Callable[..
     """A forward for a module of experts that computes nothing."""
 
     def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        source = seen.input_of(experts[0].module, hidden_states)
         for fused in experts:
             for part in fused.parts:
-                seen.read(torch.empty(1, device="meta") if fused.is_inner else hidden_states, part)
+                seen.read(torch.empty(1, device="meta") if fused.is_inner else source, part)
         return torch.empty_like(hidden_states)
 
     return forward

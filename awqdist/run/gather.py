@@ -5,7 +5,7 @@ With all experts asked for, each is given every token of its block beside what t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from awqdist.errors import ModelError
-from awqdist.model.conversion import FusedParameter
+from awqdist.model.experts import FusedParameter
 from awqdist.model.forward import ExpertWatch, Watch, run_all_experts
 from awqdist.quant.experts import ExpertStatistics, LentStatistics, max_rows
 from awqdist.quant.stats import InputStatistics
@@ -48,22 +48,23 @@ class _Sample:
 class Gathering:
     """The statistics of one layer, by the first linear of a site.
 
-    num_tokens: of all chunks; placed: the device, and the dtype that the layer is run in; all_experts: whether each is given all tokens.
+    token_chunks: what will go through, (B, L) each; placed: the device, and the dtype that the layer is run in; all_experts: whether
+    each is given all tokens.
     """
 
     def __init__(
         self,
         task: LayerTask,
         experts: tuple[FusedParameter, ...],
-        num_tokens: int,
-        num_chunks: int,
+        token_chunks: Sequence[Tensor],
         placed: tuple[torch.device, torch.dtype],
         *,
         all_experts: bool = False,
     ) -> None:
         device, dtype = placed
+        num_tokens = sum(tokens.numel() for tokens in token_chunks)
         self._task, self._experts, self._all_experts = task, experts, all_experts
-        rows = None if all_experts else -(-SAMPLED_ROWS // num_chunks)
+        rows = None if all_experts else -(-SAMPLED_ROWS // len(token_chunks))
         self._samples = {routed.shared: _Sample(rows) for routed in task.routed.values() if routed.inner}
         self._priors: dict[str, InputStatistics] = {}  # of inner sites
         self._filled: dict[str, Filled] = {}
@@ -113,7 +114,7 @@ class Gathering:
             if not any(statistics.num_tokens for statistics in sites.values()):
                 raise ModelError(
                     f"layer {self._task.layer}: no token was seen on its way to the experts of {fused}; transformers computes"
-                    " them in another way than one linear for each expert, and this architecture is not supported yet"
+                    " them in another way than one product for each expert, and this architecture is not supported yet"
                 )
         if not self._all_experts:
             self._through_all_experts(layer, parameters, self._by_parameter(self._priors))

@@ -17,7 +17,7 @@ from awqdist.checkpoint.index import TensorEntry
 from awqdist.checkpoint.reader import Reading, check_finite, read_tensors
 from awqdist.checkpoint.writer import write_safetensors
 from awqdist.errors import NumericalError
-from awqdist.model.conversion import fuse_experts
+from awqdist.model.experts import fuse_experts
 from awqdist.model.forward import LayerCall, forward_layer, head_inputs, record_calls, with_buffers
 from awqdist.run.device import compute_dtype, peak_memory_bytes, release_host_memory
 from awqdist.run.events import ChunkForwarded, Emit, LayerFinished, MappingSearched, SourceRead, StageStarted
@@ -125,9 +125,8 @@ class Worker:
                     experts = job.skeleton.layer_experts(layer.task.layer)
                     layer.trial = Trial(module, experts, chunk[:1].to(job.device), call)
                 routed = layer.gathering.expert_watches() if layer.gathering else {}
-                output = forward_layer(
-                    module, layer.working, hidden, call.cast(job.device, self._dtype), watches, routed
-                )
+                call = call.cast(job.device, self._dtype)
+                output = forward_layer(module, layer.working, hidden, call, watches, routed)
                 if layer.gathering:
                     layer.gathering.end_chunk(module, layer.working)
             output = output.to("cpu", job.skeleton.dtype)
@@ -173,10 +172,9 @@ class Worker:
         return {name: tensor.cpu() for name, tensor in tensors.items()}
 
     def _gathering(self, task: LayerTask) -> Gathering:
-        job, chunks = self._job, self._token_chunks
-        experts, num_tokens = job.skeleton.layer_experts(task.layer), sum(tokens.numel() for tokens in chunks)
-        placed = (job.device, self._dtype)
-        return Gathering(task, experts, num_tokens, len(chunks), placed, all_experts=job.settings.all_experts)
+        job, placed = self._job, (self._job.device, self._dtype)
+        experts = job.skeleton.layer_experts(task.layer)
+        return Gathering(task, experts, self._token_chunks, placed, all_experts=job.settings.all_experts)
 
     def _converted(self, parameters: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
         """Parameters in the dtype that they are computed with. prefix: of their names in the model."""
