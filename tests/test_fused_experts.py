@@ -16,7 +16,7 @@ from family_oracles import dequantized_checkpoint, distance, load, logits, open_
 from fused_oracles import apart
 from safetensors.torch import load_file, save_file
 from source_kinds import from_mxfp4, mxfp4_pair, pickled, set_config
-from tiny_models import fused_families, tiny_checkpoint
+from tiny_models import fused_families, tiny_checkpoint, transpose_experts
 from torch import Tensor, nn
 
 from awqdist import AWQModifier, GPTQModifier, load_recipe, oneshot
@@ -315,6 +315,20 @@ def test_a_missing_tensor_of_biases_is_named(tmp_path: Path) -> None:
         CheckpointError, match=r"lacks the tensor for model\.layers\.1\.mlp\.experts\.0\.down_proj\.bias"
     ):
         open_job(source, recipe())
+
+
+def test_qwen3_vl_moe_as_transformers_saves_it_gives_the_bytes_of_the_published_layout(tmp_path: Path) -> None:
+    published = tiny_checkpoint("qwen3-vl-moe", tmp_path / "published")
+    saved = tiny_checkpoint("qwen3-vl-moe", tmp_path / "saved")
+    transpose_experts(saved)
+    experts = "model.language_model.layers.1.mlp.experts"
+    shapes = [load_file(s / "model.safetensors")[f"{experts}.gate_up_proj"].shape for s in (published, saved)]
+    assert shapes == [(8, 64, 192), (8, 192, 64)]
+
+    quantized(published, tmp_path / "from-published")
+    quantized(saved, tmp_path / "from-saved")
+
+    assert model_files(tmp_path / "from-published") == model_files(tmp_path / "from-saved")
 
 
 def test_experts_of_a_family_that_is_not_known_to_share_a_tensor_are_refused(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ from awqdist.run.records import RunSummary
 
 SAMPLES = token_ids(8)
 PROBE = token_ids(2, seed=1)
-EXPERTS_NOT_LOADED = ["granitemoe", "granitemoe-shared", "gpt-oss"]
+EXPERTS_NOT_LOADED = ["granitemoe", "granitemoe-shared", "gpt-oss", "qwen3-vl-moe"]
 
 
 @dataclass

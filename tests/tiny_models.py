@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -64,8 +65,21 @@ def tiny_checkpoint(
     """A random checkpoint and tokenizer in `folder`. changes: fields of the text configuration that are to differ."""
     model = tiny_model(family, dtype, seed=seed, **changes)
     model.save_pretrained(folder, max_shard_size=shard_bytes)
+    if family in _PUBLISHED_TRANSPOSED:
+        transpose_experts(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
+
+
+def transpose_experts(folder: Path) -> None:
+    """Swaps the last two dimensions of all tensors of experts."""
+    for file in folder.glob("*.safetensors"):
+        tensors = load_file(file)
+        turned = {
+            name: tensor.mT.contiguous() if tensor.ndim == 3 and ".experts." in name else tensor
+            for name, tensor in tensors.items()
+        }
+        save_file(turned, file, {"format": "pt"})
 
 
 def tiny_model(family: str, dtype: torch.dtype = torch.float32, *, seed: int = 0, **changes: Any) -> PreTrainedModel:
@@ -169,7 +183,9 @@ def _gemma3(**changes: Any) -> PretrainedConfig:
 _IMAGE_TOKENS = {"image_token_id": VOCABULARY - 1, "video_token_id": VOCABULARY - 2}
 _IMAGE_TOKENS |= {"vision_start_token_id": VOCABULARY - 3, "vision_end_token_id": VOCABULARY - 4}
 _QWEN_VISION = {"depth": 1, "num_heads": 2, "hidden_size": 32, "intermediate_size": 48, "patch_size": 14}
+_DEEPSTACK = {"out_hidden_size": 64, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
 _MROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_INTERLEAVED_MROPE = {"rope_parameters": {**_MROPE, "mrope_section": [6, 5, 5], "mrope_interleaved": True}}
 
 
 def _qwen_vl(kind: str, vision: dict[str, Any], **fields: Any) -> Callable[..., PretrainedConfig]:
@@ -228,12 +244,7 @@ _CONFIGS: dict[str, tuple[str, Callable[..., PretrainedConfig]]] = {
     ),
     "qwen3-vl": (
         "Qwen3VLForConditionalGeneration",
-        _qwen_vl(
-            "Qwen3VL",
-            {"out_hidden_size": 64, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
-            rope_parameters={**_MROPE, "mrope_section": [6, 5, 5], "mrope_interleaved": True},
-            **_WIDE_HEADS,
-        ),
+        _qwen_vl("Qwen3VL", _DEEPSTACK, **_INTERLEAVED_MROPE, **_WIDE_HEADS),
     ),
     "granite": (
         "GraniteForCausalLM",
@@ -357,8 +368,15 @@ _CLASSES = {
     ),
     "llama4": ("Llama4ForCausalLM", _text("Llama4TextConfig", **_LLAMA4)),
     "llama4-vision": ("Llama4ForConditionalGeneration", _llama4),
+    "qwen3-vl-moe": (
+        "Qwen3VLMoeForConditionalGeneration",
+        _qwen_vl(
+            "Qwen3VLMoe", _DEEPSTACK, **{**_ROUTED, "moe_intermediate_size": 96}, **_INTERLEAVED_MROPE, **_WIDE_HEADS
+        ),
+    ),
     "gpt-oss": ("GptOssForCausalLM", _text("GptOssConfig", sliding_window=WINDOW, **_EXPERTS, **_HEADS, **_YARN)),
 }
-_FUSED = ("granitemoe", "granitemoe-shared", "llama4", "llama4-vision", "gpt-oss")
+_FUSED = ("granitemoe", "granitemoe-shared", "llama4", "llama4-vision", "gpt-oss", "qwen3-vl-moe")
+_PUBLISHED_TRANSPOSED = ("qwen3-vl-moe",)  # transformers reads them so, and writes them as it computes with them
 _MOE = tuple(_CLASSES)
 _CONFIGS |= _CLASSES

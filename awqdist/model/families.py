@@ -211,5 +211,12 @@ FAMILIES = (
         "routers: they decide on experts; down_proj is not smoothed: what it reads is (up + 1) · gate · σ(1.702 · gate), with up clamped",
         tested=("gpt-oss",),
     ),
+    Family(
+        "Qwen3-VL-MoE",
+        ("Qwen3VLMoeForConditionalGeneration",),
+        _LLAMA,
+        f"routers: they decide on experts; {_VISION}",
+        tested=("qwen3-vl-moe",),
+    ),
     Family("AFMoE", ("AfmoeForCausalLM",), _AFMOE, "routers: they decide on experts", tested=("afmoe",)),
 )
