@@ -35,42 +35,42 @@ def max_rows(num_experts: int, num_inputs: int, itemsize: int) -> int:
     return max(_MIN_ROWS, _ROW_BUDGET_BYTES // (num_experts * num_inputs * itemsize))
 
 
-class LentStatistics:
+class SharedStatistics:
     """Statistics of an expert that is given all tokens of its block: those of the block's input, which stay as they are."""
 
-    def __init__(self, lender: InputStatistics) -> None:
-        self.num_inputs = lender.num_inputs
-        self._lender = lender
+    def __init__(self, block: InputStatistics) -> None:
+        self.num_inputs = block.num_inputs
+        self._block = block
 
     @property
     def num_tokens(self) -> int:
         """Of the block."""
-        return self._lender.num_tokens
+        return self._block.num_tokens
 
     @property
     def mean_abs(self) -> Tensor:
         """(I,) float32: mean |x| of every channel."""
-        return self._lender.mean_abs
+        return self._block.mean_abs
 
     def hold(self) -> AbstractContextManager[None]:
         """Keeps what is made for several questions."""
-        return self._lender.hold()
+        return self._block.hold()
 
     def take_smoothed_gram(self, scales: Tensor) -> Tensor:
         """The Gram matrix of the input divided by scales (I,), (I, I) float32, a new tensor."""
-        return (self._lender.gram() / scales.unsqueeze(0)).div_(scales.unsqueeze(1))
+        return (self._block.gram() / scales.unsqueeze(0)).div_(scales.unsqueeze(1))
 
     def row_errors(self, difference: Tensor) -> Tensor:
         """The output error of every row of difference (O, I) float32: (O,) float64."""
-        return self._lender.row_errors(difference)
+        return self._block.row_errors(difference)
 
     def rough_row_errors(self, difference: Tensor) -> Tensor:
         """`row_errors` to about three digits."""
-        return self._lender.rough_row_errors(difference)
+        return self._block.rough_row_errors(difference)
 
     def is_finite(self) -> bool:
         """Whether every activation of the block was finite."""
-        return self._lender.is_finite()
+        return self._block.is_finite()
 
 
 class ExpertStatistics:

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from awqdist.errors import ModelError
 from awqdist.model.experts import FusedParameter
 from awqdist.model.forward import ExpertWatch, Watch, run_all_experts
-from awqdist.quant.experts import ExpertStatistics, LentStatistics, max_rows
+from awqdist.quant.experts import ExpertStatistics, SharedStatistics, max_rows
 from awqdist.quant.stats import InputStatistics
 from awqdist.run.plan import LayerTask, RoutedSite
 
 SAMPLED_ROWS = 256  # of a block's tokens, sent through all of its experts as a prior of what their inner linears read
 
 Filled = InputStatistics | ExpertStatistics  # by the rows that go by
-SiteStatistics = Filled | LentStatistics
+SiteStatistics = Filled | SharedStatistics
 
 
 @dataclass(slots=True)
@@ -73,7 +73,7 @@ class Gathering:
             width = task.shapes[first][1]
             routed = task.routed.get(first)
             if routed is not None and all_experts and not routed.inner:
-                self.statistics[first] = LentStatistics(self._shared(routed))
+                self.statistics[first] = SharedStatistics(self._shared(routed))
                 continue
             if routed is None or all_experts:
                 self._filled[first] = InputStatistics(width, num_tokens, device)
