@@ -13,53 +13,21 @@ import torch
 import transformers
 from command_line import model_files
 from family_oracles import dequantized_checkpoint, distance, load, logits, open_job, recipe, token_ids
-from fused_oracles import apart
-from safetensors.torch import load_file, save_file
-from source_kinds import from_mxfp4, mxfp4_pair, pickled, set_config
+from fused_checkpoints import SAMPLES, quantized, read_split, spoiled
+from fused_oracles import Tensors, apart
+from safetensors.torch import load_file
+from source_kinds import pickled, set_config
 from tiny_models import fused_families, tiny_checkpoint, transpose_experts
 from torch import Tensor, nn
 
-from awqdist import AWQModifier, GPTQModifier, load_recipe, oneshot
-from awqdist.checkpoint.index import CheckpointIndex
-from awqdist.checkpoint.mxfp4 import dequantize_mxfp4
-from awqdist.checkpoint.reader import Reading, read_tensors
 from awqdist.checkpoint.source import read_source
 from awqdist.errors import AwqdistError, CheckpointError, ModelError
 from awqdist.model.experts import fuse_experts
 from awqdist.model.forward import forward_layer, record_calls, with_buffers
 from awqdist.model.skeleton import build_skeleton, read_config
-from awqdist.run.records import RunSummary
-from awqdist.run.verify import verify
 
-SAMPLES = token_ids(8)
 PROBE = token_ids(2, seed=1)
-SCHEME = {"num_bits": 4, "type": "int", "symmetric": False, "strategy": "group", "group_size": 32}
-Tensors = dict[str, Tensor]
-
-
-def spoiled(source: Path, spoil: Callable[[Tensors], object]) -> Path:
-    """The checkpoint after a function has changed its tensors."""
-    tensors = load_file(source / "model.safetensors")
-    spoil(tensors)
-    save_file(tensors, source / "model.safetensors", {"format": "pt"})
-    return source
-
-
-def quantized(source: Path, output: Path) -> RunSummary:
-    groups = {"group_0": {"targets": ["Linear"], "weights": SCHEME}}
-    return oneshot(
-        model=str(source),
-        dataset=SAMPLES.tolist(),
-        recipe=load_recipe([AWQModifier(), GPTQModifier(ignore=["lm_head"], config_groups=groups)]),
-        output_dir=output,
-        num_calibration_samples=SAMPLES.shape[0],
-        max_seq_length=SAMPLES.shape[1],
-        device="cpu",
-    )
-
-
-def read(index: CheckpointIndex) -> Reading:
-    return read_tensors(sorted(index.entries.values(), key=lambda entry: entry.start))
+DOWN = "model.layers.1.mlp.experts.down_proj"
 
 
 # What is read
@@ -75,7 +43,7 @@ def test_every_byte_is_read_once_and_every_linear_is_that_part_of_its_tensor(
     folder = pickled(source, tmp_path / "pickled") if stored == "pickled" else source
 
     index = read_source(folder)
-    reading = read(index)
+    reading = read_split(index)
 
     expected = apart(tensors)
     assert reading.tensors.keys() == expected.keys()
@@ -93,47 +61,8 @@ def test_a_pickled_tensor_of_experts_may_lie_in_any_order(tmp_path: Path) -> Non
         change=lambda t: {n: x.mT.contiguous().mT if x.ndim == 3 else x for n, x in t.items()},
     )
 
-    found = read(read_source(turned)).tensors
+    found = read_split(read_source(turned)).tensors
     assert [name for name, tensor in apart(tensors).items() if not torch.equal(found[name], tensor)] == []
-
-
-def test_an_mxfp4_source_gives_the_bytes_of_its_twin(tmp_path: Path) -> None:
-    source, twin = mxfp4_pair(tiny_checkpoint("gpt-oss", tmp_path / "model", torch.bfloat16), tmp_path)
-    stored = sum(tensor.nbytes for tensor in load_file(source / "model.safetensors").values())
-
-    index = read_source(source)
-    assert read(index).num_bytes == index.stored_bytes == stored
-    assert open_job(source, recipe()).skeleton.dtype == torch.bfloat16
-    summary = quantized(source, tmp_path / "output")
-    quantized(twin, tmp_path / "expected")
-
-    found, expected = model_files(tmp_path / "output"), model_files(tmp_path / "expected")
-    assert found == expected
-    for original in (source, twin):
-        assert verify(tmp_path / "output", original).ok
-    assert "48 MXFP4 weights of the source were dequantized to BF16 as they were read" in summary.warnings
-    assert "mxfp4" not in (tmp_path / "output" / "config.json").read_text()
-
-
-def test_every_value_of_4_bits_is_dequantized_exactly_under_every_scale() -> None:
-    scales = torch.arange(256, dtype=torch.uint8)
-    blocks = torch.arange(256, dtype=torch.uint8).repeat(16).view(256, 16)  # each byte under 16 scales
-
-    for dtype in (torch.float32, torch.bfloat16):
-        found = dequantize_mxfp4(blocks.flatten(), scales, dtype)
-        assert torch.equal(found.nan_to_num(1234), from_mxfp4(blocks, scales).flatten().to(dtype).nan_to_num(1234))
-        assert found[-32:].isnan().all()
-
-
-def test_the_weights_are_those_that_transformers_dequantizes(tmp_path: Path) -> None:
-    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
-
-    source, _ = mxfp4_pair(tiny_checkpoint("gpt-oss", tmp_path / "model", torch.bfloat16), tmp_path)
-    stored, found = load_file(source / "model.safetensors"), read(read_source(source)).tensors
-    for name in [n.removesuffix("_blocks") for n in stored if n.endswith("_blocks")]:
-        whole = convert_moe_packed_tensors(stored[f"{name}_blocks"], stored[f"{name}_scales"])
-        for linear, weight in apart({name: whole}).items():
-            assert torch.equal(found[linear], weight), linear
 
 
 # What an expert is sent
@@ -181,7 +110,7 @@ def test_whoever_watches_an_expert_is_told_the_rows_that_it_multiplies(
     source = tiny_checkpoint(family, tmp_path / "source")
     index, cpu = read_source(source), torch.device("cpu")
     skeleton = build_skeleton(read_config(source), index.entries)
-    tensors = read(index).tensors
+    tensors = read_split(index).tensors
     outside = {name: tensors[disk] for name, disk in skeleton.outside_names().items()}
     hidden, calls = record_calls(skeleton, with_buffers(skeleton.decoder, outside, cpu), PROBE)
     own = {name: tensors[disk] for name, disk in skeleton.layer_names(1).items()}
@@ -259,35 +188,6 @@ def test_nan_in_one_experts_slice_is_named(
     with pytest.raises(AwqdistError, match=rf"layer 1: tensor model.layers.1.{linear} holds 1 values that are NaN"):
         quantized(source, tmp_path / "output")
     assert (tmp_path / "output" / "model-layer-00000.safetensors").exists()
-
-
-def test_a_scale_that_means_nan_is_found_under_the_linears_name(tmp_path: Path) -> None:
-    source, _ = mxfp4_pair(tiny_checkpoint("gpt-oss", tmp_path / "model", torch.bfloat16), tmp_path)
-    spoiled(source, lambda t: t["model.layers.0.mlp.experts.down_proj_scales"].__setitem__((2, 9, 0), 255))
-
-    with pytest.raises(AwqdistError, match=r"model\.layers\.0\.mlp\.experts\.2\.down_proj\.weight holds 32 values"):
-        quantized(source, tmp_path / "output")
-
-
-DOWN = "model.layers.1.mlp.experts.down_proj"
-
-
-@pytest.mark.parametrize(
-    ("spoil", "words"),
-    [
-        (lambda t: t.pop(f"{DOWN}_scales"), f"{DOWN}_blocks is there, but not {DOWN}_scales"),
-        (lambda t: t.pop(f"{DOWN}_blocks"), f"{DOWN}_scales is there, but not {DOWN}_blocks"),
-        (lambda t: t.update({f"{DOWN}_scales": t[f"{DOWN}_scales"][:, 1:].clone()}), "expected uint8 of"),
-        (lambda t: t.update({f"{DOWN}_blocks": t[f"{DOWN}_blocks"].float()}), f"{DOWN}_blocks is F32 of shape"),
-    ],
-)
-def test_blocks_and_scales_that_do_not_fit_are_refused(
-    tmp_path: Path, spoil: Callable[[Tensors], object], words: str
-) -> None:
-    source, _ = mxfp4_pair(tiny_checkpoint("gpt-oss", tmp_path / "model", torch.bfloat16), tmp_path)
-    with pytest.raises(CheckpointError) as refused:
-        read_source(spoiled(source, spoil))
-    assert words in str(refused.value)
 
 
 @pytest.mark.parametrize(
