@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from fused_oracles import apart, together
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny_models import GROUP_SIZE, VOCABULARY
@@ -66,23 +67,24 @@ def distance(found: Tensor, expected: Tensor) -> float:
 
 
 def read_all(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder, from its safetensors files."""
+    """All tensors of a folder, from its safetensors files; those of all experts of a block apart."""
     tensors: dict[str, Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as opened:
             for name in opened.keys():  # noqa: SIM118  (not a dict)
                 assert name not in tensors, f"{name} is in two files"
                 tensors[name] = opened.get_tensor(name)
-    return tensors
+    return apart(tensors)
 
 
 def write_all(folder: Path, config: Path, tensors: dict[str, Tensor]) -> Path:
-    """A float checkpoint in one file, with the configuration of another less its quantization."""
+    """A float checkpoint in one file, with the configuration of another less its quantization, and its layout of experts."""
     folder.mkdir(parents=True)
     fields = json.loads((config / "config.json").read_text())
     fields.pop("quantization_config", None)
     (folder / "config.json").write_text(json.dumps(fields))
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    stored = together(tensors, fields["model_type"])
+    save_file({name: tensor.contiguous() for name, tensor in stored.items()}, folder / "model.safetensors")
     return folder
 
 

@@ -42,6 +42,11 @@ def moe_families() -> list[str]:
     return list(_MOE)
 
 
+def fused_families() -> list[str]:
+    """Names of those among them whose checkpoints hold all experts of a block in one tensor."""
+    return list(_FUSED)
+
+
 def tiny_checkpoint(
     family: str,
     folder: Path,
@@ -156,6 +161,20 @@ def _gemma3(**changes: Any) -> PretrainedConfig:
     )
 
 
+def _llama4(**changes: Any) -> PretrainedConfig:
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 28, "patch_size": 14, "vision_output_dim": 32}
+    vision |= {"projector_input_dim": 32, "projector_output_dim": 32}
+    text = {**_TEXT, **_LLAMA4, **changes}
+    return transformers.Llama4Config(
+        vision_config=vision,
+        text_config=text,
+        boi_token_index=VOCABULARY - 3,
+        eoi_token_index=VOCABULARY - 2,
+        image_token_index=VOCABULARY - 1,
+    )
+
+
 _GEMMA = {**_HEADS, "tie_word_embeddings": True}
 _GEMMA2 = {**_GEMMA, **_MIXED, "query_pre_attn_scalar": 16}
 _NO_KV_HEADS = {"num_key_value_heads": None}
@@ -209,6 +228,16 @@ _CONFIGS: dict[str, tuple[str, Callable[..., PretrainedConfig]]] = {
 
 _EXPERTS = {"num_local_experts": 8, "num_experts_per_tok": 2}
 _ROUTED = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+_LLAMA4 = {
+    **_EXPERTS,
+    **_HEADS,
+    "intermediate_size": 64,
+    "intermediate_size_mlp": 128,
+    "num_hidden_layers": 4,
+    "interleave_moe_layer_step": 2,
+    "no_rope_layers": [1, 0, 1, 1],
+    "attention_chunk_size": WINDOW,
+}
 _DEEPSEEK = {
     "num_hidden_layers": 3,
     "num_key_value_heads": 4,
@@ -226,6 +255,9 @@ _DEEPSEEK = {
     "v_head_dim": 24,
     "routed_scaling_factor": 1.5,
     "norm_topk_prob": True,
+}
+_YARN = {
+    "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
 }
 
 
@@ -273,6 +305,15 @@ _CLASSES = {
         "Glm4MoeLiteForCausalLM",
         _text("Glm4MoeLiteConfig", **{k: v for k, v in _DEEPSEEK.items() if k != "first_k_dense_replace"}),
     ),
+    "granitemoe": ("GraniteMoeForCausalLM", _text("GraniteMoeConfig", residual_multiplier=0.7, **_EXPERTS)),
+    "granitemoe-shared": (
+        "GraniteMoeSharedForCausalLM",
+        _text("GraniteMoeSharedConfig", shared_intermediate_size=96, **_EXPERTS),
+    ),
+    "llama4": ("Llama4ForCausalLM", _text("Llama4TextConfig", **_LLAMA4)),
+    "llama4-vision": ("Llama4ForConditionalGeneration", _llama4),
+    "gpt-oss": ("GptOssForCausalLM", _text("GptOssConfig", sliding_window=WINDOW, **_EXPERTS, **_HEADS, **_YARN)),
 }
+_FUSED = ("granitemoe", "granitemoe-shared", "llama4", "llama4-vision", "gpt-oss")
 _MOE = tuple(_CLASSES)
 _CONFIGS |= _CLASSES

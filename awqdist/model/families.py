@@ -82,6 +82,8 @@ _AFMOE = (
     _VALUE_TO_OUTPUT,
     _UP_TO_DOWN,
 )
+_GRANITE_MOE = (*_MIXTRAL, _mapping("input_linear", "output_linear"))  # the latter two of a shared expert
+_GPT_OSS = (*_LLAMA[:2], _VALUE_TO_OUTPUT)
 
 FAMILIES = (
     Family("Llama", ("LlamaForCausalLM",), _LLAMA),
@@ -153,5 +155,23 @@ FAMILIES = (
     Family("MiniMax-M2", ("MiniMaxM2ForCausalLM",), _MIXTRAL, "routers: they decide on experts"),
     Family("Ernie 4.5 MoE", ("Ernie4_5_MoeForCausalLM",), _LLAMA, "routers: they decide on experts"),
     Family("HunYuan MoE", ("HunYuanMoEV1ForCausalLM",), _LLAMA, "routers: they decide on experts"),
+    Family(
+        "GraniteMoE",
+        ("GraniteMoeForCausalLM", "GraniteMoeSharedForCausalLM"),
+        _GRANITE_MOE,
+        "routers: they decide on experts",
+    ),
+    Family(
+        "Llama 4",
+        ("Llama4ForCausalLM", "Llama4ForConditionalGeneration"),
+        _LLAMA,
+        "routers: they decide on experts; vision tower: text is what it is calibrated on",
+    ),
+    Family(
+        "gpt-oss",
+        ("GptOssForCausalLM",),
+        _GPT_OSS,
+        "routers: they decide on experts; down_proj is not smoothed: what it reads is (up + 1) · gate · σ(1.702 · gate), with up clamped",
+    ),
     Family("AFMoE", ("AfmoeForCausalLM",), _AFMOE, "routers: they decide on experts"),
 )

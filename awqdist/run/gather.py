@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from awqdist.errors import ModelError
-from awqdist.model.conversion import FusedParameter
+from awqdist.model.experts import FusedParameter
 from awqdist.model.forward import ExpertWatch, Watch, run_all_experts
 from awqdist.quant.experts import ExpertStatistics, max_rows
 from awqdist.quant.stats import InputStatistics
@@ -86,7 +86,7 @@ class Gathering:
             if not any(statistics.num_tokens for statistics in sites.values()):
                 raise ModelError(
                     f"layer {self._task.layer}: no token was seen on its way to the experts of {fused}; transformers computes"
-                    " them in another way than one linear for each expert, and this architecture is not supported yet"
+                    " them in another way than one product for each expert, and this architecture is not supported yet"
                 )
         inner = self._by_parameter(self._priors)
         for module in dict.fromkeys(fused.module for fused in self._experts):

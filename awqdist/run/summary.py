@@ -66,15 +66,18 @@ def _source_warnings(job: Job) -> list[str]:
     """What is in the output otherwise than in the source, and what is in it although the model knows nothing of it."""
     found = []
     entries, unknown = job.index.entries, job.skeleton.unknown
-    packed = [entry for entry in entries.values() if entry.packing]
-    if packed:
-        dtypes = ", ".join(sorted({entry.dtype for entry in packed}))
-        found.append(f"{len(packed)} FP8 weights of the source were dequantized to {dtypes} as they were read")
+    packed: dict[str, list[str]] = {}  # kind -> dtypes
+    for entry in entries.values():
+        if entry.quantized:
+            packed.setdefault(entry.quantized.kind, []).append(entry.dtype)
+    for kind, became in packed.items():
+        dtypes = ", ".join(sorted(set(became)))
+        found.append(f"{len(became)} {kind} weights of the source were dequantized to {dtypes} as they were read")
     if job.index.left_out:
         names = _some(job.index.left_out)
         found.append(f"{len(job.index.left_out)} scales of the source's activations and caches were left out: {names}")
     if unknown:
-        widened = sum(entries[name].packing is not None for name in unknown)
+        widened = sum(entries[name].quantized is not None for name in unknown)
         how = f"were copied, {widened} of them dequantized" if widened else "were copied unchanged"
         found.append(f"{len(unknown)} tensors that the model does not have {how}: {_some(unknown)}")
     return found

@@ -17,7 +17,7 @@ from awqdist.checkpoint.index import TensorEntry
 from awqdist.checkpoint.reader import Reading, check_finite, read_tensors
 from awqdist.checkpoint.writer import write_safetensors
 from awqdist.errors import NumericalError
-from awqdist.model.conversion import fuse_experts
+from awqdist.model.experts import fuse_experts
 from awqdist.model.forward import LayerCall, forward_layer, head_inputs, record_calls, with_buffers
 from awqdist.run.device import compute_dtype, peak_memory_bytes, release_host_memory
 from awqdist.run.events import ChunkForwarded, Emit, LayerFinished, MappingSearched, SourceRead, StageStarted
