@@ -23,7 +23,8 @@ from torch import Tensor
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from awqdist import AWQMapping, oneshot
-from awqdist.checkpoint.index import INDEX_FILE, read_index
+from awqdist.checkpoint.index import INDEX_FILE
+from awqdist.checkpoint.source import read_source
 from awqdist.errors import ModelError, NumericalError, RecipeError
 from awqdist.model.inference import infer_mappings
 from awqdist.model.mapping import HeadShape, resolve
@@ -44,7 +45,7 @@ def _quiet() -> Iterator[None]:
 
 
 def open_skeleton(source: Path) -> Skeleton:
-    return build_skeleton(read_config(source), read_index(source).entries)
+    return build_skeleton(read_config(source), read_source(source).entries)
 
 
 def odd_checkpoint(kind: type[Any], folder: Path) -> Path:

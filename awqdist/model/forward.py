@@ -28,6 +28,7 @@ from awqdist.model.skeleton import Skeleton
 Parameters = Mapping[str, Tensor]
 Watch = Callable[[Tensor], None]
 ExpertWatch = Callable[[int, Tensor], None]  # expert, its rows (n, I)
+_PRODUCTS = (torch.nn.functional.linear, torch.bmm, torch.matmul, Tensor.matmul, Tensor.__matmul__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,8 +153,8 @@ class _WatchedExperts(TorchFunctionMode):
         }
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _PRODUCTS:
-            weight: Tensor = args[1] if len(args) > 1 else (kwargs or {})["weight"]
+        weight = args[1] if len(args) > 1 else (kwargs or {}).get("weight")
+        if func in _PRODUCTS and isinstance(weight, Tensor):
             parameter, watch = self._watched.get(weight.untyped_storage().data_ptr(), (None, None))
             if parameter is not None and watch is not None:
                 self._tell(watch, parameter, args[0], weight)
@@ -166,9 +167,6 @@ class _WatchedExperts(TorchFunctionMode):
                 watch(expert, own[own.any(-1)])
         else:
             watch((weight.storage_offset() - parameter.storage_offset()) // parameter.stride(0), rows)
-
-
-_PRODUCTS = (torch.nn.functional.linear, torch.bmm, torch.matmul, Tensor.matmul, Tensor.__matmul__)
 
 
 def with_buffers(module: nn.Module, parameters: Parameters, device: torch.device) -> dict[str, Tensor]:
