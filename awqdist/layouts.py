@@ -1,8 +1,8 @@
 """How experts lie in 3-D tensors: the families that store one tensor for all experts of a block, and which linear is where in it.
 
 What is read, quantized and written is a linear (O, I) of each expert with a name of its own, as the other families store them and as
-vLLM names them. What transformers computes with is the 3-D tensor, laid out as it is stored. `Layout.linear` ties the two: a view of one
-linear in an expert's slice.
+vLLM names them. What transformers computes with is the 3-D tensor, laid out as it is stored or otherwise. `Layout.linear` ties the two:
+a view of one linear in an expert's slice.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class FusedExperts:
     """A 3-D tensor of some linears of all experts, as it is stored.
 
     stored: the end of its name; module: the end of the name that experts' names begin with; linears: of an expert, in their order in the
-    tensor; bias: the end of the name of the tensor (E, ΣO) of their biases.
+    tensor; bias: the end of the name of the tensor (E, ΣO) of their biases; computed: the layout that transformers computes with.
     """
 
     stored: str
@@ -64,6 +64,7 @@ class FusedExperts:
     linears: tuple[str, ...]
     layout: Layout = ROWS
     bias: str | None = None
+    computed: Layout | None = None  # None: as it is stored
 
     def leaf(self, name: str) -> str | None:
         """What the tensor of that name holds of each linear: "weight", "bias", or None for any other tensor."""
@@ -120,12 +121,19 @@ _GPT_OSS = (
         "mlp.experts.down_proj", "mlp.experts", ("down_proj",), Layout(transposed=True), "mlp.experts.down_proj_bias"
     ),
 )
+_QWEN3_VL_MOE = (
+    FusedExperts(
+        "mlp.experts.gate_up_proj", "mlp.experts", ("gate_proj", "up_proj"), Layout(transposed=True), computed=ROWS
+    ),
+    FusedExperts("mlp.experts.down_proj", "mlp.experts", ("down_proj",), Layout(transposed=True), computed=ROWS),
+)
 _BY_MODEL_TYPE = {
     "granitemoe": _GRANITE,
     "granitemoeshared": _GRANITE,
     "llama4": _LLAMA4,
     "llama4_text": _LLAMA4,
     "gpt_oss": _GPT_OSS,
+    "qwen3_vl_moe": _QWEN3_VL_MOE,
 }
 
 

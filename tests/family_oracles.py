@@ -13,7 +13,7 @@ from fused_oracles import apart, together
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny_models import GROUP_SIZE, VOCABULARY
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from awqdist import AWQModifier, QuantizationArgs, QuantizationModifier, QuantizationScheme, load_recipe
@@ -118,6 +118,25 @@ def site_inputs(job: Job, model: PreTrainedModel, samples: Tensor) -> dict[tuple
     for handle in handles:
         handle.remove()
     return inputs
+
+
+def routing(model: Any, ids: Tensor) -> list[Tensor]:
+    """The experts of every token, sorted, of every block that routes (T, top k)."""
+    seen: list[Tensor] = []
+
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if len(args) == 1:  # Llama-4: rows of every expert in turn, zeros for tokens of others
+            routed = args[0].unflatten(0, (module.num_experts, -1)).any(-1)  # (E, T)
+            seen.append(routed.T.nonzero()[:, 1].unflatten(0, (routed.shape[1], -1)))
+        else:
+            seen.append(args[1].sort(-1).values)
+
+    blocks = [m for n, m in model.named_modules() if n.endswith(".experts") and not isinstance(m, nn.ModuleList)]
+    handles = [block.register_forward_pre_hook(hook) for block in blocks]
+    logits(model, ids)
+    for handle in handles:
+        handle.remove()
+    return seen
 
 
 def dequantized_checkpoint(quantized: Path, folder: Path) -> Path:

@@ -9,7 +9,11 @@ import torch
 from torch import Tensor
 
 Tensors = dict[str, Tensor]
-_GRANITE, _LLAMA4, _GPT_OSS = ("granitemoe", "granitemoeshared"), ("llama4", "llama4_text"), ("gpt_oss",)
+_GRANITE, _HALVES, _GPT_OSS = (
+    ("granitemoe", "granitemoeshared"),
+    ("llama4", "llama4_text", "qwen3_vl_moe"),
+    ("gpt_oss",),
+)
 
 
 def apart(tensors: Tensors) -> Tensors:
@@ -38,7 +42,7 @@ def _parts(name: str, tensor: Tensor) -> Tensors | None:
         return {f"{module}.experts.{e}.down_proj.weight": expert.T for e, expert in enumerate(tensor)}
     if leaf == "down_proj_bias":  # (E, H)
         return {f"{module}.experts.{e}.down_proj.bias": expert for e, expert in enumerate(tensor)}
-    if leaf == "gate_up_proj" and module.endswith("feed_forward"):  # (E, H, 2I)
+    if leaf == "gate_up_proj" and (module.endswith("feed_forward") or ".language_model." in module):  # (E, H, 2I)
         half = tensor.shape[2] // 2
         halves = {"gate_proj": tensor[:, :, :half], "up_proj": tensor[:, :, half:]}
     elif leaf in ("gate_up_proj", "gate_up_proj_bias"):  # (E, H, 2I), (E, 2I)
@@ -55,7 +59,7 @@ def _parts(name: str, tensor: Tensor) -> Tensors | None:
 
 def together(tensors: Tensors, model_type: str) -> Tensors:
     """The tensors of a checkpoint as the model type stores them; as they are, if it stores every expert's linears apart."""
-    if model_type not in (*_GRANITE, *_LLAMA4, *_GPT_OSS):
+    if model_type not in (*_GRANITE, *_HALVES, *_GPT_OSS):
         return tensors
     found = dict(tensors)
     blocks: dict[str, dict[tuple[str, int], Tensor]] = defaultdict(dict)

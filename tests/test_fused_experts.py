@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from command_line import model_files
 from family_oracles import dequantized_checkpoint, distance, load, logits, open_job, recipe, token_ids
 from fused_checkpoints import SAMPLES, quantized, read_split, spoiled
 from fused_oracles import Tensors, apart
 from safetensors.torch import load_file
 from source_kinds import pickled, set_config
-from tiny_models import fused_families, tiny_checkpoint
+from tiny_models import fused_families, tiny_checkpoint, transpose_experts
 from torch import Tensor, nn
 
 from awqdist.checkpoint.source import read_source
@@ -214,6 +215,20 @@ def test_a_missing_tensor_of_biases_is_named(tmp_path: Path) -> None:
         CheckpointError, match=r"lacks the tensor for model\.layers\.1\.mlp\.experts\.0\.down_proj\.bias"
     ):
         open_job(source, recipe())
+
+
+def test_qwen3_vl_moe_as_transformers_saves_it_gives_the_bytes_of_the_published_layout(tmp_path: Path) -> None:
+    published = tiny_checkpoint("qwen3-vl-moe", tmp_path / "published")
+    saved = tiny_checkpoint("qwen3-vl-moe", tmp_path / "saved")
+    transpose_experts(saved)
+    experts = "model.language_model.layers.1.mlp.experts"
+    shapes = [load_file(s / "model.safetensors")[f"{experts}.gate_up_proj"].shape for s in (published, saved)]
+    assert shapes == [(8, 64, 192), (8, 192, 64)]
+
+    quantized(published, tmp_path / "from-published")
+    quantized(saved, tmp_path / "from-saved")
+
+    assert model_files(tmp_path / "from-published") == model_files(tmp_path / "from-saved")
 
 
 def test_experts_of_a_family_that_is_not_known_to_share_a_tensor_are_refused(tmp_path: Path) -> None:

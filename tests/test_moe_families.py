@@ -18,12 +18,13 @@ from family_oracles import (
     open_job,
     read_all,
     recipe,
+    routing,
     smoothed_checkpoint,
     token_ids,
     write_all,
 )
 from tiny_models import fused_families, moe_families, tiny_checkpoint, tiny_text
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
@@ -43,7 +44,7 @@ from awqdist.run.records import RunSummary
 
 SAMPLES = token_ids(8)
 PROBE = token_ids(2, seed=1)
-EXPERTS_NOT_LOADED = ["granitemoe", "granitemoe-shared", "gpt-oss"]
+EXPERTS_NOT_LOADED = ["granitemoe", "granitemoe-shared", "gpt-oss", "qwen3-vl-moe"]
 
 
 @dataclass
@@ -94,25 +95,6 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return Case(request.param, source, logits(load(source), PROBE), folder / "output", summary, results)
 
 
-def routing(model: Any) -> list[Tensor]:
-    """The experts of every token, sorted, of every block that routes (T, top k)."""
-    seen: list[Tensor] = []
-
-    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-        if len(args) == 1:  # Llama-4: rows of every expert in turn, zeros for tokens of others
-            routed = args[0].unflatten(0, (module.num_experts, -1)).any(-1)  # (E, T)
-            seen.append(routed.T.nonzero()[:, 1].unflatten(0, (routed.shape[1], -1)))
-        else:
-            seen.append(args[1].sort(-1).values)
-
-    blocks = [m for n, m in model.named_modules() if n.endswith(".experts") and not isinstance(m, nn.ModuleList)]
-    handles = [block.register_forward_pre_hook(hook) for block in blocks]
-    logits(model, PROBE)
-    for handle in handles:
-        handle.remove()
-    return seen
-
-
 def test_smoothing_with_random_scales_keeps_logits_and_routing_of_the_whole_model(case: Case, tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(7)
 
@@ -123,7 +105,7 @@ def test_smoothing_with_random_scales_keeps_logits_and_routing_of_the_whole_mode
     smoothed = smoothed_checkpoint(open_job(case.source, recipe()), tmp_path / "smoothed", between_a_quarter_and_four)
 
     assert distance(logits(load(smoothed), PROBE), case.float_logits) < 1e-4
-    before, after = routing(load(case.source)), routing(load(smoothed))
+    before, after = routing(load(case.source), PROBE), routing(load(smoothed), PROBE)
     assert before
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 

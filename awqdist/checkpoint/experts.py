@@ -21,11 +21,26 @@ _BLOCKS, _SCALES = "_blocks", "_scales"
 def split_experts(index: CheckpointIndex, families: Sequence[FusedExperts]) -> CheckpointIndex:
     """The index with every tensor of all experts replaced by their linears. Raises CheckpointError for shapes that cannot be split."""
     entries: dict[str, TensorEntry] = {}
+    stored = _as_stored(index, families)
     for name, entry in index.entries.items():
-        fused = next((f for f in families if f.leaf(name)), None)
+        fused = next((f for f in stored if f.leaf(name)), None)
         parts = [(name, entry)] if fused is None else _linears(entry, fused)
         entries.update(parts)
     return replace(index, entries=entries)
+
+
+def _as_stored(index: CheckpointIndex, families: Sequence[FusedExperts]) -> Sequence[FusedExperts]:
+    """The families in the layout that their tensors have: as published, or as transformers computes with and saves them.
+
+    The shapes of gate and up (E, ·, ·) and of down (E, ·, ·) tell: in the latter they are (2I, H) and (H, I), else transposed.
+    """
+    if not any(fused.computed for fused in families):
+        return families
+    shapes = [next((e.shape for n, e in index.entries.items() if f.leaf(n) == "weight"), ()) for f in families]
+    outer, inner = shapes
+    if len(outer) == len(inner) == 3 and outer[1:] == (2 * inner[2], inner[1]):
+        return [replace(fused, layout=fused.computed or fused.layout) for fused in families]
+    return families
 
 
 def join_mxfp4(index: CheckpointIndex, families: Sequence[FusedExperts], dtype: str) -> CheckpointIndex:

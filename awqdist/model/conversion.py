@@ -94,7 +94,7 @@ class _Renamings:
         fused = place.fused
         name = self.rename(place.prefix + fused.stored)[0]
         bias = self.rename(place.prefix + fused.bias)[0] if fused.bias else None
-        fusing = _Fusing(name, fused.linears, fused.layout, bias)
+        fusing = _Fusing(name, fused.linears, fused.computed or fused.layout, bias)
         return _Part(fusing, place.expert, fused.linears[place.linear], place.leaf) if name in self.state else None
 
     def _converted(self, disk: str) -> _Part | None:

@@ -153,11 +153,10 @@ class _WatchedExperts(TorchFunctionMode):
         }
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        weight = args[1] if len(args) > 1 else (kwargs or {}).get("weight")
-        if func in _PRODUCTS and isinstance(weight, Tensor):
-            parameter, watch = self._watched.get(weight.untyped_storage().data_ptr(), (None, None))
-            if parameter is not None and watch is not None:
-                self._tell(watch, parameter, args[0], weight)
+        if func in _PRODUCTS:
+            weight = args[1] if len(args) > 1 else (kwargs or {}).get("weight")
+            if isinstance(weight, Tensor) and (told := self._watched.get(weight.untyped_storage().data_ptr())):
+                self._tell(told[1], told[0], args[0], weight)
         return func(*args, **(kwargs or {}))
 
     @staticmethod

@@ -53,7 +53,11 @@ def estimate_layer(job: Job, task: LayerTask) -> LayerEstimate:
     compute = compute_bytes(job)
     shared = [task.shapes[site[0]][1] for site in task.sites if site[0] not in task.routed]
     statistics = sum(4 * width_in * min(width_in, num_tokens) for width_in in shared)
-    statistics += _expert_rows(job, task, num_tokens) * compute
+    if job.settings.all_experts:
+        inner = [task.shapes[first][1] for first, routed in task.routed.items() if routed.inner]
+        statistics += sum(4 * width_in * min(width_in, num_tokens) for width_in in inner)
+    else:
+        statistics += _expert_rows(job, task, num_tokens) * compute
     working = (num_values if compute != width else expert_values) * compute
     widest = max((sum(shape) for shape in task.shapes.values()), default=0)
     per_token = max(_FORWARD_COPIES * widest, _experts_per_token(job, task))

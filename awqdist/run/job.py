@@ -73,6 +73,7 @@ def fingerprint(job: Job, samples: Tensor) -> dict[str, str]:
         "chunk tokens": str(job.settings.chunk_tokens),
         "mappings": _hash(repr([task.mappings for task in job.plan.tasks]).encode()),
         "device": f"{job.device.type} {compute_dtype(job.device, job.skeleton.dtype)}",
+        **({"all experts": "calibrated on all tokens"} if job.settings.all_experts else {}),
         **({"threads": str(job.settings.threads or torch.get_num_threads())} if job.device.type == "cpu" else {}),
         "versions": json.dumps({name: version(name) for name in _LIBRARIES}),
     }
