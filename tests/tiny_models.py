@@ -6,6 +6,7 @@ channels are outliers: whatever forgets one of them shows.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -55,6 +56,9 @@ def tiny_checkpoint(
     model = tiny_model(family, dtype, seed=seed, **changes)
     model.save_pretrained(folder, max_shard_size=shard_bytes)
     tiny_tokenizer().save_pretrained(folder)
+    if family in _PUBLISHED:
+        fields = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**fields, **_PUBLISHED[family]}))
     return folder
 
 
@@ -244,6 +248,10 @@ _CLASSES = {
         _text("DeepseekV2Config", **{**_DEEPSEEK, "topk_method": "group_limited_greedy"}),
     ),
     "deepseek-v3": ("DeepseekV3ForCausalLM", _text("DeepseekV3Config", **_DEEPSEEK)),
+    "kimi-k2": (
+        "DeepseekV3ForCausalLM",
+        _text("DeepseekV3Config", **{**_DEEPSEEK, "n_group": 1, "topk_group": 1, "num_hidden_layers": 2}),
+    ),
     "deepseek-v3-no-q-lora": (
         "DeepseekV3ForCausalLM",
         lambda **changes: _without_q_lora(_text("DeepseekV3Config", **_DEEPSEEK)(**changes)),
@@ -273,6 +281,16 @@ _CLASSES = {
         "Glm4MoeLiteForCausalLM",
         _text("Glm4MoeLiteConfig", **{k: v for k, v in _DEEPSEEK.items() if k != "first_k_dense_replace"}),
     ),
+}
+# family -> what its publisher's config.json has beside, or in place of, what transformers writes
+_PUBLISHED: dict[str, dict[str, Any]] = {
+    "kimi-k2": {
+        "model_type": "kimi_k2",
+        "auto_map": {
+            "AutoConfig": "configuration_deepseek.DeepseekV3Config",
+            "AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM",
+        },
+    }
 }
 _MOE = tuple(_CLASSES)
 _CONFIGS |= _CLASSES

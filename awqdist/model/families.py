@@ -144,7 +144,7 @@ FAMILIES = (
     Family("GLM-4.7-Flash", ("Glm4MoeLiteForCausalLM",), _DEEPSEEK, "routers: they decide on experts"),
     Family("DeepSeek-V2", ("DeepseekV2ForCausalLM",), _DEEPSEEK, "routers: they decide on experts"),
     Family(
-        "DeepSeek-V3, R1",
+        "DeepSeek-V3, R1, Kimi-K2",
         ("DeepseekV3ForCausalLM",),
         _DEEPSEEK,
         "routers: they decide on experts; layers for multi-token prediction are copied",
