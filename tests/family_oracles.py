@@ -17,8 +17,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from awqdist import AWQModifier, QuantizationArgs, QuantizationModifier, QuantizationScheme, load_recipe
+from awqdist.checkpoint.index import read_index
+from awqdist.checkpoint.reader import read_tensors
+from awqdist.model.conversion import fuse_experts
+from awqdist.model.forward import forward_layer, head_inputs, record_calls, with_buffers
 from awqdist.model.mapping import ResolvedMapping
 from awqdist.model.preserve import apply_scales
+from awqdist.model.skeleton import build_skeleton, read_config
 from awqdist.recipe import Recipe
 from awqdist.recipe.settings import RunSettings
 from awqdist.run.job import Job, prepare
@@ -151,3 +156,29 @@ def _unpacked(words: np.ndarray, bits: int, count: int) -> np.ndarray:
     per_word, unsigned = 32 // bits, words.astype(np.int64) & 0xFFFFFFFF
     columns = [(unsigned[:, i // per_word] >> (bits * (i % per_word))) & ((1 << bits) - 1) for i in range(count)]
     return np.stack(columns, 1)
+
+
+def layer_by_layer(source: Path, ids: Tensor) -> list[Tensor]:
+    """awqdist's own hidden states (B, L, H) on `ids` (B, L), as transformers gives them: before every layer, and behind the final norm."""
+    index = read_index(source)
+    skeleton = build_skeleton(read_config(source), index.entries)
+
+    def read(names: dict[str, str]) -> dict[str, Tensor]:
+        tensors = read_tensors([index.entries[disk] for disk in names.values()]).tensors
+        return {name: tensors[disk] for name, disk in names.items()}
+
+    cpu = torch.device("cpu")
+    outside = with_buffers(skeleton.decoder, read(skeleton.outside_names()), cpu)
+    hidden, calls = record_calls(skeleton, outside, ids)
+    found = [hidden]
+    for number, layer in enumerate(skeleton.layers):
+        fused = fuse_experts(skeleton.layer_experts(number), read(skeleton.layer_names(number)))
+        found.append(forward_layer(layer, with_buffers(layer, fused, cpu), found[-1], calls[number]))
+    return [*found[:-1], head_inputs(skeleton, outside, ids, found[-1])]
+
+
+def hidden_states(source: Path, ids: Tensor) -> tuple[Tensor, ...]:
+    """The same by transformers' own forward."""
+    with torch.no_grad():
+        states: tuple[Tensor, ...] = load(source).eval()(input_ids=ids, output_hidden_states=True).hidden_states
+    return states

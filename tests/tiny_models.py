@@ -12,8 +12,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import tiny_hybrids
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -35,12 +37,17 @@ def tiny_text(num_lines: int = 400) -> str:
 
 def families() -> list[str]:
     """Names of all dense families, as `tiny_checkpoint` takes them."""
-    return [name for name in _CONFIGS if name not in _MOE]
+    return [name for name in _CONFIGS if name not in (*_MOE, *tiny_hybrids.TEXT_ONLY)]
 
 
 def moe_families() -> list[str]:
     """Names of all families with mixtures of experts."""
     return list(_MOE)
+
+
+def text_only_families() -> list[str]:
+    """Names of text models that `families` and `moe_families` have with a vision tower."""
+    return list(tiny_hybrids.TEXT_ONLY)
 
 
 def tiny_checkpoint(
@@ -56,6 +63,9 @@ def tiny_checkpoint(
     model = tiny_model(family, dtype, seed=seed, **changes)
     model.save_pretrained(folder, max_shard_size=shard_bytes)
     tiny_tokenizer().save_pretrained(folder)
+    if family == "qwen3-next":
+        file = folder / "model.safetensors"
+        save_file({**load_file(file), **tiny_hybrids.multi_token_prediction()}, file)
     if family in _PUBLISHED:
         fields = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps({**fields, **_PUBLISHED[family]}))
@@ -91,7 +101,7 @@ def randomize(model: PreTrainedModel, seed: int = 0) -> None:
             else:
                 parameter.copy_(noise * parameter[0].numel() ** -0.5)
         for name, buffer in model.named_buffers():
-            if name.endswith("e_score_correction_bias"):
+            if name.endswith(("e_score_correction_bias", "expert_bias")):
                 buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator))
 
 
@@ -129,6 +139,25 @@ def _text(config: str, **fields: Any) -> Callable[..., PretrainedConfig]:
     def make(**changes: Any) -> PretrainedConfig:
         merged = {**_TEXT, **fields, **changes}
         return getattr(transformers, config)(**{k: v for k, v in merged.items() if v is not None})
+
+    return make
+
+
+def _hybrids(found: tiny_hybrids.Hybrids) -> dict[str, tuple[str, Callable[..., PretrainedConfig]]]:
+    return {family: (kind, _text(config, **fields)) for family, (kind, config, fields) in found.items()}
+
+
+def _vision(config: str, text: dict[str, Any], vision: dict[str, Any]) -> Callable[..., PretrainedConfig]:
+    def make(**changes: Any) -> PretrainedConfig:
+        merged = {**_TEXT, **text, **changes}
+        special = {
+            f"{kind}_token_id": VOCABULARY - 1 - i
+            for i, kind in enumerate(("image", "video", "vision_start", "vision_end"))
+        }
+        tied = merged["tie_word_embeddings"]
+        return getattr(transformers, config)(
+            text_config=merged, vision_config=vision, tie_word_embeddings=tied, **special
+        )
 
     return make
 
@@ -209,6 +238,8 @@ _CONFIGS: dict[str, tuple[str, Callable[..., PretrainedConfig]]] = {
         _text("OPTConfig", ffn_dim=128, word_embed_proj_dim=64, tie_word_embeddings=True, **_NO_KV_HEADS),
     ),
     "gpt-neox": ("GPTNeoXForCausalLM", _text("GPTNeoXConfig", use_parallel_residual=True, **_NO_KV_HEADS)),
+    **_hybrids(tiny_hybrids.DENSE),
+    **{family: (kind, _vision(*rest)) for family, (kind, *rest) in tiny_hybrids.VISION.items()},
 }
 
 _EXPERTS = {"num_local_experts": 8, "num_experts_per_tok": 2}
@@ -281,6 +312,8 @@ _CLASSES = {
         "Glm4MoeLiteForCausalLM",
         _text("Glm4MoeLiteConfig", **{k: v for k, v in _DEEPSEEK.items() if k != "first_k_dense_replace"}),
     ),
+    **_hybrids(tiny_hybrids.MOE),
+    **{family: (kind, _vision(*rest)) for family, (kind, *rest) in tiny_hybrids.VISION_MOE.items()},
 }
 # family -> what its publisher's config.json has beside, or in place of, what transformers writes
 _PUBLISHED: dict[str, dict[str, Any]] = {
@@ -293,4 +326,4 @@ _PUBLISHED: dict[str, dict[str, Any]] = {
     }
 }
 _MOE = tuple(_CLASSES)
-_CONFIGS |= _CLASSES
+_CONFIGS |= _CLASSES | _hybrids(tiny_hybrids.TEXT_ONLY)

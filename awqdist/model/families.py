@@ -14,12 +14,14 @@ from awqdist.recipe import MappingPattern
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """architectures: class names, as in config.json's `architectures`; left: which linears are not smoothed or not quantized, and why."""
+    """architectures: class names, as in config.json's `architectures`; left: which linears are not smoothed or not quantized, and why;
+    kept: patterns of linears that stay in full precision unless a recipe's targets name them."""
 
     name: str
     architectures: tuple[str, ...]
     mappings: tuple[MappingPattern, ...]
     left: str = ""
+    kept: tuple[str, ...] = ()
 
 
 def _mapping(smooth: str, *balance: str) -> MappingPattern:
@@ -81,6 +83,31 @@ _AFMOE = (
     _mapping("pre_mlp_layernorm", r"mlp\..*gate_proj", r"mlp\..*up_proj"),
     _VALUE_TO_OUTPUT,
     _UP_TO_DOWN,
+)
+
+_QWEN_HYBRID = (
+    _mapping("input_layernorm", *_QKV, "in_proj_qkvz", "in_proj_qkv"),
+    _mapping(r"linear_attn\.norm", "out_proj"),
+    _mapping("post_attention_layernorm", "gate_proj", "up_proj"),
+    *_TAIL,
+)
+_DECAYS = "the small linears of decays and write strengths, whose errors add up in the state, stay in full precision"
+_LFM2 = (
+    _mapping("operator_norm", *_QKV, "in_proj"),
+    _mapping("in_proj", "out_proj"),
+    _mapping("v_proj", "out_proj"),
+    _mapping("ffn_norm", "w1", "w3"),
+    _mapping("w3", "w2"),
+)
+_JAMBA = (
+    _mapping("input_layernorm", *_QKV, "in_proj"),
+    _mapping("pre_ff_layernorm", "gate_proj", "up_proj"),
+    *_TAIL,
+)
+_NEMOTRON_H = (
+    _mapping(r"layers\.\d+\.norm", *_QKV, "in_proj", "up_proj"),
+    _mapping(r"mixer\.norm", "out_proj"),
+    *_TAIL,
 )
 
 FAMILIES = (
@@ -149,6 +176,44 @@ FAMILIES = (
         _DEEPSEEK,
         "routers: they decide on experts; layers for multi-token prediction are copied",
     ),
+    Family(
+        "GLM-5",
+        ("GlmMoeDsaForCausalLM",),
+        _DEEPSEEK,
+        "routers: they decide on experts; indexers: they decide on the tokens that are attended to",
+        kept=(r"re:.*\.indexer\.",),
+    ),
+    Family(
+        "Qwen3-Next",
+        ("Qwen3NextForCausalLM",),
+        _QWEN_HYBRID,
+        f"routers, gates of shared experts; {_DECAYS}",
+        kept=("re:.*in_proj_ba$",),
+    ),
+    Family(
+        "Qwen3.5",
+        ("Qwen3_5ForCausalLM", "Qwen3_5ForConditionalGeneration"),
+        _QWEN_HYBRID,
+        f"vision tower: text is what it is calibrated on; {_DECAYS}",
+        kept=("re:.*in_proj_[ab]$",),
+    ),
+    Family(
+        "Qwen3.5-MoE",
+        ("Qwen3_5MoeForCausalLM", "Qwen3_5MoeForConditionalGeneration"),
+        _QWEN_HYBRID,
+        f"vision tower: text is what it is calibrated on; routers, gates of shared experts; {_DECAYS}",
+        kept=("re:.*in_proj_[ab]$",),
+    ),
+    Family("LFM2", ("Lfm2ForCausalLM",), _LFM2),
+    Family("LFM2-MoE", ("Lfm2MoeForCausalLM",), _LFM2, "routers: they decide on experts"),
+    Family(
+        "Jamba",
+        ("JambaForCausalLM",),
+        _JAMBA,
+        "routers: they decide on experts; Mamba's linears stay in full precision, as vLLM reads them",
+        kept=(r"re:.*\.mamba\.",),
+    ),
+    Family("Nemotron-H", ("NemotronHForCausalLM",), _NEMOTRON_H, "routers: they decide on experts"),
     Family("PhiMoE", ("PhimoeForCausalLM",), _MIXTRAL, "routers: they decide on experts"),
     Family("MiniMax-M2", ("MiniMaxM2ForCausalLM",), _MIXTRAL, "routers: they decide on experts"),
     Family("Ernie 4.5 MoE", ("Ernie4_5_MoeForCausalLM",), _LLAMA, "routers: they decide on experts"),

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 _REGISTRY = {architecture: family.mappings for family in FAMILIES for architecture in family.architectures}
+_KEPT = {architecture: family.kept for family in FAMILIES for architecture in family.architectures}
 
 
 def register_mappings(architecture: str, mappings: Sequence[MappingPattern]) -> None:
@@ -27,6 +28,11 @@ def registered_mappings(architecture: str, config: PretrainedConfig) -> tuple[Ma
     ):  # Galactica has GELU, which is no multiple of its input
         return tuple(mapping for mapping in mappings if mapping != FC1_TO_FC2)
     return mappings
+
+
+def kept_linears(architecture: str) -> tuple[str, ...]:
+    """Patterns of an architecture's linears that stay in full precision unless a recipe's targets name them."""
+    return _KEPT.get(architecture, ())
 
 
 def registered_architectures() -> tuple[str, ...]:
