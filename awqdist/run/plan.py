@@ -137,7 +137,7 @@ def _layer_task(
             applied.append(mapping)
         else:
             label = f"{disk_module(mapping.smooth)} -> {', '.join(mapping.balance)}"
-            skipped.append(SkippedMapping(label, "the recipe quantizes none of its balance layers"))
+            skipped.append(SkippedMapping(label, "none of its balance layers is quantized"))
     sites, routed = _sites(structure, schemes)
     return LayerTask(layer, names, sites, structure.linears, schemes, tuple(applied), tuple(skipped), routed)
 
