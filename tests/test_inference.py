@@ -18,7 +18,7 @@ from odd_models import (
     PostNormForCausalLM,
     RenamedLlamaForCausalLM,
 )
-from tiny_models import families, moe_families, randomize, text_only_families, tiny_checkpoint, tiny_tokenizer
+from tiny_models import alike_families, families, moe_families, randomize, tiny_checkpoint, tiny_tokenizer
 from torch import Tensor
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
@@ -90,7 +90,7 @@ def _on_disk(names: dict[str, str], path: str) -> str:
 
 
 def test_every_registered_architecture_is_among_the_tested_families(tmp_path: Path) -> None:
-    names = [*families(), *moe_families(), *text_only_families()]
+    names = [*families(), *moe_families(), *alike_families()]
     tested = {open_skeleton(tiny_checkpoint(family, tmp_path / family)).architecture for family in names}
 
     assert set(registered_architectures()) <= tested

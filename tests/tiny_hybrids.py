@@ -27,7 +27,7 @@ _MAMBA_2 = {
     "ssm_state_size": 16,
     "head_dim": 16,
 }
-SPARSE_ATTENTION = {
+_SPARSE_ATTENTION = {
     "num_key_value_heads": 4,
     "n_routed_experts": 8,
     "num_experts_per_tok": 3,
@@ -68,7 +68,7 @@ DENSE: Hybrids = {
     ),
 }
 MOE: Hybrids = {
-    "glm5": ("GlmMoeDsaForCausalLM", "GlmMoeDsaConfig", SPARSE_ATTENTION),
+    "glm5": ("GlmMoeDsaForCausalLM", "GlmMoeDsaConfig", _SPARSE_ATTENTION),
     "qwen3-next": (
         "Qwen3NextForCausalLM",
         "Qwen3NextConfig",
@@ -106,8 +106,13 @@ MOE: Hybrids = {
         },
     ),
 }
-# the text models of VISION and VISION_MOE by themselves: the same layers
-TEXT_ONLY: Hybrids = {
+# classes with the layers of another family, whose tests stand for theirs
+ALIKE: Hybrids = {
+    "deepseek-v3.2": (
+        "DeepseekV32ForCausalLM",
+        "DeepseekV32Config",
+        {**_SPARSE_ATTENTION, "n_group": 4, "topk_group": 2},
+    ),
     "qwen3.5-text": ("Qwen3_5ForCausalLM", "Qwen3_5TextConfig", _DELTA_NET),
     "qwen3.5-moe-text": (
         "Qwen3_5MoeForCausalLM",

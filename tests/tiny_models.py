@@ -37,7 +37,7 @@ def tiny_text(num_lines: int = 400) -> str:
 
 def families() -> list[str]:
     """Names of all dense families, as `tiny_checkpoint` takes them."""
-    return [name for name in _CONFIGS if name not in (*_MOE, *tiny_hybrids.TEXT_ONLY)]
+    return [name for name in _CONFIGS if name not in (*_MOE, *tiny_hybrids.ALIKE)]
 
 
 def moe_families() -> list[str]:
@@ -45,9 +45,9 @@ def moe_families() -> list[str]:
     return list(_MOE)
 
 
-def text_only_families() -> list[str]:
-    """Names of text models that `families` and `moe_families` have with a vision tower."""
-    return list(tiny_hybrids.TEXT_ONLY)
+def alike_families() -> list[str]:
+    """Names of families with the layers of one among `families` or `moe_families`, under another class."""
+    return list(tiny_hybrids.ALIKE)
 
 
 def tiny_checkpoint(
@@ -326,4 +326,4 @@ _PUBLISHED: dict[str, dict[str, Any]] = {
     }
 }
 _MOE = tuple(_CLASSES)
-_CONFIGS |= _CLASSES | _hybrids(tiny_hybrids.TEXT_ONLY)
+_CONFIGS |= _CLASSES | _hybrids(tiny_hybrids.ALIKE)

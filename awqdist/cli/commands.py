@@ -210,7 +210,9 @@ def _print_left_out(job: Job) -> None:
     if job.plan.inferred:
         _console.print(f"{job.plan.architecture} is not in the registry: inferred from its structure and verified.")
     for name in job.plan.ignored[:10]:
-        _console.print(f"left in full precision: {name} (not targeted, ignored by the recipe, or one that decides)", soft_wrap=True)
+        _console.print(
+            f"left in full precision: {name} (not targeted, ignored by the recipe, or one that decides)", soft_wrap=True
+        )
     if len(job.plan.ignored) > 10:
         _console.print(f"… and {len(job.plan.ignored) - 10} more; --json lists all")
 

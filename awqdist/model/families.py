@@ -177,8 +177,8 @@ FAMILIES = (
         "routers: they decide on experts; layers for multi-token prediction are copied",
     ),
     Family(
-        "GLM-5",
-        ("GlmMoeDsaForCausalLM",),
+        "GLM-5, DeepSeek-V3.2",
+        ("GlmMoeDsaForCausalLM", "DeepseekV32ForCausalLM"),
         _DEEPSEEK,
         "routers: they decide on experts; indexers: they decide on the tokens that are attended to",
         kept=(r"re:.*\.indexer\.",),
