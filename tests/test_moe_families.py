@@ -21,16 +21,20 @@ from family_oracles import (
     open_job,
     read_all,
     recipe,
+    routing,
     smoothed_checkpoint,
     token_ids,
     write_all,
 )
 from tiny_hybrids import FULL_PRECISION, UNSMOOTHED
-from tiny_models import moe_families, tiny_checkpoint
-from torch import Tensor, nn
+from tiny_models import fused_families, moe_families, tiny_checkpoint, tiny_text
+from torch import Tensor
+from transformers import AutoConfig
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from awqdist import oneshot
+from awqdist.cli.dequantized import load_dequantized
+from awqdist.cli.evaluate import evaluate
 from awqdist.model.mapping import ResolvedMapping
 from awqdist.run import worker
 from awqdist.run.plan import LayerTask
@@ -39,6 +43,7 @@ from awqdist.run.records import RunSummary
 
 SAMPLES = token_ids(8)
 PROBE = token_ids(2, seed=1)
+EXPERTS_NOT_LOADED = ["granitemoe", "granitemoe-shared", "gpt-oss", "qwen3-vl-moe"]
 
 
 @dataclass
@@ -89,21 +94,6 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return Case(request.param, source, logits(load(source), PROBE), folder / "output", summary, results)
 
 
-def routing(model: Any) -> list[Tensor]:
-    """The experts of every token, sorted, of every block that routes (T, top k)."""
-    seen: list[Tensor] = []
-
-    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-        seen.append(args[1].sort(-1).values)
-
-    blocks = [m for n, m in model.named_modules() if n.endswith(".experts") and not isinstance(m, nn.ModuleList)]
-    handles = [block.register_forward_pre_hook(hook) for block in blocks]
-    logits(model, PROBE)
-    for handle in handles:
-        handle.remove()
-    return seen
-
-
 def test_smoothing_with_random_scales_keeps_logits_and_routing_of_the_whole_model(case: Case, tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(7)
 
@@ -114,7 +104,7 @@ def test_smoothing_with_random_scales_keeps_logits_and_routing_of_the_whole_mode
     smoothed = smoothed_checkpoint(open_job(case.source, recipe()), tmp_path / "smoothed", between_a_quarter_and_four)
 
     assert distance(logits(load(smoothed), PROBE), case.float_logits) < 1e-4
-    before, after = routing(load(case.source)), routing(load(smoothed))
+    before, after = routing(load(case.source), PROBE), routing(load(smoothed), PROBE)
     assert before
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
@@ -163,6 +153,7 @@ def test_an_independent_reader_gets_the_logits_of_the_weights_in_memory(case: Ca
     assert distance(found, case.float_logits) < 0.6
 
 
+@pytest.mark.parametrize("case", [f for f in moe_families() if f not in EXPERTS_NOT_LOADED], indirect=True)
 def test_transformers_loads_the_model_quantized_symmetrically(case: Case, tmp_path: Path) -> None:
     quantized(case.source, tmp_path / "output", symmetric=True)
     model, info = load(tmp_path / "output", output_loading_info=True)
@@ -172,10 +163,41 @@ def test_transformers_loads_the_model_quantized_symmetrically(case: Case, tmp_pa
     assert distance(logits(model, PROBE), logits(load(plain), PROBE)) < 1e-5
 
 
+@pytest.mark.parametrize("case", [f for f in moe_families() if f not in fused_families()], indirect=True)
 def test_transformers_does_not_read_zero_points_of_experts(case: Case) -> None:
     """A limit of transformers 5.17, not of the checkpoint: once this fails, the README's table can say so."""
     with pytest.raises(RuntimeError, match="issues during automatic conversion"):
         load(case.output)
+
+
+@pytest.mark.parametrize("case", ["llama4", "llama4-vision"], indirect=True)
+def test_transformers_loads_a_quantized_llama_4_with_zero_points(case: Case, tmp_path: Path) -> None:
+    model, info = load(case.output, output_loading_info=True)
+
+    assert {key: found for key, found in info.items() if found} == {}
+    plain = dequantized_checkpoint(case.output, tmp_path / "plain")
+    assert distance(logits(model, PROBE), logits(load(plain), PROBE)) < 1e-5
+
+
+@pytest.mark.parametrize("case", EXPERTS_NOT_LOADED, indirect=True)
+def test_transformers_warns_that_it_makes_up_experts_that_it_wants_in_one_tensor(case: Case) -> None:
+    """A limit of transformers 5.17: it has no conversion from linears to the tensor for these families."""
+    model, info = load(case.output, output_loading_info=True)
+
+    assert set(info["missing_keys"]) == {name for name in model.state_dict() if ".experts." in name}
+    assert {name for name in read_all(case.output) if ".experts." in name} == set(info["unexpected_keys"])
+
+
+@pytest.mark.parametrize("case", fused_families(), indirect=True)
+def test_eval_reads_experts_that_the_family_stores_in_one_tensor(case: Case, tmp_path: Path) -> None:
+    plain = dequantized_checkpoint(case.output, tmp_path / "plain")
+    (tmp_path / "text.txt").write_text(tiny_text(40))
+
+    model, info = load_dequantized(case.output, AutoConfig.from_pretrained(case.output))
+    assert {key: found for key, found in info.items() if found} == {}
+    assert distance(logits(model, PROBE), logits(load(plain), PROBE)) < 1e-5
+    found = evaluate(str(case.output), tmp_path / "text.txt", against=str(case.source), max_tokens=256, window=32)
+    assert 0 < (found.kl or 0) < 0.2
 
 
 def test_the_layer_by_layer_forward_gives_the_hidden_states_of_the_models_own(case: Case) -> None:

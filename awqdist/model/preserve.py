@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from awqdist.model.conversion import FusedParameter, fuse_experts
+from awqdist.model.experts import FusedParameter, fuse_experts
 from awqdist.model.forward import LayerCall, forward_layer, with_buffers
 from awqdist.model.mapping import ResolvedMapping
 from awqdist.quant.smooth import balance_linear, per_source, smooth_linear, smooth_norm

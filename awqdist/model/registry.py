@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from awqdist.model.families import FAMILIES, FC1_TO_FC2, OPT
+from awqdist.model.families import FAMILIES
+from awqdist.model.patterns import FC1_TO_FC2, OPT
 from awqdist.recipe import MappingPattern
 
 if TYPE_CHECKING:
