@@ -178,10 +178,8 @@ class _WatchedExperts(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _PRODUCTS:
             weight = args[1] if len(args) > 1 else (kwargs or {}).get("weight")
-            storage = weight.untyped_storage().data_ptr() if isinstance(weight, Tensor) else 0
-            parameter, watch = self._watched.get(storage, (None, None))
-            if parameter is not None and watch is not None:
-                self._tell(watch, parameter, args[0], weight)
+            if isinstance(weight, Tensor) and (told := self._watched.get(weight.untyped_storage().data_ptr())):
+                self._tell(told[1], told[0], args[0], weight)
         return func(*args, **(kwargs or {}))
 
     @staticmethod
