@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import sys
 from collections.abc import Iterator
 from importlib.machinery import ModuleSpec
@@ -157,10 +159,33 @@ def test_a_class_with_the_layers_of_another_is_planned_alike(family: str, tmp_pa
         assert (ours.schemes, ours.mappings, ours.routed) == (theirs.schemes, theirs.mappings, theirs.routed)
 
 
+def test_experts_of_one_tensor_give_the_bytes_of_experts_apart(tmp_path: Path) -> None:
+    """Qwen3.5-MoE is published so, and transformers writes a tensor for every expert's linear."""
+    apart = tiny_checkpoint("qwen3.5-moe", tmp_path / "apart", torch.bfloat16)
+    tensors = read_all(apart)
+    for block in {found[1] for name in tensors if (found := re.match(r"(.*\.experts)\.\d+\.", name))}:
+        gate, up, down = (
+            torch.stack([tensors.pop(f"{block}.{e}.{linear}_proj.weight") for e in range(8)])
+            for linear in ("gate", "up", "down")
+        )
+        tensors |= {f"{block}.gate_up_proj": torch.cat([gate, up], 1), f"{block}.down_proj": down}
+    together = shutil.copytree(apart, tmp_path / "together")
+    save_file(tensors, together / "model.safetensors")
+
+    for source in (apart, together):
+        quantized(source, tmp_path / f"{source.name}-output", recipe())
+
+    expected, found = (read_all(tmp_path / f"{kind}-output") for kind in ("apart", "together"))
+    assert set(found) == set(expected)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
 def test_experts_that_read_a_projection_of_their_own_are_refused(tmp_path: Path) -> None:
     source = tiny_checkpoint("nemotron-h-moe", tmp_path / "source", moe_latent_size=32)
 
-    with pytest.raises(ModelError, match=r"mixer\.experts.*no router or linear reads.*moe_latent_size"):
+    with pytest.raises(
+        ModelError, match=r"mixer\.experts read a projection of their own of 32 channels.*moe_latent_size"
+    ):
         open_job(source, recipe())
 
 

@@ -142,7 +142,7 @@ FULL_PRECISION = {
     "jamba": r"mamba\.(in_proj|x_proj|out_proj)",
 }
 # family -> the same of linears whose input nothing can be divided out of, or that no quantized linear reads along with
-UNSMOOTHED = {"jamba": FULL_PRECISION["jamba"]}
+UNSMOOTHED = {"jamba": FULL_PRECISION["jamba"], "gpt-oss": r"down_proj$"}
 
 
 def multi_token_prediction() -> dict[str, Tensor]:

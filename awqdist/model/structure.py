@@ -156,6 +156,11 @@ def _passed_over(seen: _Sightings, experts: list[FusedParameter]) -> Callable[..
 
     def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         source = seen.input_of(experts[0].module, hidden_states)
+        if source.shape[-1] != hidden_states.shape[-1]:
+            raise ModelError(
+                f"the experts of {experts[0].module} read a projection of their own of {hidden_states.shape[-1]} channels"
+                " (moe_latent_size), which is not supported yet"
+            )
         for fused in experts:
             for part in fused.parts:
                 seen.read(torch.empty(1, device="meta") if fused.is_inner else source, part)
@@ -173,19 +178,11 @@ def _is_router(module: nn.Module) -> bool:
 def _gates(
     sites: tuple[tuple[str, ...], ...], shapes: dict[str, tuple[int, int]], experts: tuple[FusedParameter, ...]
 ) -> frozenset[str]:
-    """Linears beside experts that have an output per expert, or one: they decide, and stay in full precision.
-
-    Raises ModelError where nothing reads along with the experts: there is nowhere to see what they are given.
-    """
+    """Linears beside experts that have an output per expert, or one: they decide, and stay in full precision."""
     gates = set()
     for fused in experts:
         site = next(site for site in sites if fused.parts[0][0] in site)
         beside = [path for path in site if not path.startswith(f"{fused.module}.")]
-        if not beside and not fused.is_inner:
-            raise ModelError(
-                f"the experts of {fused.module} read a tensor that no router or linear reads (they have a width of their own,"
-                " moe_latent_size); such models are not supported yet"
-            )
         gates |= {
             path for path in beside if shapes[path][0] in (1, len(fused.parts)) and re.search("gate|router", path)
         }
