@@ -10,7 +10,6 @@ these products: no model code is copied.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -74,7 +73,8 @@ class _AllLayersSeen(Exception):
 def record_calls(skeleton: Skeleton, outside: Parameters, input_ids: Tensor) -> tuple[Tensor, list[LayerCall]]:
     """First hidden states (B, L, H) of input_ids (B, L), and the call of every layer.
 
-    outside: parameters and buffers of the decoder that are in no layer, by their names in the decoder.
+    outside: parameters and buffers of the decoder that are in no layer, by their names in the decoder. Raises CalibrationError for
+    sequences that are too long for a layer to be run by itself (see `_beside_states`).
     """
     calls: list[LayerCall] = []
     first: list[Tensor] = []
@@ -104,7 +104,7 @@ def _beside_states(skeleton: Skeleton, input_ids: Tensor) -> tuple[Tensor, ...]:
 
     Raises CalibrationError for longer samples of a model with such layers.
     """
-    if "prev_topk_indices" not in inspect.signature(type(skeleton.layers[0]).forward).parameters:
+    if "prev_topk_indices" not in signature(type(skeleton.layers[0]).forward).parameters:
         return ()
     config, (num_sequences, length) = skeleton.model.config.get_text_config(decoder=True), input_ids.shape
     if length > config.index_topk and "shared" in config.indexer_types:
