@@ -77,6 +77,7 @@ OPTIONS = {
         "--max-tokens": 16384,
         "--window": 256,
         "--device": "auto",
+        "--shard": "none",
         "--json": False,
     },
     "doctor": {

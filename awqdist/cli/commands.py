@@ -9,6 +9,7 @@ import sys
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import cast
 
 from rich.console import Console
 from rich.table import Table
@@ -16,7 +17,7 @@ from rich.table import Table
 from awqdist.api import quantize
 from awqdist.backends.room import choose_backend, launcher_value
 from awqdist.checkpoint.hub import model_folder
-from awqdist.cli.evaluate import Evaluation, evaluate
+from awqdist.cli.evaluate import Evaluation, EvaluationError, Shard, evaluate
 from awqdist.cli.progress import Kind, renderer
 from awqdist.cli.report import write_report
 from awqdist.cli.tables import summary_table
@@ -88,11 +89,24 @@ def show_verification(output: Path, source: str | None, *, as_json: bool) -> Non
 
 
 def show_evaluation(
-    model: str, text: Path, *, against: str | None, limits: tuple[int, int], device: str, as_json: bool
+    model: str, text: Path, *, against: str | None, limits: tuple[int, int], place: tuple[str, str], as_json: bool
 ) -> None:
-    """limits: (max_tokens, window)."""
-    device = str(choose_device(device))
-    result = evaluate(model, text, against=against, max_tokens=limits[0], window=limits[1], device=device)
+    """limits: (max_tokens, window); place: (device, shard). Of several ranks only the first shows anything."""
+    device, shard = place[0], cast(Shard, place[1])
+    if shard != "none" and device != "auto":
+        raise EvaluationError(f"--shard {shard} takes all devices that there are; leave out --device {device}")
+    max_tokens, window = limits
+    result = evaluate(
+        model,
+        text,
+        against=against,
+        max_tokens=max_tokens,
+        window=window,
+        device=str(choose_device(device)),
+        shard=shard,
+    )
+    if shard == "zero3" and launcher_value("RANK") != "0":
+        return
     if as_json:
         print(json.dumps(asdict(result), indent=2))
     else:

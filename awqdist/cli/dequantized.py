@@ -10,8 +10,6 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from awqdist.errors import CheckpointError
-
 
 def has_packed_experts(folder: Path, config: Any) -> bool:
     """Whether `folder` holds experts in the pack-quantized format with zero points."""
@@ -23,37 +21,22 @@ def has_packed_experts(folder: Path, config: Any) -> bool:
     return any(".experts." in name and name.endswith(".weight_zero_point") for name in read_index(folder).entries)
 
 
-def load_dequantized(folder: Path, config: Any) -> tuple[Any, dict[str, Any]]:
-    """The float32 model of `folder`, and transformers' account of the loading.
+def load_dequantized(folder: Path, config: Any, **options: Any) -> tuple[Any, dict[str, Any]]:
+    """The float32 model of `folder`, and transformers' account of the loading, which is given `options`.
 
     Raises CheckpointError where linears are quantized in more than one way.
     """
     import torch
     import transformers
 
-    from awqdist.checkpoint.index import read_index
-    from awqdist.checkpoint.reader import read_tensor
-    from awqdist.export.compressed_tensors import CompressedTensorsFormat
-    from awqdist.recipe import WeightScheme
+    from awqdist.cli.float_weights import FloatWeights
 
-    schemes = {
-        WeightScheme(w["num_bits"], w["symmetric"], w.get("group_size") or -1)
-        for w in (group["weights"] for group in config.quantization_config["config_groups"].values())
-    }
-    if len(schemes) != 1:
-        raise CheckpointError(
-            f"model {folder}: experts with zero points, and linears of {len(schemes)} kinds, cannot be evaluated"
-        )
-    (scheme,) = schemes
-    state = {name: read_tensor(entry) for name, entry in read_index(folder).entries.items()}
-    for module in [name.removesuffix(".weight_packed") for name in state if name.endswith(".weight_packed")]:
-        kinds = [kind for kind in ("packed", "scale", "zero_point", "shape") if f"{module}.weight_{kind}" in state]
-        parts = {f"weight_{kind}": state.pop(f"{module}.weight_{kind}") for kind in kinds}
-        state[f"{module}.weight"] = CompressedTensorsFormat().unpack(parts, scheme).dequantize()
+    weights = FloatWeights(folder, config.quantization_config)
+    state = {name: weights.read(name) for name in weights.names}
     plain = deepcopy(config)
     del plain.quantization_config
     kind = getattr(transformers, config.architectures[0])  # the Auto classes load folders only
     found: tuple[Any, dict[str, Any]] = kind.from_pretrained(
-        None, config=plain, state_dict=state, dtype=torch.float32, output_loading_info=True
+        None, config=plain, state_dict=state, dtype=torch.float32, output_loading_info=True, **options
     )
     return found

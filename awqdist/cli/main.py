@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import typer
 
 from awqdist.cli import options
-from awqdist.cli.options import Backend, Offload, OutputFormat, Progress
+from awqdist.cli.options import Backend, Offload, OutputFormat, Progress, Shard
 from awqdist.errors import AwqdistError
 
 DEFAULT_CALIBRATION = "mit-han-lab/pile-val-backup::validation"
@@ -141,8 +141,8 @@ def plan(
         cpu_memory=cpu_memory,
     )
     seconds = (chunk_seconds, search_seconds, read_seconds, write_seconds, transfer_seconds)
-    simulation = SimulationOptions(workers, simulate, times_from, *seconds)
-    show_plan(settings, recipe, simulation, load_machines(profile, workers_per_machine), as_json=as_json)
+    machines = load_machines(profile, workers_per_machine)
+    show_plan(settings, recipe, SimulationOptions(workers, simulate, times_from, *seconds), machines, as_json=as_json)
 
 
 @app.command(epilog="Example: awqdist mappings ./my-model --recipe awq")
@@ -173,12 +173,14 @@ def evaluate(
     max_tokens: Annotated[int, typer.Option(min=2, help="How much of the text is read.")] = 16384,
     window: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 256,
     device: options.Device = "auto",
+    shard: options.ShardOption = Shard.none,
     as_json: options.Json = False,
 ) -> None:
     """Measures perplexity, and the divergence from the float model, through transformers."""
     from awqdist.cli.commands import show_evaluation
 
-    show_evaluation(model, text, against=against, limits=(max_tokens, window), device=device, as_json=as_json)
+    limits, place = (max_tokens, window), (device, shard.value)
+    show_evaluation(model, text, against=against, limits=limits, place=place, as_json=as_json)
 
 
 @app.command(epilog="Example: awqdist doctor ./llama-w4 --profile machine.json")

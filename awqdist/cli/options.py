@@ -30,12 +30,25 @@ class Offload(StrEnum):
     nvme = "nvme"
 
 
+class Shard(StrEnum):
+    none = "none"
+    auto = "auto"
+    zero3 = "zero3"
+
+
 class OutputFormat(StrEnum):
     compressed_tensors = "compressed-tensors"
     autoawq = "autoawq"
 
 
 Model = Annotated[str, typer.Argument(help="Folder of a transformers checkpoint, or a Hugging Face hub id.")]
+ShardOption = Annotated[
+    Shard,
+    typer.Option(
+        "--shard",
+        help="auto: over all GPUs of this process, then memory; zero3: over the ranks of torchrun or deepspeed.",
+    ),
+]
 Described = Annotated[
     str,
     typer.Argument(
