@@ -14,6 +14,7 @@ from typing import Literal
 
 from awqdist.quant.experts import max_rows
 from awqdist.quant.rounding import SUB_BLOCK
+from awqdist.quant.sketch import SKETCH_ROWS
 from awqdist.recipe import WeightScheme
 from awqdist.run.estimate_layer import chunk_tokens, compute_bytes, routed_tokens
 from awqdist.run.job import Job
@@ -26,7 +27,7 @@ Product = Literal[
 Stage = Literal["forward", "statistics", "search", "check", "round"]
 STAGES: tuple[Stage, ...] = ("forward", "statistics", "search", "check", "round")
 
-_GRID_PASSES = 24  # rounding_difference: values read or written for each weight
+_GRID_PASSES = 10  # rounding_difference: values read or written for each weight
 _GRID_OPERATIONS = 14
 _COLUMN_PASSES = 14  # GPTQ: the same for each weight, one column at a time
 _COLUMN_OPERATIONS = 9
@@ -176,18 +177,23 @@ class LayerWork:
                 for _ in range(looks):
                     self._expert_gram(work, unit)
 
-    def _candidates(self, work: Work, unit: _Unit, rows: float, calls: float, *, rough: bool = False) -> None:
+    def _candidates(
+        self, work: Work, unit: _Unit, rows: float, calls: float, *, rough: bool = False, sketched: bool = True
+    ) -> None:
         """Rounds `rows` rows in `calls` pieces and asks what that changes."""
         work.add(values=_GRID_PASSES * rows * unit.columns, operations=_GRID_OPERATIONS * calls)
-        self._form(work, unit, rows, calls, rough=rough)
+        self._form(work, unit, rows, calls, rough=rough, sketched=sketched)
 
-    def _form(self, work: Work, unit: _Unit, rows: float, calls: float, *, rough: bool = False) -> None:
-        """d·G·dᵀ of rows d, or the same through the kept rows of the activations."""
+    def _form(
+        self, work: Work, unit: _Unit, rows: float, calls: float, *, rough: bool = False, sketched: bool = False
+    ) -> None:
+        """d·G·dᵀ of rows d, or the same through the kept rows of the activations, or through a sketch of them."""
         if not unit.is_expert and self._tokens < unit.columns:
             work.add(flops=2 * rows * unit.columns * unit.tokens, values=2 * rows * unit.tokens, operations=4 * calls)
         elif rough:
-            work.add(product="rough", flops=2 * rows * unit.columns**2)
-            work.add(values=4 * rows * unit.columns, operations=6 * calls)
+            width = SKETCH_ROWS if sketched and unit.columns >= 2 * SKETCH_ROWS and not unit.is_expert else unit.columns
+            work.add(product="rough", flops=2 * rows * unit.columns * width)
+            work.add(values=2 * rows * (unit.columns + width), operations=6 * calls)
         else:
             work.add(flops=rows * unit.columns * (unit.columns + _BLOCK))
             work.add(values=4 * rows * unit.columns, operations=8 * calls * ceil(unit.columns / _BLOCK))
@@ -223,7 +229,7 @@ class LayerWork:
             work.add(values=(_COLUMN_PASSES + SUB_BLOCK / 2) * weights, operations=_COLUMN_OPERATIONS * pieces)
         linears = unit.count * unit.linears
         self._form(work, unit, unit.count * unit.rows, linears, rough=True)  # the signal; to nearest; what is written
-        self._candidates(work, unit, unit.count * unit.rows, linears, rough=True)
+        self._candidates(work, unit, unit.count * unit.rows, linears, rough=True, sketched=False)
         self._form(work, unit, unit.count * unit.rows, linears)
 
 
