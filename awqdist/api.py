@@ -16,7 +16,7 @@ from awqdist.backends.room import choose_backend
 from awqdist.calibration.text import is_text, load_calibration
 from awqdist.checkpoint.hub import model_folder
 from awqdist.errors import CalibrationError, CheckpointError
-from awqdist.model import registry
+from awqdist.model import config, registry
 from awqdist.recipe import AWQMapping, MappingPattern, Recipe, load_recipe
 from awqdist.recipe.settings import Placement, RunSettings
 from awqdist.run.estimate import chunk_budget
@@ -82,13 +82,15 @@ def oneshot(
     num_calibration_samples: int = 128,
     max_seq_length: int = 512,
     tokenizer: Any = None,
+    moe_calibrate_all_experts: bool = False,
     **settings: Any,
 ) -> RunSummary:
     """Quantizes `model` into `output_dir`.
 
     model: a folder, a hub id or a transformers PreTrainedModel (which is left unchanged; its tokenizer is found by its name, or
     given); dataset: a text file, a hub dataset, a datasets.Dataset, a list of texts or of token-id lists; recipe: modifiers, a preset
-    name, a YAML file or YAML text; settings: further fields of `RunSettings`. Raises AwqdistError for bad input.
+    name, a YAML file or YAML text; moe_calibrate_all_experts: `RunSettings.all_experts`; settings: further fields of `RunSettings`.
+    Raises AwqdistError for bad input.
     """
     built = load_recipe(recipe)
     in_memory = hasattr(model, "save_pretrained")
@@ -99,7 +101,13 @@ def oneshot(
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
         source = Path(folder) if in_memory else model_folder(str(model))
-        run = RunSettings(source, Path(output_dir), num_samples=num_calibration_samples, sequence_length=max_seq_length)
+        run = RunSettings(
+            source,
+            Path(output_dir),
+            num_samples=num_calibration_samples,
+            sequence_length=max_seq_length,
+            all_experts=moe_calibrate_all_experts,
+        )
         return quantize(built, replace(run, **settings), dataset, tokenizer=tokenizer)
 
 
@@ -111,10 +119,8 @@ def register_mappings(architecture: str, mappings: Sequence[AWQMapping]) -> None
 
 def load_tokenizer(model: str | Path) -> Any:
     """The tokenizer of a folder or hub id. Raises CheckpointError."""
-    from transformers import AutoTokenizer
-
     try:
-        return AutoTokenizer.from_pretrained(model)
+        return config.load_tokenizer(model)
     except Exception as error:  # transformers raises many kinds for a missing or broken tokenizer
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(

@@ -9,15 +9,22 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
+from fused_oracles import apart, together
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny_models import GROUP_SIZE, VOCABULARY
-from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from awqdist import AWQModifier, QuantizationArgs, QuantizationModifier, QuantizationScheme, load_recipe
+from awqdist.checkpoint.reader import read_tensors
+from awqdist.checkpoint.source import read_source
+from awqdist.model.experts import fuse_experts
+from awqdist.model.forward import forward_layer, head_inputs, record_calls, with_buffers
 from awqdist.model.mapping import ResolvedMapping
 from awqdist.model.preserve import apply_scales
+from awqdist.model.skeleton import build_skeleton, read_config
 from awqdist.recipe import Recipe
 from awqdist.recipe.settings import RunSettings
 from awqdist.run.job import Job, prepare
@@ -49,9 +56,11 @@ def token_ids(num_samples: int, length: int = 32, seed: int = 0) -> Tensor:
 
 
 def load(folder: Path, **options: Any) -> Any:
-    """What transformers makes of a folder, by the Auto class of its kind."""
-    vision = hasattr(AutoConfig.from_pretrained(folder), "vision_config")
-    kind = AutoModelForImageTextToText if vision else AutoModelForCausalLM
+    """What transformers makes of a folder, by the class that config.json names, or by the Auto class where that is a test's own."""
+    fields = json.loads((folder / "config.json").read_text())
+    if fields["model_type"] == "kimi_k2":  # as its publisher advises for software that does not know the type
+        options["config"] = transformers.DeepseekV3Config.from_dict({**fields, "model_type": "deepseek_v3"})
+    kind = getattr(transformers, fields["architectures"][0], AutoModelForCausalLM)
     return kind.from_pretrained(folder, device_map="cpu", **options)
 
 
@@ -66,23 +75,24 @@ def distance(found: Tensor, expected: Tensor) -> float:
 
 
 def read_all(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder, from its safetensors files."""
+    """All tensors of a folder, from its safetensors files; those of all experts of a block apart."""
     tensors: dict[str, Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as opened:
             for name in opened.keys():  # noqa: SIM118  (not a dict)
                 assert name not in tensors, f"{name} is in two files"
                 tensors[name] = opened.get_tensor(name)
-    return tensors
+    return apart(tensors)
 
 
 def write_all(folder: Path, config: Path, tensors: dict[str, Tensor]) -> Path:
-    """A float checkpoint in one file, with the configuration of another less its quantization."""
+    """A float checkpoint in one file, with the configuration of another less its quantization, and its layout of experts."""
     folder.mkdir(parents=True)
     fields = json.loads((config / "config.json").read_text())
     fields.pop("quantization_config", None)
     (folder / "config.json").write_text(json.dumps(fields))
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    stored = together(tensors, fields["model_type"])
+    save_file({name: tensor.contiguous() for name, tensor in stored.items()}, folder / "model.safetensors")
     return folder
 
 
@@ -118,6 +128,25 @@ def site_inputs(job: Job, model: PreTrainedModel, samples: Tensor) -> dict[tuple
     return inputs
 
 
+def routing(model: Any, ids: Tensor) -> list[Tensor]:
+    """The experts of every token, sorted, of every block that routes (T, top k)."""
+    seen: list[Tensor] = []
+
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if len(args) == 1:  # Llama-4: rows of every expert in turn, zeros for tokens of others
+            routed = args[0].unflatten(0, (module.num_experts, -1)).any(-1)  # (E, T)
+            seen.append(routed.T.nonzero()[:, 1].unflatten(0, (routed.shape[1], -1)))
+        else:
+            seen.append(args[1].sort(-1).values)
+
+    blocks = [m for n, m in model.named_modules() if n.endswith(".experts") and not isinstance(m, nn.ModuleList)]
+    handles = [block.register_forward_pre_hook(hook) for block in blocks]
+    logits(model, ids)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
 def dequantized_checkpoint(quantized: Path, folder: Path) -> Path:
     """A float checkpoint with the weights that a quantized one means, by the format's description alone."""
     scheme = json.loads((quantized / "config.json").read_text())["quantization_config"]["config_groups"]["group_0"]
@@ -148,3 +177,29 @@ def _unpacked(words: np.ndarray, bits: int, count: int) -> np.ndarray:
     per_word, unsigned = 32 // bits, words.astype(np.int64) & 0xFFFFFFFF
     columns = [(unsigned[:, i // per_word] >> (bits * (i % per_word))) & ((1 << bits) - 1) for i in range(count)]
     return np.stack(columns, 1)
+
+
+def layer_by_layer(source: Path, ids: Tensor) -> list[Tensor]:
+    """awqdist's own hidden states (B, L, H) on `ids` (B, L), as transformers gives them: before every layer, and behind the final norm."""
+    index = read_source(source)
+    skeleton = build_skeleton(read_config(source), index.entries)
+
+    def read(names: dict[str, str]) -> dict[str, Tensor]:
+        tensors = read_tensors([index.entries[disk] for disk in names.values()]).tensors
+        return {name: tensors[disk] for name, disk in names.items()}
+
+    cpu = torch.device("cpu")
+    outside = with_buffers(skeleton.decoder, read(skeleton.outside_names()), cpu)
+    hidden, calls = record_calls(skeleton, outside, ids)
+    found = [hidden]
+    for number, layer in enumerate(skeleton.layers):
+        fused = fuse_experts(skeleton.layer_experts(number), read(skeleton.layer_names(number)))
+        found.append(forward_layer(layer, with_buffers(layer, fused, cpu), found[-1], calls[number]))
+    return [*found[:-1], head_inputs(skeleton, outside, ids, found[-1])]
+
+
+def hidden_states(source: Path, ids: Tensor) -> tuple[Tensor, ...]:
+    """The same by transformers' own forward."""
+    with torch.no_grad():
+        states: tuple[Tensor, ...] = load(source).eval()(input_ids=ids, output_hidden_states=True).hidden_states
+    return states

@@ -19,13 +19,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig
 
 from awqdist.backends.room import launcher_value
 from awqdist.checkpoint.hub import model_folder
 from awqdist.cli.float_weights import FloatWeights
 from awqdist.errors import AwqdistError, CheckpointError
-from awqdist.model.conversion import fuse_experts
+from awqdist.model.config import load_config
+from awqdist.model.experts import fuse_experts
 from awqdist.model.skeleton import Skeleton, build_skeleton, read_config
 
 _CONFIG = {
@@ -83,7 +83,7 @@ def load_sharded(name: str, ranks: Ranks) -> Any:
 
 
 def _quantization(folder: Path) -> dict[str, Any] | None:
-    found = getattr(AutoConfig.from_pretrained(folder, local_files_only=True), "quantization_config", None)
+    found = getattr(load_config(folder, local_files_only=True), "quantization_config", None)
     return found if isinstance(found, dict) else None
 
 

@@ -3,15 +3,18 @@
 `record_calls` runs the model's own forward with every decoder layer replaced by a recorder: out come the first layer's input and, for every
 layer, the further arguments that the model gives it (rotary embeddings, the mask of its kind). `forward_layer` then runs one layer.
 
-Experts run by transformers' own eager code, which calls `torch.nn.functional.linear` once for each expert that a token was routed to,
-with that expert's slice of the fused parameter. Whoever watches such a parameter is told of these calls: no model code is copied.
+Experts run by transformers' own eager code, which multiplies rows by slices of a fused parameter, once for each expert that a token was
+routed to, or (Llama-4) by the whole of it, with a row of zeros wherever a token was not. Whoever watches such a parameter is told of
+these products: no model code is copied.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -20,12 +23,15 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-from awqdist.model.conversion import FusedParameter
+from awqdist.errors import CalibrationError
+from awqdist.model.experts import FusedParameter
+from awqdist.model.kernels import reference_kernels
 from awqdist.model.skeleton import Skeleton
 
 Parameters = Mapping[str, Tensor]
 Watch = Callable[[Tensor], None]
 ExpertWatch = Callable[[int, Tensor], None]  # expert, its rows (n, I)
+_PRODUCTS = (torch.nn.functional.linear, torch.bmm, torch.matmul, Tensor.matmul, Tensor.__matmul__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,23 +78,42 @@ def record_calls(skeleton: Skeleton, outside: Parameters, input_ids: Tensor) -> 
     """
     calls: list[LayerCall] = []
     first: list[Tensor] = []
-    unpacks: list[
-        bool
-    ] = []  # some models take output[0] of what a layer returns: then a bare tensor loses its batch dimension
+    beside = _beside_states(skeleton, input_ids)
+    as_tuple = bool(beside)
 
     def recorder(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        nonlocal as_tuple
         if not calls:
             first.append(hidden_states)
         calls.append(LayerCall(args, kwargs, input_ids.shape[0]))
         if len(calls) == skeleton.num_layers:
             raise _AllLayersSeen
-        if hidden_states.ndim < first[0].ndim:
-            unpacks.append(True)
-        return (first[0],) if unpacks else first[0]
+        # some models take output[0] of what a layer returns: then a bare tensor has lost its batch dimension
+        as_tuple = as_tuple or hidden_states.ndim < first[0].ndim
+        return (first[0], *beside) if as_tuple else first[0]
 
     with _layers_replaced(skeleton, recorder), torch.no_grad(), suppress(_AllLayersSeen):
         functional_call(skeleton.decoder, dict(outside), (input_ids,), {"use_cache": False})
     return first[0], calls
+
+
+def _beside_states(skeleton: Skeleton, input_ids: Tensor) -> tuple[Tensor, ...]:
+    """What a layer returns beside its hidden states: under sparse attention, the tokens that are attended to, which a layer without an
+    indexer takes from the one before. A layer run by itself cannot know them, but while no sample is longer than what an
+    indexer chooses they are all tokens.
+
+    Raises CalibrationError for longer samples of a model with such layers.
+    """
+    if "prev_topk_indices" not in inspect.signature(type(skeleton.layers[0]).forward).parameters:
+        return ()
+    config, (num_sequences, length) = skeleton.model.config.get_text_config(decoder=True), input_ids.shape
+    if length > config.index_topk and "shared" in config.indexer_types:
+        raise CalibrationError(
+            f"{skeleton.architecture}: some layers attend to the {config.index_topk} tokens that the layer before has chosen, which is"
+            f" not supported for samples of {length} tokens; lower --seq-len to {config.index_topk}"
+        )
+    positions = torch.arange(length, dtype=torch.int32, device=input_ids.device)
+    return (positions.expand(num_sequences, length, -1),)
 
 
 def forward_layer(
@@ -105,6 +130,7 @@ def forward_layer(
     function that is given the input of that module; expert_watches: the same for fused parameters, expert by expert.
     """
     with ExitStack() as stack, torch.no_grad():
+        stack.enter_context(reference_kernels(hidden.device))
         if expert_watches:
             watched = {name: (parameters[name], watch) for name, watch in expert_watches.items()}
             stack.enter_context(_WatchedExperts(watched))
@@ -123,16 +149,25 @@ def run_all_experts(
     The module's own forward does it, under a routing of every row to every expert.
     """
     module = layer.get_submodule(experts[0].module)
-    own = {fused.name.rpartition(".")[2]: parameters[fused.name] for fused in experts}
+    own = {name.rpartition(".")[2]: parameters[name] for fused in experts for name in fused.names}
     inner = {fused.name: (parameters[fused.name], watch) for fused in experts if fused.is_inner}
     num_experts = len(experts[0].parts)
     routing = torch.arange(num_experts, device=rows.device).expand(rows.shape[0], -1)  # (m, E)
+    if takes_rows_by_expert(module):
+        arguments: tuple[Tensor, ...] = (rows.repeat(num_experts, 1),)  # (E·m, H)
+    else:
+        arguments = rows, routing, torch.ones_like(routing, dtype=rows.dtype)
     with _WatchedExperts(inner), torch.no_grad():
-        functional_call(module, own, (rows, routing, torch.ones_like(routing, dtype=rows.dtype)))
+        functional_call(module, own, arguments)
+
+
+def takes_rows_by_expert(experts: nn.Module) -> bool:
+    """Whether a module of experts is given rows of every expert, one expert after another, instead of rows and their routing."""
+    return len(signature(experts.forward).parameters) == 1
 
 
 class _WatchedExperts(TorchFunctionMode):
-    """Tells of every linear whose weight is a slice of a fused parameter. watched: name -> the parameter (E, R, I), and who is told."""
+    """Tells of every product of rows and a slice of a fused parameter. watched: name -> the parameter (E, …), and who is told."""
 
     def __init__(self, watched: Mapping[str, tuple[Tensor, ExpertWatch]]) -> None:
         super().__init__()
@@ -141,13 +176,19 @@ class _WatchedExperts(TorchFunctionMode):
         }
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.nn.functional.linear:
-            weight: Tensor = args[1] if len(args) > 1 else (kwargs or {})["weight"]
-            parameter, watch = self._watched.get(weight.untyped_storage().data_ptr(), (None, None))
-            if parameter is not None and watch is not None:
-                offset = weight.storage_offset() - parameter.storage_offset()
-                watch(offset // parameter.stride(0), args[0])
+        if func in _PRODUCTS:
+            weight = args[1] if len(args) > 1 else (kwargs or {}).get("weight")
+            if isinstance(weight, Tensor) and (told := self._watched.get(weight.untyped_storage().data_ptr())):
+                self._tell(told[1], told[0], args[0], weight)
         return func(*args, **(kwargs or {}))
+
+    @staticmethod
+    def _tell(watch: ExpertWatch, parameter: Tensor, rows: Tensor, weight: Tensor) -> None:
+        if weight.ndim == parameter.ndim:
+            for expert, own in enumerate(rows):  # rows: (E, n, I), of zeros where a token is not routed to the expert
+                watch(expert, own[own.any(-1)])
+        else:
+            watch((weight.storage_offset() - parameter.storage_offset()) // parameter.stride(0), rows)
 
 
 def with_buffers(module: nn.Module, parameters: Parameters, device: torch.device) -> dict[str, Tensor]:
@@ -166,12 +207,14 @@ def _tell(watch: Watch) -> Callable[[nn.Module, tuple[Any, ...]], None]:
 def head_inputs(skeleton: Skeleton, outside: Parameters, input_ids: Tensor, hidden: Tensor) -> Tensor:
     """What lm_head reads: the decoder's own forward with all layers passed over and `hidden` (B, L, H) as the output of the last."""
 
+    beside = _beside_states(skeleton, input_ids)
+
     def final(output: Any) -> Tensor:
         with _layers_replaced(skeleton, lambda *args, **kwargs: output), torch.no_grad():
             result = functional_call(skeleton.decoder, dict(outside), (input_ids,), {"use_cache": False})
         return result[0]  # type: ignore[no-any-return]
 
-    states = final(hidden)
+    states = final((hidden, *beside) if beside else hidden)
     return states if states.ndim == hidden.ndim else final((hidden,))  # a decoder that takes output[0] of its layers
 
 

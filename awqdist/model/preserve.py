@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from awqdist.model.conversion import FusedParameter, fuse_experts
+from awqdist.model.experts import FusedParameter, fuse_experts
 from awqdist.model.forward import LayerCall, forward_layer, with_buffers
 from awqdist.model.mapping import ResolvedMapping
 from awqdist.quant.smooth import balance_linear, per_source, smooth_linear, smooth_norm
@@ -25,12 +25,13 @@ def apply_scales(
     """
     changed: dict[str, Tensor] = {}
     weight, bias = f"{mapping.smooth}.weight", f"{mapping.smooth}.bias"
+    source = mapping.source_channels(scales.shape[0]).to(scales.device)
     if mapping.norm:
-        changed[weight], scales = smooth_norm(parameters[weight], scales, mapping.unit_offset)
+        changed[weight], applied = smooth_norm(parameters[weight], per_source(scales, source), mapping.unit_offset)
         if bias in parameters:
-            changed[bias] = parameters[bias].float() / scales
+            changed[bias] = parameters[bias].float() / applied
+        scales = applied[source]
     else:
-        source = mapping.source_channels(scales.shape[0]).to(scales.device)
         outputs = mapping.over_rows(per_source(scales, source))
         changed[weight] = smooth_linear(parameters[weight], outputs)
         if bias in parameters:

@@ -4,13 +4,15 @@ Linears that are given the same tensor form an *input site*; a norm whose output
 recognised by their storage, so views count as the same tensor.
 
 Routing depends on data, which the meta device has none of: a module of experts is passed over. The linears of its experts that read its
-input belong to that input's site, whatever tokens each of them is sent; those within the experts are a site each.
+input belong to that input's site, whatever tokens each of them is sent; those within the experts are a site each. Where the module is
+given the router's scores times its tokens (Llama-4), the site is the router's.
 """
 
 from __future__ import annotations
 
+import inspect
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,9 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from awqdist.model.conversion import FusedParameter
+from awqdist.errors import ModelError
+from awqdist.model.experts import FusedParameter
 from awqdist.model.forward import LayerCall, forward_layer, record_calls, with_buffers
-from awqdist.model.skeleton import Skeleton
+from awqdist.model.skeleton import Skeleton, first_line
 
 _TRACE_TOKENS = 8
 
@@ -43,6 +46,7 @@ class LayerStructure:
     sites: tuple[tuple[str, ...], ...]  # linears that read one tensor
     site_norms: dict[str, str]  # first linear of a site -> path of the norm whose output the site reads
     norms: dict[str, bool]  # every norm with a weight -> whether it multiplies by (1 + weight)
+    norm_widths: dict[str, int]  # the same norms -> how many weights they have
     routed: tuple[RoutedLinears, ...] = ()
     gates: frozenset[str] = frozenset()  # linears that decide on experts: routers and gates of shared experts
 
@@ -51,7 +55,7 @@ class LayerStructure:
 
 
 def trace_layers(skeleton: Skeleton) -> list[LayerStructure]:
-    """Structure of every layer; layers of equal shape are traced once."""
+    """Structure of every layer; layers of equal shape are traced once. Raises ModelError for one that cannot run without data."""
     calls = trial_calls(skeleton)
     known: dict[tuple[Any, ...], LayerStructure] = {}
     structures = []
@@ -60,7 +64,13 @@ def trace_layers(skeleton: Skeleton) -> list[LayerStructure]:
         signature: tuple[Any, ...] = tuple((path, type(module)) for path, module in layer.named_modules())
         signature += tuple((name, tuple(parameter.shape)) for name, parameter in layer.named_parameters())
         if signature not in known:
-            known[signature] = _trace(layer, call, hidden_size, skeleton.layer_experts(number))
+            try:
+                known[signature] = _trace(layer, call, hidden_size, skeleton.layer_experts(number))
+            except RuntimeError as error:
+                raise ModelError(
+                    f"{skeleton.architecture}: layer {number} chooses by its data what it computes, in another way than transformers'"
+                    f" modules of experts do, which is not supported yet ({first_line(error)})"
+                ) from error
         structures.append(known[signature])
     return structures
 
@@ -89,6 +99,14 @@ class _Sightings:
         self.alive.append(tensor)
         self.readers.setdefault(_identity(tensor), []).extend(paths)
 
+    def input_of(self, path: str, given: Tensor) -> Tensor:
+        """What a module of experts reads: the tensor that it is given, or if no linear reads that, what those beside it read."""
+        parent = f"{path.rpartition('.')[0]}."
+        beside = [key for key, readers in self.readers.items() if any(reader.startswith(parent) for reader in readers)]
+        if _identity(given) in self.readers or not beside:
+            return given
+        return next(tensor for tensor in self.alive if _identity(tensor) == beside[-1])
+
     def made(self, tensor: Tensor, path: str) -> None:
         self.alive.append(tensor)
         self.produced[_identity(tensor)] = path
@@ -111,7 +129,7 @@ def _trace(
             module = layer.get_submodule(path)
             module.forward = _passed_over(seen, [fused for fused in experts if fused.module == path])
             stack.callback(delattr, module, "forward")
-        _run_on_meta(layer, call, hidden_size, torch.float32 if experts else None)
+        _run_on_meta(layer, call, hidden_size)
     sites = tuple(tuple(site) for site in seen.readers.values())
     routed = tuple(RoutedLinears(part, f.name, e) for f in experts for e, part in enumerate(f.parts))
     return LayerStructure(
@@ -119,6 +137,7 @@ def _trace(
         sites=sites,
         site_norms={site[0]: seen.produced[key] for key, site in seen.readers.items() if key in seen.produced},
         norms={path: has_unit_offset(norm) for path, norm in norms.items()},
+        norm_widths={path: _weight(norm).shape[0] for path, norm in norms.items()},
         routed=routed,
         gates=_gates(sites, shapes, experts),
     )
@@ -136,9 +155,15 @@ def _passed_over(seen: _Sightings, experts: list[FusedParameter]) -> Callable[..
     """A forward for a module of experts that computes nothing."""
 
     def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        source = seen.input_of(experts[0].module, hidden_states)
+        if source.shape[-1] != hidden_states.shape[-1]:
+            raise ModelError(
+                f"the experts of {experts[0].module} read a projection of their own of {hidden_states.shape[-1]} channels"
+                " (moe_latent_size), which is not supported yet"
+            )
         for fused in experts:
             for part in fused.parts:
-                seen.read(torch.empty(1, device="meta") if fused.is_inner else hidden_states, part)
+                seen.read(torch.empty(1, device="meta") if fused.is_inner else source, part)
         return torch.empty_like(hidden_states)
 
     return forward
@@ -164,11 +189,10 @@ def _gates(
     return frozenset(path for path in gates if not path.endswith("gate_proj"))
 
 
-def _run_on_meta(layer: nn.Module, call: LayerCall, hidden_size: int, dtype: torch.dtype | None) -> None:
-    """dtype: of all tensors; float32 where routers cast to it, so that a cast is no new tensor. None: the layer's own."""
-    meta = torch.device("meta")
+def _run_on_meta(layer: nn.Module, call: LayerCall, hidden_size: int) -> None:
+    """All in float32, so that a cast to it, as in routers, is no new tensor."""
+    meta, dtype = torch.device("meta"), torch.float32
     parameters: dict[str, Tensor] = {n: p.detach().to(meta, dtype) for n, p in layer.named_parameters()}
-    dtype = dtype or next(iter(parameters.values())).dtype
     buffers = {name: buffer.to(meta) for name, buffer in layer.named_buffers()}
     hidden = torch.empty(1, _TRACE_TOKENS, hidden_size, dtype=dtype, device=meta)
     forward_layer(layer, {**parameters, **buffers}, hidden, call.cast(meta, dtype))
@@ -185,26 +209,26 @@ def has_unit_offset(norm: nn.Module) -> bool:
     """Whether a norm multiplies by (1 + weight), as Gemma's and Qwen3-Next's do: with a weight of zero it still lets something through."""
     zeros = {name: torch.zeros(parameter.shape) for name, parameter in norm.named_parameters()}
     trial = torch.linspace(-1.0, 2.0, zeros["weight"].shape[0]).unsqueeze(0)
+    required = [
+        p for p in inspect.signature(norm.forward).parameters.values() if p.default is p.empty
+    ]  # gated norms read a gate too
     with torch.no_grad():
-        output: Tensor = functional_call(norm, zeros, (trial,))
+        output: Tensor = functional_call(
+            norm, zeros, (trial,) * sum(p.kind is p.POSITIONAL_OR_KEYWORD for p in required)
+        )
     return bool(output.abs().max() > 0)
 
 
 def _shape(linear: nn.Module) -> tuple[int, int]:
-    weight = linear.weight
-    assert isinstance(weight, Tensor)
+    weight = _weight(linear)
     return weight.shape[0], weight.shape[1]
+
+
+def _weight(module: nn.Module) -> Tensor:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight
 
 
 def _identity(tensor: Tensor) -> tuple[int, int, int]:
     return tensor.untyped_storage()._cdata, int(tensor.storage_offset()), tensor.numel()
-
-
-def random_parameters(layer: nn.Module, seed: int = 0) -> Mapping[str, Tensor]:
-    """Float32 parameters of plausible size for a numerical trial of a layer whose weights are not at hand."""
-    generator = torch.Generator().manual_seed(seed)
-    parameters = {}
-    for name, parameter in layer.named_parameters():
-        scale = 0.5 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5
-        parameters[name] = torch.randn(parameter.shape, generator=generator) * scale
-    return parameters

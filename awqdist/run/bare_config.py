@@ -6,8 +6,10 @@ from pathlib import Path
 
 from transformers import PretrainedConfig
 
+from awqdist.checkpoint.experts import split_experts
 from awqdist.checkpoint.index import DTYPES, CheckpointIndex, Packing, TensorEntry
 from awqdist.checkpoint.source import Quantization, declared_quantization
+from awqdist.layouts import fused_experts
 from awqdist.model.disk_layout import DiskTensor, disk_layout
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -20,7 +22,8 @@ def index_of_config(file: Path, config: PretrainedConfig) -> CheckpointIndex:
     """
     quantization = declared_quantization(file)
     layout = disk_layout(config)
-    return CheckpointIndex(file.parent, {name: _entry(file, name, layout[name], quantization) for name in layout})
+    stored = CheckpointIndex(file.parent, {name: _entry(file, name, layout[name], quantization) for name in layout})
+    return split_experts(stored, fused_experts(config.model_type))
 
 
 def _entry(file: Path, name: str, tensor: DiskTensor, quantization: Quantization | None) -> TensorEntry:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil, prod
 
+from awqdist.model.forward import takes_rows_by_expert
 from awqdist.quant.experts import max_rows
 from awqdist.recipe import WeightScheme
 from awqdist.run.device import compute_dtype
@@ -54,10 +55,15 @@ def estimate_layer(job: Job, task: LayerTask) -> LayerEstimate:
     compute = compute_bytes(job)
     shared = [task.shapes[site[0]][1] for site in task.sites if site[0] not in task.routed]
     statistics = sum(4 * width_in * min(width_in, num_tokens) for width_in in shared)
-    statistics += _expert_rows(job, task, num_tokens) * compute
+    if job.settings.all_experts:
+        inner = [task.shapes[first][1] for first, routed in task.routed.items() if routed.inner]
+        statistics += sum(4 * width_in * min(width_in, num_tokens) for width_in in inner)
+    else:
+        statistics += _expert_rows(job, task, num_tokens) * compute
     working = (num_values if compute != width else expert_values) * compute
     widest = max((sum(shape) for shape in task.shapes.values()), default=0)
-    forward = working + _FORWARD_COPIES * chunk_tokens(job) * widest * compute
+    per_token = max(_FORWARD_COPIES * widest, _experts_per_token(job, task))
+    forward = working + chunk_tokens(job) * per_token * compute
     touched = {path for m in task.mappings for path in (m.smooth, *m.balance) if path in task.shapes}
     smoothed = 4 * sum(prod(task.shapes[path]) for path in touched)
     search = max((_search_bytes(task, mapping.balance) for mapping in task.mappings), default=0)
@@ -73,6 +79,15 @@ def _experts(job: Job, task: LayerTask) -> list[str]:
     """Paths of the linears of which the forward pass holds a fused copy."""
     experts = job.skeleton.layer_experts(task.layer) if task.layer < job.skeleton.num_layers else ()
     return [path for fused in experts for part in fused.parts for path in part]
+
+
+def _experts_per_token(job: Job, task: LayerTask) -> int:
+    """Elements that a token takes in experts that are each given every token (Llama-4)."""
+    if task.layer == job.skeleton.num_layers:
+        return 0
+    layer, experts = job.skeleton.layers[task.layer], job.skeleton.layer_experts(task.layer)
+    batched = [fused for fused in experts if takes_rows_by_expert(layer.get_submodule(fused.module))]
+    return sum(sum(task.shapes[path]) for fused in batched for part in fused.parts for path in part)
 
 
 def _expert_rows(job: Job, task: LayerTask, num_tokens: int) -> int:

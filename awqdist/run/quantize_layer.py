@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from awqdist.errors import NumericalError
 from awqdist.export.formats import Format
-from awqdist.model.conversion import FusedParameter
+from awqdist.model.experts import FusedParameter
 from awqdist.model.forward import LayerCall
 from awqdist.model.mapping import ResolvedMapping
 from awqdist.model.preserve import TOLERANCE, apply_scales, change_of_output
