@@ -157,11 +157,12 @@ def _joined(entry: TensorEntry, scale: TensorEntry, declared: tuple[int, int] | 
 
 @dataclass(frozen=True, slots=True)
 class Quantization:
-    """FP8 as config.json declares it. block: rows and columns that share a scale, where there are blocks; plain: modules that are not
-    quantized, by names or ends of names, or `re:` patterns."""
+    """FP8, or experts in MXFP4, as config.json declares it. block: rows and columns that share a scale, where there are blocks; plain:
+    modules that are not quantized, by names or ends of names, or `re:` patterns."""
 
     block: tuple[int, int] | None
     plain: tuple[str, ...] = ()
+    is_mxfp4: bool = False
 
     def covers(self, module: str) -> bool:
         """Whether the linear `module`, by its on-disk name, is quantized."""
@@ -172,7 +173,7 @@ class Quantization:
 
 
 def declared_quantization(file: Path) -> Quantization | None:
-    """What `file`, a config.json, says of FP8 weights; None if they are plain. Raises CheckpointError for any other quantization."""
+    """What `file`, a config.json, says of quantized weights; None if they are plain. Raises CheckpointError for what cannot be read."""
     try:
         config = json.loads(file.read_text())
     except (OSError, ValueError) as error:
@@ -180,6 +181,8 @@ def declared_quantization(file: Path) -> Quantization | None:
     quantization = _first(config, "quantization_config") or _first(config, "compression_config")
     if not quantization:
         return None
+    if _method(quantization) == "mxfp4" and fused_experts(config.get("model_type")):
+        return Quantization(None, is_mxfp4=True)
     plain = quantization.get("modules_to_not_convert") or quantization.get("ignore") or ()
     return Quantization(_declared_block(file.parent, quantization), tuple(map(str, plain)))
 
