@@ -23,12 +23,12 @@ _REACHED: dict[Product, float] = {
     "layer": 0.85,
     "attention": 0.15,
     "statistics": 0.8,
-    "exact": 0.85,
-    "rough": 0.8,
-    "factor": 0.85,
+    "exact": 0.75,
+    "rough": 0.7,
+    "factor": 0.7,
 }
 _BESIDE = 0.5  # of the disk's rates, of threads that read and write beside one that computes
-_FILE_S = 0.005  # to make one file durable
+_FILE_S = 0.002  # to make one file durable
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,12 +28,13 @@ Stage = Literal["forward", "statistics", "search", "check", "round"]
 STAGES: tuple[Stage, ...] = ("forward", "statistics", "search", "check", "round")
 
 _GRID_PASSES = 10  # rounding_difference: values read or written for each weight
-_GRID_OPERATIONS = 14
-_COLUMN_PASSES = 14  # GPTQ: the same for each weight, one column at a time
-_COLUMN_OPERATIONS = 9
+_GRID_OPERATIONS = 30
+_COLUMN_PASSES = 18  # GPTQ: the same for each weight, one column at a time
+_COLUMN_OPERATIONS = 12
 _RANKED_ROWS, _RANKED_ROWS_OF_GROUPS, _LEAST_ROWS = 256, 1024, 32  # of the search's samples
 _NUM_FINALISTS = 3
 _FACTOR_COLUMNS = 3000  # at so many columns factorising and inverting reach half the rate of a product
+_LINEAR_OPERATIONS = 300  # around the rounding of a site, and of each of its linears
 _SHRINKS = 11  # of a clip
 _BLOCK = 256  # columns per block of a Gram matrix, of which those above the diagonal are left out
 
@@ -217,7 +218,8 @@ class LayerWork:
             self._expert_gram(work, unit)
         elif self._tokens < columns:
             work.add(flops=2 * unit.tokens * columns**2)
-        work.add(values=unit.count * (4 + 2 * unit.linears) * columns**2 + 12 * weights, operations=60 * unit.count)
+        work.add(values=unit.count * (4 + 2 * unit.linears) * columns**2 + 12 * weights)
+        work.add(operations=_LINEAR_OPERATIONS * unit.count * (1 + unit.linears))
         if recipe.clip:
             group = _group_size(next(iter(self._task.schemes.values())), columns)
             work.add(flops=_SHRINKS * 2 * group * weights, values=_SHRINKS * 14 * weights, operations=_SHRINKS * 20)

@@ -42,20 +42,21 @@ def row(name: str) -> str:
     settings = RunSettings(CONFIGS / "models" / f"{MODELS[name]}.json", Path("output"))
     job = foresee(load_recipe("default"), settings, torch.device("cuda"))
     expected = estimate(job)
-    disk, network, times = [], [], []
+    host, disk, network, times = [], [], [], []
     for num_workers in WORKERS:
         num_chunks = -(-settings.num_samples // (settings.chunk_tokens // settings.sequence_length))
         schedule = Schedule(0, len(expected.layers), num_workers, num_chunks)
         workers = deal(job, expected, schedule)
+        host.append(max(worker.host_bytes for worker in workers))
         disk.append(max(worker.disk_bytes for worker in workers) / 1e9)
         network.append(max(worker.sent_bytes for worker in workers) / 1e9)
         times.append(predict(job, expected.layers, machine, schedule, WORKERS_PER_NODE).result.makespan_s / 60)
-    device, host = expected.peak_device_bytes, max(worker.host_bytes for worker in workers)
+    device = expected.peak_device_bytes
     assert machine.device_memory_bytes is not None
     fits = "" if device <= machine.device_memory_bytes else " (does not fit)"
     gigabytes = (
         f"{device / 1e9:.0f} GB{fits}",
-        f"{host / 1e9:.0f} GB",
+        f"{max(host) / 1e9:.0f} GB",
         f"{_joined(disk)} GB",
         f"{_joined(network)} GB",
     )
