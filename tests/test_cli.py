@@ -59,6 +59,8 @@ OPTIONS = {
         "--layers-per-block": 1,
         "--offload": "cpu",
         "--cpu-memory": None,
+        "--profile": None,
+        "--workers-per-machine": 1,
         "--simulate": False,
         "--times-from": None,
         "--chunk-seconds": None,
@@ -78,6 +80,7 @@ OPTIONS = {
         "--max-tokens": 16384,
         "--window": 256,
         "--device": "auto",
+        "--shard": "none",
         "--json": False,
     },
     "doctor": {

@@ -14,7 +14,7 @@ import typer
 
 from awqdist.cli import options
 from awqdist.cli.failures import clear_errors, interrupt
-from awqdist.cli.options import Backend, Offload, OutputFormat, Progress
+from awqdist.cli.options import Backend, Offload, OutputFormat, Progress, Shard
 
 DEFAULT_CALIBRATION = "mit-han-lab/pile-val-backup::validation"
 
@@ -95,9 +95,9 @@ def watch(
     (show_now if once else follow)(output, progress.value)
 
 
-@app.command(epilog="Example: awqdist plan meta-llama/Llama-3.1-8B --num-samples 256")
+@app.command(epilog="Example: awqdist plan meta-llama/Llama-3.1-8B --profile machine.json")
 def plan(
-    model: options.Model,
+    model: options.Described,
     recipe: options.RecipeOption = "default",
     num_samples: options.NumSamples = 128,
     seq_len: options.SeqLen = 512,
@@ -109,6 +109,8 @@ def plan(
     layers_per_block: options.LayersPerBlock = 1,
     offload: options.OffloadLevel = Offload.cpu,
     cpu_memory: options.CpuMemory = None,
+    profile: options.ProfileFile = None,
+    workers_per_machine: options.WorkersPerMachine = 1,
     simulate: options.Simulate = False,
     times_from: options.TimesFrom = None,
     chunk_seconds: options.ChunkSeconds = None,
@@ -119,7 +121,7 @@ def plan(
     as_json: options.Json = False,
 ) -> None:
     """Shows what a run would read, hold and write, what it would leave out, and how long it would take. Reads no tensors."""
-    from awqdist.cli.commands import show_plan
+    from awqdist.cli.planning import load_machines, show_plan
     from awqdist.cli.simulation import SimulationOptions
     from awqdist.recipe.settings import RunSettings
 
@@ -137,12 +139,13 @@ def plan(
         cpu_memory=cpu_memory,
     )
     seconds = (chunk_seconds, search_seconds, read_seconds, write_seconds, transfer_seconds)
-    show_plan(settings, recipe, SimulationOptions(workers, simulate, times_from, *seconds), as_json=as_json)
+    machines = load_machines(profile, workers_per_machine)
+    show_plan(settings, recipe, SimulationOptions(workers, simulate, times_from, *seconds), machines, as_json=as_json)
 
 
 @app.command(epilog="Example: awqdist mappings ./my-model --recipe awq")
 def mappings(
-    model: options.Model,
+    model: options.Described,
     recipe: options.RecipeOption = "default",
     as_json: options.Json = False,
     as_recipe: Annotated[bool, typer.Option("--as-recipe", help="Print a recipe that holds these mappings.")] = False,
@@ -173,12 +176,14 @@ def evaluate(
     max_tokens: Annotated[int, typer.Option(min=2, help="How much of the text is read.")] = 16384,
     window: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 256,
     device: options.Device = "auto",
+    shard: options.ShardOption = Shard.none,
     as_json: options.Json = False,
 ) -> None:
     """Measures perplexity, and the divergence from the float model, through transformers."""
     from awqdist.cli.commands import show_evaluation
 
-    show_evaluation(model, text, against=against, limits=(max_tokens, window), device=device, as_json=as_json)
+    limits, place = (max_tokens, window), (device, shard.value)
+    show_evaluation(model, text, against=against, limits=limits, place=place, as_json=as_json)
 
 
 @app.command(epilog="Example: awqdist doctor ./llama-w4 --profile machine.json")
