@@ -63,9 +63,7 @@ def grouped(weight: Tensor, scheme: WeightScheme) -> Tensor:
 
 def group_range(weight: Tensor, scheme: WeightScheme) -> tuple[Tensor, Tensor]:
     """Smallest and largest weight of every group, each (O, G), dtype of `weight`."""
-    groups = grouped(
-        weight.float(), scheme
-    )  # (O, G, g); torch is slow at finding extremes of bfloat16, and at both in one call
+    groups = grouped(weight.float(), scheme)  # torch is slow at extremes of bfloat16, and at both in one call
     return groups.amin(-1).to(weight.dtype), groups.amax(-1).to(weight.dtype)
 
 
