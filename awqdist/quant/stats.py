@@ -165,21 +165,16 @@ def has_fast_bfloat16(device: torch.device) -> bool:
     return device.type == "cuda" or any(capabilities.get(unit) for unit in ("amx_bf16", "avx512_bf16"))
 
 
-def rough_quadratic_form(difference: Tensor, gram: Tensor) -> float:
-    """`quadratic_form` to about three digits where bfloat16 is fast, else exact."""
+def rough_form(difference: Tensor, gram: Tensor) -> Tensor:
+    """`quadratic_form_rows` to about three digits where bfloat16 is fast, else exact."""
     if not has_fast_bfloat16(difference.device):
-        return quadratic_form(difference, gram)
-    return float(rough_form_rows(difference, gram.bfloat16()).sum())
+        return quadratic_form_rows(difference, gram)
+    return rough_form_rows(difference, gram.bfloat16())
 
 
 def rough_form_rows(difference: Tensor, rough_gram: Tensor) -> Tensor:
     """`quadratic_form_rows` in bfloat16 products. difference: (O, I) float32; rough_gram: (I, I) bfloat16. Returns (O,) float64."""
     return (difference.bfloat16() @ rough_gram).float().mul_(difference).sum(1).double()
-
-
-def quadratic_form(difference: Tensor, gram: Tensor) -> float:
-    """Σ (D·G) ∘ D for D (O, I) and a symmetric G (I, I), float32."""
-    return float(quadratic_form_rows(difference, gram).sum())
 
 
 def quadratic_form_rows(difference: Tensor, gram: Tensor) -> Tensor:

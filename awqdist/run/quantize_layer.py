@@ -15,7 +15,8 @@ from awqdist.export.formats import Format
 from awqdist.model.conversion import FusedParameter
 from awqdist.model.forward import LayerCall
 from awqdist.model.mapping import ResolvedMapping
-from awqdist.model.preserve import TOLERANCE, apply_scales, change_of_output
+from awqdist.model.preserve import TOLERANCE, change_of_output
+from awqdist.model.smoothed import SmoothedParameters
 from awqdist.quant.grid import QuantizedWeight
 from awqdist.quant.search import ScaleChoice, search_groups, search_side_by_side
 from awqdist.quant.stacks import BalanceWeight, SearchGroup
@@ -74,11 +75,10 @@ def quantize_layer(
     """
     with watch.stage("search"):
         choices = _search(task, parameters, statistics, method)
-        smoothed = dict(parameters)
+        smoothed = SmoothedParameters(parameters)
         scales: dict[str, Tensor] = {}  # by every linear that is balanced
         for mapping in task.mappings:
-            changed, applied = apply_scales(smoothed, mapping, choices[mapping.balance[0]].scales)
-            smoothed.update(changed)
+            applied = smoothed.apply(mapping, choices[mapping.balance[0]].scales)
             scales.update(dict.fromkeys(mapping.balance, applied))
     with watch.stage("check"):
         smoothing_error = _check_function(task, parameters, smoothed, choices, trial)
@@ -175,8 +175,9 @@ def _change_by(
     mapping: ResolvedMapping, parameters: Parameters, choices: Mapping[str, ScaleChoice], trial: Trial
 ) -> float:
     """The relative change of the layer's output by one mapping alone."""
-    changed, _ = apply_scales(parameters, mapping, choices[mapping.balance[0]].scales)
-    return change_of_output(trial.layer, parameters, {**parameters, **changed}, trial.hidden, trial.call, trial.experts)
+    smoothed = SmoothedParameters(parameters)
+    smoothed.apply(mapping, choices[mapping.balance[0]].scales)
+    return change_of_output(trial.layer, parameters, smoothed, trial.hidden, trial.call, trial.experts)
 
 
 def _mapping_record(task: LayerTask, mapping: ResolvedMapping, choice: ScaleChoice) -> MappingRecord:
