@@ -17,6 +17,7 @@ from awqdist.model.forward import LayerCall
 from awqdist.model.mapping import ResolvedMapping
 from awqdist.model.preserve import TOLERANCE, change_of_output
 from awqdist.model.smoothed import SmoothedParameters
+from awqdist.quant.compensated import CompensatedStatistics
 from awqdist.quant.grid import QuantizedWeight
 from awqdist.quant.search import ScaleChoice, search_groups, search_side_by_side
 from awqdist.quant.stacks import BalanceWeight, SearchGroup
@@ -107,7 +108,7 @@ def _search(
     assert smoothing is not None or not task.mappings
     found: dict[str, ScaleChoice] = {}
     for mappings in _searched_together(task):
-        groups = [_groups(task, mapping, parameters, statistics) for mapping in mappings]
+        groups = [_groups(task, mapping, parameters, statistics, method) for mapping in mappings]
         first = parameters[f"{mappings[0].balance[0]}.weight"]
         source = mappings[0].source_channels(first.shape[1]).to(first.device)
         dtype = method.layout.grid_dtype(first.dtype)
@@ -137,15 +138,26 @@ def _searched_together(task: LayerTask) -> list[list[ResolvedMapping]]:
 
 
 def _groups(
-    task: LayerTask, mapping: ResolvedMapping, parameters: Parameters, statistics: Mapping[str, SiteStatistics]
+    task: LayerTask,
+    mapping: ResolvedMapping,
+    parameters: Parameters,
+    statistics: Mapping[str, SiteStatistics],
+    method: Method,
 ) -> list[SearchGroup]:
     """The balance layers of a mapping by the rows that they read; the first layer's come first."""
+    rounding = method.recipe.rounding
     site_of = {path: site[0] for site in task.sites for path in site}
     balance: dict[str, list[BalanceWeight]] = {}
     for path in (path for path in mapping.balance if path in site_of):  # the others are experts that the recipe ignores
         weight = BalanceWeight(parameters[f"{path}.weight"], task.schemes.get(path))
         balance.setdefault(site_of[path], []).append(weight)
-    return [SearchGroup(weights, statistics[site]) for site, weights in balance.items()]
+    return [
+        SearchGroup(
+            weights,
+            CompensatedStatistics(statistics[site], rounding) if rounding.method == "gptq" else statistics[site],
+        )
+        for site, weights in balance.items()
+    ]
 
 
 def _check_function(
