@@ -18,7 +18,7 @@ from awqdist.quant.experts import ExpertStatistics, StackedRows
 from awqdist.quant.stats import Statistics
 from awqdist.recipe import WeightScheme
 
-_BATCH_BYTES = {"cpu": 1 << 23, "cuda": 1 << 28}  # of the float32 weights of a batch of experts
+BATCH_BYTES = {"cpu": 1 << 23, "cuda": 1 << 28}  # of the float32 weights of a batch of experts
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +93,7 @@ def batches(groups: Sequence[SearchGroup]) -> Iterator[list[SearchGroup]]:
     batch: list[SearchGroup] = []
     for group in (group for group in groups if any(b.scheme is not None for b in group.balance)):
         weight = group.balance[0].weight
-        room = _BATCH_BYTES.get(weight.device.type, 0) // (4 * sum(b.weight.numel() for b in group.balance))
+        room = BATCH_BYTES.get(weight.device.type, 0) // (4 * sum(b.weight.numel() for b in group.balance))
         alone = not isinstance(group.statistics, ExpertStatistics | CompensatedStatistics)
         if batch and (alone or len(batch) >= room or group.kind != batch[0].kind):
             yield batch

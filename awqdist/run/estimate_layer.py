@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from math import ceil, prod
 
 from awqdist.quant.experts import max_rows
+from awqdist.quant.stacks import BATCH_BYTES
 from awqdist.recipe import WeightScheme
 from awqdist.run.device import compute_dtype
 from awqdist.run.job import Job
@@ -56,13 +57,11 @@ def estimate_layer(job: Job, task: LayerTask) -> LayerEstimate:
     working = (num_values if compute != width else expert_values) * compute
     widest = max((sum(shape) for shape in task.shapes.values()), default=0)
     forward = working + _FORWARD_COPIES * chunk_tokens(job) * widest * compute
-    touched = {path for m in task.mappings for path in (m.smooth, *m.balance) if path in task.shapes}
-    smoothed = 4 * sum(prod(task.shapes[path]) for path in touched)
-    search = max((_search_bytes(task, mapping.balance) for mapping in task.mappings), default=0)
-    check = 4 * (num_values + expert_values) if task.mappings else 0  # experts in float32, apart and fused
+    search = max((_search_bytes(task, site, job.device.type) for site in task.sites), default=0)
+    check = 4 * (num_values - expert_values) if task.mappings else 0  # experts are made one at a time
     codes = sum(prod(task.shapes[path]) for path in task.schemes)
     rounding = codes + max((_rounding_bytes(task, site) for site in task.sites), default=0)
-    peak = max(forward, search, smoothed + max(check, rounding))
+    peak = max(forward, search, check, rounding)
     return LayerEstimate(task.layer, read, loaded, written, loaded + statistics + peak)
 
 
@@ -87,9 +86,13 @@ def _expert_rows(job: Job, task: LayerTask, num_tokens: int) -> int:
     )
 
 
-def _search_bytes(task: LayerTask, balance: tuple[str, ...]) -> int:
-    """The weights in float32, stacked, and two matrices of their size: magnitudes, then errors of candidates."""
-    return 4 * 4 * sum(prod(task.shapes[path]) for path in balance)
+def _search_bytes(task: LayerTask, site: tuple[str, ...], device: str) -> int:
+    """The weights stacked, and two matrices of their size: of a site, or of a batch of experts; and a factor of the Gram matrix."""
+    values = sum(prod(task.shapes[path]) for path in site if path in task.schemes)
+    if site[0] in task.routed:
+        alike = sum(routed.fused == task.routed[site[0]].fused for routed in task.routed.values())
+        values = min(alike * values, max(values, BATCH_BYTES[device] // 4))
+    return 4 * 3 * values + 4 * 2 * task.shapes[site[0]][1] ** 2
 
 
 def _rounding_bytes(task: LayerTask, site: tuple[str, ...]) -> int:
