@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from awqdist.checkpoint.dequantize import dequantize
-from awqdist.checkpoint.index import DTYPES, TensorEntry
+from awqdist.checkpoint.index import DTYPES, MXFP4, TensorEntry
+from awqdist.checkpoint.mxfp4 import dequantize_mxfp4
 from awqdist.errors import CheckpointError
 
 _BLOCK_BYTES = 1 << 26
@@ -38,12 +39,17 @@ def read_tensors(entries: Iterable[TensorEntry]) -> Reading:
     """The tensors of `entries` on the CPU, in the entries' dtypes. Raises CheckpointError if a file ends early."""
     tensors: dict[str, Tensor] = {}
     checksum = num_bytes = 0
+    whole: Tensor | None = None
+    last: TensorEntry | None = None  # what `whole` was read from: the views of a tensor come one after the other
     for entry in entries:
-        stored = [_read_range(part, part.start, part.stop) for part in _parts(entry)]
-        for data in stored:
-            checksum = zlib.crc32(data.numpy().data, checksum)
-            num_bytes += data.numel()
-        tensors[entry.name] = _assembled(stored, entry)
+        source = entry.whole or entry
+        if whole is None or source != last:
+            stored = [_read_range(part, part.start, part.stop) for part in _parts(source)]
+            for data in stored:
+                checksum = zlib.crc32(data.numpy().data, checksum)
+                num_bytes += data.numel()
+            whole, last = _assembled(stored, source), source
+        tensors[entry.name] = _part(whole, entry)
     return Reading(tensors, checksum, num_bytes)
 
 
@@ -52,7 +58,7 @@ def sample_checksum(entries: Sequence[TensorEntry]) -> int:
     shape apart, and as good as no reading."""
     checksum = 0
     for entry in entries[:: len(entries) // _MAX_SAMPLED_TENSORS + 1]:
-        for part in _parts(entry):
+        for part in _parts(entry.whole or entry):
             middle = part.start + max(part.stop - part.start - _SAMPLE_BYTES, 0) // 2
             stop = min(middle + _SAMPLE_BYTES, part.stop)
             checksum = zlib.crc32(_read_range(part, middle, stop).numpy().data, checksum)
@@ -102,9 +108,19 @@ def _assembled(stored: list[Tensor], entry: TensorEntry) -> Tensor:
     if entry.packing is None:
         return _view(stored[0], entry, entry.dtype)
     values, scale = stored
+    if entry.packing.dtype == MXFP4:
+        return dequantize_mxfp4(values, scale, DTYPES[entry.dtype]).reshape(entry.shape)
     weight = _view(values, entry, entry.packing.dtype)
     scales = _view(scale, entry.packing.scale, entry.packing.scale.dtype)
     return dequantize(weight, scales, entry.packing.block, DTYPES[entry.dtype])
+
+
+def _part(whole: Tensor, entry: TensorEntry) -> Tensor:
+    """The tensor of `entry` from that which it is a view of, in memory of its own; `whole` itself if it is none."""
+    if entry.whole is None:
+        return whole
+    assert entry.strides is not None
+    return whole.as_strided(entry.shape, entry.strides, entry.offset).clone(memory_format=torch.contiguous_format)
 
 
 def _view(data: Tensor, entry: TensorEntry, dtype: str) -> Tensor:

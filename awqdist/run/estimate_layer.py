@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import ceil, prod
 
+from awqdist.model.forward import takes_rows_by_expert
 from awqdist.quant.experts import max_rows
 from awqdist.quant.stacks import BATCH_BYTES
 from awqdist.recipe import WeightScheme
@@ -53,10 +54,15 @@ def estimate_layer(job: Job, task: LayerTask) -> LayerEstimate:
     compute = compute_bytes(job)
     shared = [task.shapes[site[0]][1] for site in task.sites if site[0] not in task.routed]
     statistics = sum(4 * width_in * min(width_in, num_tokens) for width_in in shared)
-    statistics += _expert_rows(job, task, num_tokens) * compute
+    if job.settings.all_experts:
+        inner = [task.shapes[first][1] for first, routed in task.routed.items() if routed.inner]
+        statistics += sum(4 * width_in * min(width_in, num_tokens) for width_in in inner)
+    else:
+        statistics += _expert_rows(job, task, num_tokens) * compute
     working = (num_values if compute != width else expert_values) * compute
     widest = max((sum(shape) for shape in task.shapes.values()), default=0)
-    forward = working + _FORWARD_COPIES * chunk_tokens(job) * widest * compute
+    per_token = max(_FORWARD_COPIES * widest, _experts_per_token(job, task))
+    forward = working + chunk_tokens(job) * per_token * compute
     search = max((_search_bytes(task, site, job.device.type) for site in task.sites), default=0)
     check = 4 * (num_values - expert_values) if task.mappings else 0  # experts are made one at a time
     codes = sum(prod(task.shapes[path]) for path in task.schemes)
@@ -69,6 +75,15 @@ def _experts(job: Job, task: LayerTask) -> list[str]:
     """Paths of the linears of which the forward pass holds a fused copy."""
     experts = job.skeleton.layer_experts(task.layer) if task.layer < job.skeleton.num_layers else ()
     return [path for fused in experts for part in fused.parts for path in part]
+
+
+def _experts_per_token(job: Job, task: LayerTask) -> int:
+    """Elements that a token takes in experts that are each given every token (Llama-4)."""
+    if task.layer == job.skeleton.num_layers:
+        return 0
+    layer, experts = job.skeleton.layers[task.layer], job.skeleton.layer_experts(task.layer)
+    batched = [fused for fused in experts if takes_rows_by_expert(layer.get_submodule(fused.module))]
+    return sum(sum(task.shapes[path]) for fused in batched for part in fused.parts for path in part)
 
 
 def _expert_rows(job: Job, task: LayerTask, num_tokens: int) -> int:

@@ -12,15 +12,17 @@ from torch import Tensor, nn
 
 from awqdist.errors import NumericalError
 from awqdist.export.formats import Format
-from awqdist.model.conversion import FusedParameter
+from awqdist.model.experts import FusedParameter
 from awqdist.model.forward import LayerCall
 from awqdist.model.mapping import ResolvedMapping
 from awqdist.model.preserve import TOLERANCE, change_of_output
 from awqdist.model.smoothed import SmoothedParameters
 from awqdist.quant.compensated import CompensatedStatistics
+from awqdist.quant.experts import SharedStatistics
 from awqdist.quant.grid import QuantizedWeight
 from awqdist.quant.search import ScaleChoice, search_groups, search_side_by_side
 from awqdist.quant.stacks import BalanceWeight, SearchGroup
+from awqdist.quant.stats import Statistics
 from awqdist.recipe import Recipe
 from awqdist.run.gather import SiteStatistics
 from awqdist.run.plan import LayerTask
@@ -151,13 +153,16 @@ def _groups(
     for path in (path for path in mapping.balance if path in site_of):  # the others are experts that the recipe ignores
         weight = BalanceWeight(parameters[f"{path}.weight"], task.schemes.get(path))
         balance.setdefault(site_of[path], []).append(weight)
-    return [
-        SearchGroup(
-            weights,
-            CompensatedStatistics(statistics[site], rounding) if rounding.method == "gptq" else statistics[site],
-        )
-        for site, weights in balance.items()
-    ]
+    judged: dict[int, Statistics] = {}  # one for all experts that are given all tokens of their block
+    groups = []
+    for site, weights in balance.items():
+        found = statistics[site]
+        own = found.block if isinstance(found, SharedStatistics) else found
+        if rounding.method == "gptq":
+            groups.append(SearchGroup(weights, judged.setdefault(id(own), CompensatedStatistics(own, rounding))))
+        else:
+            groups.append(SearchGroup(weights, found))
+    return groups
 
 
 def _check_function(

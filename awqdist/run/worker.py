@@ -17,7 +17,7 @@ from awqdist.checkpoint.index import TensorEntry
 from awqdist.checkpoint.reader import Reading, check_finite, read_tensors
 from awqdist.checkpoint.writer import write_safetensors
 from awqdist.errors import NumericalError
-from awqdist.model.conversion import fuse_experts
+from awqdist.model.experts import fuse_experts
 from awqdist.model.forward import LayerCall, forward_layer, head_inputs, record_calls, with_buffers
 from awqdist.run.device import compute_dtype, peak_memory_bytes, release_host_memory
 from awqdist.run.events import ChunkForwarded, Emit, LayerFinished, MappingSearched, SourceRead, StageStarted
@@ -124,13 +124,14 @@ class Worker:
                 if layer.trial is None:
                     experts = job.skeleton.layer_experts(layer.task.layer)
                     layer.trial = Trial(module, experts, chunk[:1].to(job.device), call)
-                experts_seen = layer.gathering.expert_watches() if layer.gathering else {}
+                routed = layer.gathering.expert_watches() if layer.gathering else {}
                 call = call.cast(job.device, self._dtype)
-                output = forward_layer(module, layer.working, hidden, call, watches, experts_seen)
+                output = forward_layer(module, layer.working, hidden, call, watches, routed)
+                if layer.gathering:
+                    layer.gathering.end_chunk(module, layer.working)
             output = output.to("cpu", job.skeleton.dtype)
-        seconds = layer.watch.seconds["forward"] - before
-        num_chunks = len(self._token_chunks)
-        self._emit(ChunkForwarded(layer.task.layer, index, num_chunks, chunk[..., 0].numel(), seconds))
+        seconds, num_tokens = layer.watch.seconds["forward"] - before, chunk[..., 0].numel()
+        self._emit(ChunkForwarded(layer.task.layer, index, len(self._token_chunks), num_tokens, seconds))
         return output
 
     def search(self) -> SearchedLayer:
@@ -171,9 +172,9 @@ class Worker:
         return {name: tensor.cpu() for name, tensor in tensors.items()}
 
     def _gathering(self, task: LayerTask) -> Gathering:
-        num_tokens = sum(tokens.numel() for tokens in self._token_chunks)
-        experts = self._job.skeleton.layer_experts(task.layer)
-        return Gathering(task, experts, num_tokens, len(self._token_chunks), (self._job.device, self._dtype))
+        job, placed = self._job, (self._job.device, self._dtype)
+        experts = job.skeleton.layer_experts(task.layer)
+        return Gathering(task, experts, self._token_chunks, placed, all_experts=job.settings.all_experts)
 
     def _converted(self, parameters: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
         """Parameters in the dtype that they are computed with. prefix: of their names in the model."""
