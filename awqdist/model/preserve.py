@@ -8,7 +8,6 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from awqdist.layouts import ROWS
 from awqdist.model.experts import FusedParameter, fuse_experts
 from awqdist.model.forward import LayerCall, forward_layer, made_experts, with_buffers
 from awqdist.model.mapping import ResolvedMapping
@@ -27,20 +26,20 @@ def change_of_output(
 ) -> float:
     """‖f_after(x) - f_before(x)‖ / ‖f_before(x) - x‖ in float32: the change of what the layer adds to its input.
 
-    before, after: parameters in any dtype, by unfused names; hidden: (B, L, H). Experts that transformers computes with by rows
-    are made one at a time.
+    before, after: parameters in any dtype, by unfused names; hidden: (B, L, H). Experts are made one at a time
+    where their parameter is sliced.
     """
     call = call.cast(hidden.device, torch.float32, hidden.shape[0])
     hidden = hidden.float()
-    made = [fused for fused in experts if fused.layout == ROWS and not fused.bias]
-    fused_whole = [fused for fused in experts if fused not in made]
+    made = [fused for fused in experts if fused.is_sliced]
+    whole = [fused for fused in experts if not fused.is_sliced]
     of_experts = {name for fused in made for name in fused.shapes()}
     outputs = []
     for side in (before, after):
         parameters = {name: side[name] for name in side if name not in of_experts}
         working = {name: p.float() if p.is_floating_point() else p for name, p in parameters.items()}
         with made_experts(made, partial(_weight_of_expert, side), hidden.device) as stand_ins:
-            complete = with_buffers(layer, {**fuse_experts(fused_whole, working), **stand_ins}, hidden.device)
+            complete = with_buffers(layer, {**fuse_experts(whole, working), **stand_ins}, hidden.device)
             outputs.append(forward_layer(layer, complete, hidden, call))
     contribution = (outputs[0] - hidden).norm()
     return float((outputs[1] - outputs[0]).norm() / contribution.clamp(min=1e-20))
@@ -70,5 +69,4 @@ def preserves_function(
 
 def _weight_of_expert(parameters: Mapping[str, Tensor], fused: FusedParameter, expert: int) -> Tensor:
     """An expert's slice (R, I) of a fused parameter, float32."""
-    weight: Tensor = fused.layout.fuse([[parameters[f"{path}.weight"].float() for path in fused.parts[expert]]])[0]
-    return weight
+    return torch.cat([parameters[f"{path}.weight"].float() for path in fused.parts[expert]])
