@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
@@ -37,7 +37,7 @@ from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 from awqdist import oneshot
 from awqdist.errors import CalibrationError, ModelError
 from awqdist.model.mapping import ResolvedMapping
-from awqdist.model.preserve import apply_scales
+from awqdist.model.smoothed import SmoothedParameters
 from awqdist.recipe import Recipe
 from awqdist.run.plan import LayerTask
 from awqdist.run.records import RunSummary
@@ -71,10 +71,11 @@ def test_what_relu_squared_reads_is_divided_by_the_root_of_the_scales() -> None:
     before = {name: torch.randn(shape, generator=generator) for name, shape in names.items()}
     scales, states = torch.rand(48, generator=generator) * 3 + 0.3, torch.randn(20, 32, generator=generator)
 
-    def mlp(p: dict[str, Tensor]) -> Tensor:
+    def mlp(p: Mapping[str, Tensor]) -> Tensor:
         return (states @ p["up.weight"].T + p["up.bias"]).clamp(min=0) ** 2 @ p["down.weight"].T
 
-    changed, _ = apply_scales(before, ResolvedMapping("up", ("down",), False, False, None, power=2), scales)
+    changed = SmoothedParameters(before)
+    changed.apply(ResolvedMapping("up", ("down",), False, False, None, power=2), scales)
 
     assert not torch.allclose(changed["up.weight"], before["up.weight"])
     torch.testing.assert_close(mlp(changed), mlp(before), rtol=1e-4, atol=1e-3)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from awqdist.layouts import Layout
+from awqdist.layouts import ROWS, Layout
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +43,11 @@ class FusedParameter:
     def names(self) -> tuple[str, ...]:
         """The parameters of the model that the linears make up."""
         return (self.name, self.bias) if self.bias else (self.name,)
+
+    @property
+    def is_sliced(self) -> bool:
+        """Whether an expert's slice is its linears' weights below one another, and all that it is multiplied by."""
+        return self.layout == ROWS and self.bias is None
 
     def within(self, prefix: str) -> FusedParameter:
         """The same by names without `prefix`."""

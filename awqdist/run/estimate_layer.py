@@ -9,6 +9,7 @@ from math import ceil, prod
 
 from awqdist.model.forward import takes_rows_by_expert
 from awqdist.quant.experts import max_rows
+from awqdist.quant.stacks import BATCH_BYTES
 from awqdist.recipe import WeightScheme
 from awqdist.run.device import compute_dtype
 from awqdist.run.job import Job
@@ -64,14 +65,12 @@ def estimate_layer(job: Job, task: LayerTask) -> LayerEstimate:
     widest = max((sum(shape) for shape in task.shapes.values()), default=0)
     per_token = max(_FORWARD_COPIES * widest, _experts_per_token(job, task))
     forward = working + chunk_tokens(job) * per_token * compute
-    touched = {path for m in task.mappings for path in (m.smooth, *m.balance) if path in task.shapes}
-    smoothed = 4 * sum(prod(task.shapes[path]) for path in touched)
-    search = max((_search_bytes(task, mapping.balance) for mapping in task.mappings), default=0)
-    check = 4 * (num_values + expert_values) if task.mappings else 0  # experts in float32, apart and fused
+    check = 4 * (num_values - expert_values) if task.mappings else 0  # experts are made one at a time
     codes = sum(prod(task.shapes[path]) for path in task.schemes)
     alike = Counter(routed.fused for routed in task.routed.values())
+    search = max((_search_bytes(task, site, alike, job.device.type) for site in task.sites), default=0)
     rounding = codes + max((_rounding_bytes(task, site, alike) for site in task.sites), default=0)
-    peak = max(forward, search, smoothed + max(check, rounding))
+    peak = max(forward, search, check, rounding)
     return LayerEstimate(task.layer, read, loaded, written, loaded + statistics + peak)
 
 
@@ -109,9 +108,15 @@ def routed_tokens(job: Job, num_tokens: int) -> int:
     return num_tokens * next((count for count in counts if isinstance(count, int)), 1)
 
 
-def _search_bytes(task: LayerTask, balance: tuple[str, ...]) -> int:
-    """The weights in float32, stacked, and two matrices of their size: magnitudes, then errors of candidates."""
-    return 4 * 4 * sum(prod(task.shapes[path]) for path in balance)
+def _search_bytes(task: LayerTask, site: tuple[str, ...], alike: Mapping[str, int], device: str) -> int:
+    """The weights stacked, and two matrices of their size: of a site, or of a batch of experts; and a factor of the Gram matrix.
+
+    alike: sites of each fused parameter.
+    """
+    values = sum(prod(task.shapes[path]) for path in site if path in task.schemes)
+    if site[0] in task.routed:
+        values = min(alike[task.routed[site[0]].fused] * values, max(values, BATCH_BYTES[device] // 4))
+    return 4 * 3 * values + 4 * 2 * task.shapes[site[0]][1] ** 2
 
 
 def _rounding_bytes(task: LayerTask, site: tuple[str, ...], alike: Mapping[str, int]) -> int:
