@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,37 @@ from awqdist.quant.smooth import balance_linear, per_source, smooth_linear, smoo
 TOLERANCE = 1e-4  # relative, float32
 
 
+Step = Callable[[Tensor], Tensor]
+
+
+class SmoothedParameters(Mapping[str, Tensor]):
+    """The parameters of a layer under the scales of its mappings. Each is made when it is asked for: float32 copies of all of them
+    would be twice the layer. parameters: float tensors by their names in the layer."""
+
+    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+        self._parameters = parameters
+        self._steps: dict[str, list[Step]] = {}
+
+    def apply(self, mapping: ResolvedMapping, scales: Tensor) -> Tensor:
+        """Applies a mapping on top of those before it. scales: (I,) over the inputs of the balance layers. Returns them as applied."""
+        steps, applied = _steps(self, mapping, scales)
+        for name, step in steps:
+            self._steps.setdefault(name, []).append(step)
+        return applied
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self._parameters[name]
+        for step in self._steps.get(name, ()):
+            tensor = step(tensor)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parameters)
+
+    def __len__(self) -> int:
+        return len(self._parameters)
+
+
 def apply_scales(
     parameters: Mapping[str, Tensor], mapping: ResolvedMapping, scales: Tensor
 ) -> tuple[dict[str, Tensor], Tensor]:
@@ -24,21 +56,30 @@ def apply_scales(
     the dtype it had; linears come back in float32.
     """
     changed: dict[str, Tensor] = {}
+    steps, applied = _steps(parameters, mapping, scales)
+    for name, step in steps:
+        changed[name] = step(changed.get(name, parameters[name]))
+    return changed, applied
+
+
+def _steps(
+    parameters: Mapping[str, Tensor], mapping: ResolvedMapping, scales: Tensor
+) -> tuple[list[tuple[str, Step]], Tensor]:
+    """What a mapping does to each parameter that it touches, in order; and the scales as applied."""
+    steps: list[tuple[str, Step]] = []
     weight, bias = f"{mapping.smooth}.weight", f"{mapping.smooth}.bias"
     if mapping.norm:
-        changed[weight], scales = smooth_norm(parameters[weight], scales, mapping.unit_offset)
+        stored, applied = smooth_norm(parameters[weight], scales, mapping.unit_offset)
+        steps.append((weight, lambda _: stored))
         if bias in parameters:
-            changed[bias] = parameters[bias].float() / scales
+            steps.append((bias, lambda tensor: tensor.float() / applied))
     else:
+        applied = scales
         source = mapping.source_channels(scales.shape[0]).to(scales.device)
         outputs = mapping.over_rows(per_source(scales, source))
-        changed[weight] = smooth_linear(parameters[weight], outputs)
-        if bias in parameters:
-            changed[bias] = smooth_linear(parameters[bias], outputs)
-    for path in mapping.balance:
-        name = f"{path}.weight"
-        changed[name] = balance_linear(changed.get(name, parameters[name]), scales)
-    return changed, scales
+        steps += [(name, partial(smooth_linear, scales=outputs)) for name in (weight, bias) if name in parameters]
+    steps += [(f"{path}.weight", partial(balance_linear, scales=applied)) for path in mapping.balance]
+    return steps, applied
 
 
 def change_of_output(
@@ -55,13 +96,23 @@ def change_of_output(
     """
     call = call.cast(hidden.device, torch.float32, hidden.shape[0])
     hidden = hidden.float()
-    outputs = []
-    for side in (before, after):
-        parameters = {name: p.float() if p.is_floating_point() else p for name, p in side.items()}
-        working = with_buffers(layer, fuse_experts(experts, parameters), hidden.device)
-        outputs.append(forward_layer(layer, working, hidden, call))
-    contribution = (outputs[0] - hidden).norm()
-    return float((outputs[1] - outputs[0]).norm() / contribution.clamp(min=1e-20))
+    first, second = (_output(layer, side, hidden, call, experts) for side in (before, after))
+    contribution = (first - hidden).norm()
+    return float((second - first).norm() / contribution.clamp(min=1e-20))
+
+
+def _output(
+    layer: nn.Module,
+    side: Mapping[str, Tensor],
+    hidden: Tensor,
+    call: LayerCall,
+    experts: Sequence[FusedParameter],
+) -> Tensor:
+    """(B, L, H) float32. The float32 parameters live no longer than this."""
+    parameters = {name: p.float() if p.is_floating_point() else p for name, p in side.items()}
+    working = with_buffers(layer, fuse_experts(experts, parameters), hidden.device)
+    del parameters
+    return forward_layer(layer, working, hidden, call)
 
 
 def preserves_function(

@@ -19,6 +19,7 @@ from awqdist.recipe import Rounding, WeightScheme
 
 SUB_BLOCK = 32
 _INVERSE_BLOCK = 512
+_REVERSED_AT_ONCE = 1 << 20
 _MAX_DAMPENING = 1.0
 
 
@@ -31,25 +32,30 @@ def inverse_factor(gram: Tensor, order: Tensor, dampening_frac: float) -> tuple[
     """
     # with J the reversal, J·H·J = L·Lᵀ gives U = J·L⁻¹·J: one factorisation and one triangular inverse
     turned = order.flip(0)
-    hessian = gram[turned.unsqueeze(1), turned]
-    diagonal = hessian.diagonal()
-    dead = diagonal == 0
-    mean = float(diagonal.sum() / (~dead).sum().clamp(min=1)) or 1.0
-    diagonal[dead] = mean
-    added, dampening = 0.0, dampening_frac
+    dampening = dampening_frac
     while dampening <= max(_MAX_DAMPENING, dampening_frac):
-        diagonal += dampening * mean - added
-        added = dampening * mean
-        lower, failed = torch.linalg.cholesky_ex(hessian)
+        lower = _hessian(gram, turned, dampening).mT  # column by column, so that it is factorised in its place
+        failed = torch.linalg.cholesky_ex(lower, out=(lower, torch.empty((), dtype=torch.int32, device=gram.device)))[1]
         if not int(failed):
-            del hessian, diagonal
             _invert_lower(lower)
-            return lower.flip(0, 1), dampening
+            _reverse(lower.mT)
+            return lower, dampening
         dampening = max(dampening * 10, 1e-4)
     raise NumericalError(
         f"the Gram matrix of {gram.shape[0]} inputs is not positive definite even with dampening 1; "
         "check the calibration text and the weights of this layer, or use rounding: nearest"
     )
+
+
+def _hessian(gram: Tensor, order: Tensor, dampening: float) -> Tensor:
+    """(I, I): H + λI, a new tensor, with rows and columns in `order` (I,)."""
+    hessian = gram[order.unsqueeze(1), order]
+    diagonal = hessian.diagonal()
+    dead = diagonal == 0
+    mean = float(diagonal.sum() / (~dead).sum().clamp(min=1)) or 1.0
+    diagonal[dead] = mean
+    diagonal += dampening * mean
+    return hessian
 
 
 def _invert_lower(lower: Tensor) -> None:
@@ -64,6 +70,17 @@ def _invert_lower(lower: Tensor) -> None:
     _invert_lower(lower[:half, :half])
     _invert_lower(lower[half:, half:])
     lower[half:, :half] = (lower[half:, half:] @ (lower[half:, :half] @ lower[:half, :half])).neg_()
+
+
+def _reverse(matrix: Tensor) -> None:
+    """Turns a contiguous matrix round, first row and first column last, in its place."""
+    values = matrix.view(-1)
+    half, end = values.numel() // 2, values.numel()
+    for start in range(0, half, _REVERSED_AT_ONCE):
+        stop = min(start + _REVERSED_AT_ONCE, half)
+        front = values[start:stop].flip(0)
+        values[start:stop] = values[end - stop : end - start].flip(0)
+        values[end - stop : end - start] = front
 
 
 def round_gptq(

@@ -15,7 +15,7 @@ from awqdist.export.formats import Format
 from awqdist.model.conversion import FusedParameter
 from awqdist.model.forward import LayerCall
 from awqdist.model.mapping import ResolvedMapping
-from awqdist.model.preserve import TOLERANCE, apply_scales, change_of_output
+from awqdist.model.preserve import TOLERANCE, SmoothedParameters, apply_scales, change_of_output
 from awqdist.quant.grid import QuantizedWeight
 from awqdist.quant.search import BalanceWeight, ScaleChoice, SearchGroup, search_groups
 from awqdist.recipe import Recipe
@@ -73,11 +73,10 @@ def quantize_layer(
     """
     with watch.stage("search"):
         choices = {m.balance[0]: _search(task, m, parameters, statistics, method) for m in task.mappings}
-        smoothed = dict(parameters)
+        smoothed = SmoothedParameters(parameters)
         scales: dict[str, Tensor] = {}  # by every linear that is balanced
         for mapping in task.mappings:
-            changed, applied = apply_scales(smoothed, mapping, choices[mapping.balance[0]].scales)
-            smoothed.update(changed)
+            applied = smoothed.apply(mapping, choices[mapping.balance[0]].scales)
             scales.update(dict.fromkeys(mapping.balance, applied))
     with watch.stage("check"):
         smoothing_error = _check_function(task, parameters, smoothed, choices, trial)

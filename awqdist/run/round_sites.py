@@ -68,17 +68,26 @@ def round_sites(
     records: list[LinearRecord] = []
     for batch in _batches(task):
         release_host_memory()
-        drafts = [d for paths in batch for d in _drafts(task, paths, smoothed, _site(task, paths, sites), recipe)]
-        for draft, result in zip(drafts, _rounded(drafts, recipe), strict=True):
-            first = 0
-            for path in draft.paths:
-                rows = slice(first, first + task.shapes[path][0])
-                first = rows.stop
-                weights[path] = QuantizedWeight(
-                    result.codes[rows], result.weight_scale[rows], result.zero_point[rows], draft.scheme
-                )
-                records.append(_linear_record(task.disk_module(path), draft, rows, weights[path]))
+        for path, weight, record in _round_batch(task, batch, smoothed, sites, recipe):
+            weights[path] = weight
+            records.append(record)
     return weights, records
+
+
+def _round_batch(
+    task: LayerTask, batch: Sequence[tuple[str, ...]], smoothed: Parameters, sites: SmoothedSites, recipe: Recipe
+) -> Iterator[tuple[str, QuantizedWeight, LinearRecord]]:
+    """The linears of sites that are rounded together. Their matrices live no longer than this."""
+    drafts = [d for paths in batch for d in _drafts(task, paths, smoothed, _site(task, paths, sites), recipe)]
+    for draft, result in zip(drafts, _rounded(drafts, recipe), strict=True):
+        first = 0
+        for path in draft.paths:
+            rows = slice(first, first + task.shapes[path][0])
+            first = rows.stop
+            weight = QuantizedWeight(
+                result.codes[rows], result.weight_scale[rows], result.zero_point[rows], draft.scheme
+            )
+            yield path, weight, _linear_record(task.disk_module(path), draft, rows, weight)
 
 
 def _batches(task: LayerTask) -> Iterator[list[tuple[str, ...]]]:
