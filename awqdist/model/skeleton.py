@@ -9,7 +9,7 @@ Names in the model are *unfused* wherever tensors are meant: experts have a name
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from awqdist.errors import CheckpointError, ModelError
@@ -137,13 +138,23 @@ def _empty_model(config: PretrainedConfig) -> PreTrainedModel:
     dtype = getattr(config, "dtype", None) or config.get_text_config(decoder=True).dtype or torch.float32
     build = getattr(kind, "_from_config", None) or kind.from_config
     try:
-        with init_empty_weights(include_buffers=False), warnings.catch_warnings():
+        with _MatricesOnMeta(), init_empty_weights(include_buffers=False), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return build(config, dtype=dtype).eval()  # type: ignore[no-any-return]
     except (ValueError, KeyError, AttributeError, ImportError) as error:
         raise ModelError(
             f"transformers cannot build {', '.join(names) or config.model_type}: {first_line(error)}"
         ) from None
+
+
+class _MatricesOnMeta(TorchFunctionMode):
+    """Makes `torch.empty` of matrices on meta. accelerate takes parameters there only once they are made, at their full size."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        size = args[0] if len(args) == 1 else args
+        if func is torch.empty and isinstance(size, Sequence) and len(size) > 1:
+            kwargs = {**(kwargs or {}), "device": "meta"}
+        return func(*args, **(kwargs or {}))
 
 
 def _required(model: PreTrainedModel) -> list[str]:

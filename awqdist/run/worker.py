@@ -7,48 +7,30 @@ no arithmetic. A worker emits events, never prints, and keeps no journal.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from awqdist.checkpoint.index import TensorEntry
-from awqdist.checkpoint.reader import Reading, check_finite, read_tensors
-from awqdist.checkpoint.writer import write_safetensors
 from awqdist.errors import NumericalError
 from awqdist.model.conversion import fuse_experts
-from awqdist.model.forward import LayerCall, forward_layer, head_inputs, record_calls, with_buffers
+from awqdist.model.forward import (
+    LayerCall,
+    forward_layer,
+    head_inputs,
+    record_calls,
+    with_buffers,
+    without_embeddings,
+)
 from awqdist.run.device import compute_dtype, peak_memory_bytes, release_host_memory
-from awqdist.run.events import ChunkForwarded, Emit, LayerFinished, MappingSearched, SourceRead, StageStarted
+from awqdist.run.events import ChunkForwarded, Emit, MappingSearched, StageStarted
 from awqdist.run.gather import Gathering
 from awqdist.run.job import Job, token_chunks
+from awqdist.run.layer_io import LoadedLayer, SearchedLayer, check_named, read_outside
 from awqdist.run.plan import LayerTask
 from awqdist.run.quantize_layer import LayerResult, Method, Trial, quantize_layer
-from awqdist.run.records import LayerRecord
 from awqdist.run.stopwatch import Stopwatch
-
-
-@dataclass(frozen=True, slots=True)
-class LoadedLayer:
-    """A layer's tensors, not yet changed, in host memory, by their names in the layer; and the checksum of their bytes on disk."""
-
-    task: LayerTask
-    watch: Stopwatch
-    parameters: dict[str, Tensor]
-    source_crc32: int
-
-
-@dataclass(frozen=True, slots=True)
-class SearchedLayer:
-    """What is to be written of a layer, in host memory, by on-disk names; and what was found about it."""
-
-    task: LayerTask
-    watch: Stopwatch
-    tensors: dict[str, Tensor]
-    result: LayerResult
-    source_crc32: int
-    peak_memory_bytes: int
 
 
 @dataclass(slots=True)
@@ -74,12 +56,13 @@ class Worker:
         self._method = Method(job.recipe, job.format)
         self._token_chunks: list[Tensor] = []
         self._calls: list[list[LayerCall]] = []  # by chunk, then by layer
+        self._final: dict[str, Tensor] = {}  # what the inputs of lm_head are made with
         self._layer: _Layer | None = None
 
     def embed(self, samples: Tensor) -> Iterator[Tensor]:
         """Takes in the calibration samples (N, L) int64. Gives the inputs of the first layer, chunks of (B, L, H) on the CPU, one after
         the other; to be gone through to its end."""
-        outside = self._outside()
+        outside = read_outside(self._job, self._dtype, self._emit)
         distinct: list[list[LayerCall]] = []  # calls are equal for chunks of equal shape; they are kept once
         self._token_chunks = token_chunks(self._job.settings, samples)
         for tokens in self._token_chunks:
@@ -89,6 +72,8 @@ class Worker:
                 distinct.append(calls)
             self._calls.append(known or calls)
             yield hidden.to("cpu", self._job.skeleton.dtype)
+        if self._job.plan.head is not None:
+            self._final = without_embeddings(self._job.skeleton, outside)
 
     def begin(self, loaded: LoadedLayer, *, forward_only: bool = False) -> None:
         """Takes up a layer that was read. With `forward_only` no statistics are gathered, and it cannot be searched."""
@@ -97,10 +82,10 @@ class Worker:
         self._emit(StageStarted(task.layer, "forward"))
         with loaded.watch.piece("forward"):
             is_head = task.layer == job.skeleton.num_layers
-            _check_finite(loaded.parameters, task.disk_names, "lm_head" if is_head else f"layer {task.layer}")
+            check_named(loaded.parameters, task.disk_names, "lm_head" if is_head else f"layer {task.layer}")
             parameters = {name: tensor.to(job.device) for name, tensor in loaded.parameters.items()}
             if is_head:
-                working = self._outside()
+                working = self._final
             else:
                 converted = self._converted(parameters, f"{job.skeleton.prefix}.{task.layer}.")
                 fused = fuse_experts(job.skeleton.layer_experts(task.layer), converted)
@@ -180,70 +165,6 @@ class Worker:
         wide = self._job.skeleton.float32
         return {n: p.to(torch.float32 if prefix + n in wide else self._dtype) for n, p in parameters.items()}
 
-    def _outside(self) -> dict[str, Tensor]:
-        """Parameters and buffers of the decoder that are in no layer."""
-        names = self._job.skeleton.outside_names()
-        tensors, reading = _read(self._job, names, lambda: None)
-        self._emit(SourceRead(None, reading.num_bytes))
-        _check_finite(tensors, names, "the tensors outside the decoder layers")
-        parameters = {name: tensor.to(self._job.device, self._dtype) for name, tensor in tensors.items()}
-        return with_buffers(self._job.skeleton.decoder, parameters, self._job.device)
-
     def _under_way(self) -> _Layer:
         assert self._layer is not None, "begin() comes first"
         return self._layer
-
-
-def read_layer(job: Job, task: LayerTask, emit: Emit, check: Callable[[], None]) -> LoadedLayer:
-    """Reads the tensors of a layer. `check` is called before each of them, and ends the reading by raising. Raises CheckpointError."""
-    watch = Stopwatch(task.layer, job.device, emit)
-    with watch.stage("read"):
-        parameters, reading = _read(job, task.disk_names, check)
-    emit(SourceRead(task.layer, reading.num_bytes))
-    return LoadedLayer(task, watch, parameters, reading.crc32)
-
-
-def write_layer(job: Job, searched: SearchedLayer, emit: Emit) -> None:
-    """Writes the file of a layer durably and tells so, which is when the leader may journal it. Raises OutputError."""
-    task, result, watch = searched.task, searched.result, searched.watch
-    with watch.stage("write"):
-        written = write_safetensors(job.settings.output / layer_file(task.layer), searched.tensors)
-    record = LayerRecord(
-        layer=task.layer,
-        file=written.name,
-        num_bytes=written.num_bytes,
-        sha256=written.sha256,
-        source_crc32=searched.source_crc32,
-        smoothing_error=result.smoothing_error,
-        mappings=result.mappings,
-        linears=result.linears,
-        sites=result.sites,
-        skipped=task.skipped,
-        seconds=watch.seconds,
-        peak_memory_bytes=searched.peak_memory_bytes,
-        source_sample=job.source_sample(task.disk_names.values()),
-    )
-    emit(LayerFinished(task.layer, record))
-
-
-def layer_file(layer: int) -> str:
-    """Name of the output file of a layer."""
-    return f"model-layer-{layer:05d}.safetensors"
-
-
-def _check_finite(tensors: dict[str, Tensor], disk_names: dict[str, str], where: str) -> None:
-    """Raises CheckpointError naming the tensor as it is called on disk."""
-    check_finite({disk_names[name]: tensor for name, tensor in tensors.items()}, where)
-
-
-def _read(job: Job, names: dict[str, str], check: Callable[[], None]) -> tuple[dict[str, Tensor], Reading]:
-    """Tensors by their names in the layer, in host memory; and what was read, in the order of the files."""
-    entries = sorted((job.index.entries[disk] for disk in names.values()), key=lambda e: (e.file.name, e.start))
-
-    def checked() -> Iterator[TensorEntry]:
-        for entry in entries:
-            check()
-            yield entry
-
-    reading = read_tensors(checked())
-    return {name: reading.tensors[disk] for name, disk in names.items()}, reading

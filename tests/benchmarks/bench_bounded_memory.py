@@ -63,7 +63,7 @@ def main() -> int:
         for level in options.offload:
             foretold = plan(options, model, level)
             measure(options, model, scratch / f"output-{level}", level, foretold)
-            shutil.rmtree(scratch / f"output-{level}")
+            shutil.rmtree(scratch / f"output-{level}", ignore_errors=True)
     return 0
 
 
