@@ -61,8 +61,8 @@ def grouped(weight: Tensor, scheme: WeightScheme) -> Tensor:
 
 def group_range(weight: Tensor, scheme: WeightScheme) -> tuple[Tensor, Tensor]:
     """Smallest and largest weight of every group, each (O, G), dtype of `weight`."""
-    low, high = torch.aminmax(grouped(weight, scheme), dim=-1)
-    return low, high
+    groups = grouped(weight, scheme)
+    return groups.amin(-1), groups.amax(-1)
 
 
 def grid_parameters(low: Tensor, high: Tensor, scheme: WeightScheme) -> tuple[Tensor, Tensor]:
@@ -97,7 +97,10 @@ def _difference_of_rows(rows: Tensor, scales: Tensor, scheme: WeightScheme, dtyp
     """`rounding_difference` of some rows, written to `out`. All (rows, I) float32."""
     limit = float((1 << scheme.num_bits) - 1)
     smoothed = grouped(rows * scales, scheme)  # (rows, G, g)
-    low, high = torch.aminmax(smoothed, dim=-1, keepdim=True)  # (rows, G, 1)
+    low, high = (
+        smoothed.amin(-1, keepdim=True),
+        smoothed.amax(-1, keepdim=True),
+    )  # (rows, G, 1); aminmax is 12 times slower
     if scheme.symmetric:
         step = torch.maximum(high, low.neg()).div_(limit / 2).to(dtype).float()
         zero = torch.full_like(step, float(1 << (scheme.num_bits - 1)))
@@ -106,6 +109,6 @@ def _difference_of_rows(rows: Tensor, scales: Tensor, scheme: WeightScheme, dtyp
         step = ((high - low).div_(limit)).to(dtype).float()
         zero = (low / step).neg_().nan_to_num_(0.0).clamp_(0, limit).round_()
     step.masked_fill_(step == 0, torch.finfo(dtype).eps)
-    rounded = torch.addcdiv(zero, smoothed, step).round_().clamp_(0, limit)
+    rounded = torch.div(smoothed, step).add_(zero).round_().clamp_(0, limit)
     torch.sub(rounded.sub_(zero).mul_(step), smoothed, out=smoothed)
     torch.div(smoothed.flatten(1), scales, out=out)

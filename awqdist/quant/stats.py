@@ -6,6 +6,8 @@ For a candidate weight W' = W + D of a linear that reads X (T, I), the output er
 
 so XᵀX (I, I) is all that is needed, whatever T is. Where there are fewer tokens than inputs the rows X themselves are smaller
 and cheaper, and are kept instead. Both are exact; sums are float32 and additive over chunks.
+
+To rank candidates a sketch of X does as well where X is wide (`sketch.py`).
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from awqdist.quant.sketch import SKETCH_ROWS, Sketch
 
 _BLOCK = 256  # columns per block of a Gram matrix; only the blocks on and below its diagonal are multiplied
 
@@ -52,19 +56,24 @@ class InputStatistics:
         self._rows: list[Tensor] = []
         self._gram = None if self._keeps_rows else torch.zeros(num_inputs, num_inputs, device=device)
         self._symmetric = True  # whether the blocks above the diagonal are filled in
-        self._rough_gram: Tensor | None = None
+        has_sketch = self._gram is not None and num_inputs >= 2 * SKETCH_ROWS
+        self._sketch = Sketch(num_inputs, num_tokens, device) if has_sketch else None
+        self._rough: Tensor | None = None  # the sketch, or else the Gram matrix, in bfloat16
 
     def add(self, activations: Tensor) -> None:
         """Adds a chunk. activations: (..., I), any float dtype."""
         rows = activations.detach().reshape(-1, self.num_inputs)  # (T_chunk, I)
+        first_token = self.num_tokens
         self.num_tokens += rows.shape[0]
         wide = rows.to(
             torch.float32, copy=self._gram is None
         )  # rows that are kept are ours: the layer may go on to overwrite them
-        self._sum_abs += torch.linalg.vector_norm(wide, 1, 0)
+        self._sum_abs += wide.abs().sum(0)
         if self._gram is None:
             self._rows.append(wide)
             return
+        if self._sketch is not None:
+            self._sketch.add(wide, first_token)
         self._symmetric = False
         with exact_for(rows.dtype):
             for start in range(0, self.num_inputs, _BLOCK):
@@ -87,7 +96,7 @@ class InputStatistics:
     def take_smoothed_gram(self, scales: Tensor) -> Tensor:
         """The Gram matrix of the input divided by scales (I,), (I, I) float32. It is taken out: errors cannot be asked for any more."""
         gram = self.gram()
-        self._gram = self._rough_gram = None
+        self._gram = self._sketch = self._rough = None
         self._rows = []
         return gram.div_(scales.unsqueeze(0)).div_(scales.unsqueeze(1))
 
@@ -116,12 +125,19 @@ class InputStatistics:
         return quadratic_form_rows(difference, self._gram)
 
     def rough_row_errors(self, difference: Tensor) -> Tensor:
-        """`row_errors` to about three digits, in bfloat16 products where the hardware has units for them: to rank, not to report."""
-        if self._gram is None or not has_fast_bfloat16(difference.device):
+        """`row_errors` of a sketch of the input, or else to about three digits: to rank, not to report. bfloat16 products where fast."""
+        if self._gram is None:
             return self.row_errors(difference)
-        if self._rough_gram is None:
-            self._rough_gram = self.gram().bfloat16()
-        return rough_form_rows(difference, self._rough_gram)
+        is_fast = has_fast_bfloat16(difference.device)
+        if self._sketch is not None:
+            if self._rough is None:
+                self._rough = self._sketch.rows.bfloat16() if is_fast else self._sketch.rows
+            return (difference.to(self._rough.dtype) @ self._rough.T).float().square_().sum(1).double()
+        if not is_fast:
+            return self.row_errors(difference)
+        if self._rough is None:
+            self._rough = self.gram().bfloat16()
+        return rough_form_rows(difference, self._rough)
 
     @contextmanager
     def hold(self) -> Iterator[None]:
