@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from awqdist import AWQModifier, QuantizationArgs, QuantizationModifier, QuantizationScheme, load_recipe
 from awqdist.model.mapping import ResolvedMapping
-from awqdist.model.preserve import apply_scales
+from awqdist.model.smoothed import SmoothedParameters
 from awqdist.recipe import Recipe
 from awqdist.recipe.settings import RunSettings
 from awqdist.run.job import Job, prepare
@@ -96,9 +96,9 @@ def smoothed_checkpoint(job: Job, folder: Path, choose: Choose) -> Path:
     tensors = read_all(source)
     for task in job.plan.layers:
         original = {name: tensors[disk] for name, disk in task.disk_names.items()}
-        smoothed = dict(original)
+        smoothed = SmoothedParameters(original)
         for mapping in task.mappings:
-            smoothed.update(apply_scales(smoothed, mapping, choose(task, mapping, original))[0])
+            smoothed.apply(mapping, choose(task, mapping, original))
         tensors.update({task.disk_names[name]: tensor for name, tensor in smoothed.items()})
     return write_all(folder, source, tensors)
 

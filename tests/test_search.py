@@ -22,7 +22,9 @@ from quant_oracles import (
 )
 from torch import Tensor
 
-from awqdist.quant.search import BalanceWeight, ScaleChoice, search_scales, weight_mean
+from awqdist.quant.candidates import weight_mean
+from awqdist.quant.search import ScaleChoice, search_scales
+from awqdist.quant.stacks import BalanceWeight
 from awqdist.recipe import Smoothing, WeightScheme
 
 BF16 = torch.bfloat16

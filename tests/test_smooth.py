@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pytest
 import torch
 from quant_oracles import random_weight
 from torch import Tensor
 
 from awqdist.model.mapping import ResolvedMapping
-from awqdist.model.preserve import apply_scales
+from awqdist.model.smoothed import SmoothedParameters
 from awqdist.quant.smooth import balance_linear, per_source, smooth_linear, smooth_norm
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -140,11 +142,12 @@ def test_a_norm_with_bias_keeps_its_function(unit_offset: bool, dtype: torch.dty
         "b.weight": random_weight(6, WIDTH, 2).to(dtype),
     }
     mapping = ResolvedMapping("norm", ("a", "b"), norm=True, unit_offset=unit_offset, source=None)
-    changed, scales = apply_scales(parameters, mapping, scales_between(0.02, 50))
+    changed = SmoothedParameters(parameters)
+    scales = changed.apply(mapping, scales_between(0.02, 50))
     applied = (parameters["norm.weight"].double() + offset) / (changed["norm.weight"].double() + offset)
     torch.testing.assert_close(scales.double(), applied, rtol=1e-6, atol=0)
 
-    def outputs(p: dict[str, Tensor], name: str) -> Tensor:
+    def outputs(p: Mapping[str, Tensor], name: str) -> Tensor:
         hidden = x * (p["norm.weight"].double() + offset) + p["norm.bias"].double()
         return hidden @ p[name].double().T
 
@@ -163,10 +166,11 @@ def test_value_heads_and_the_output_projection_keep_their_function_under_grouped
         "o.weight": random_weight(8, kv_heads * repeats * head_dim, 1),
     }
     source = mapping.source_channels(kv_heads * repeats * head_dim)
-    changed, scales = apply_scales(parameters, mapping, scales_between(0.02, 50, kv_heads * head_dim)[source])
+    changed = SmoothedParameters(parameters)
+    scales = changed.apply(mapping, scales_between(0.02, 50, kv_heads * head_dim)[source])
     x = torch.randn(10, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
 
-    def outputs(p: dict[str, Tensor]) -> Tensor:
+    def outputs(p: Mapping[str, Tensor]) -> Tensor:
         values = x @ p["v.weight"].double().T + p["v.bias"].double()
         heads = values.view(10, kv_heads, head_dim).repeat_interleave(repeats, 1)  # as transformers' repeat_kv
         return heads.reshape(10, -1) @ p["o.weight"].double().T

@@ -150,6 +150,43 @@ class _WatchedExperts(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+@contextmanager
+def made_experts(
+    experts: Sequence[FusedParameter], make: Callable[[FusedParameter, int], Tensor], device: torch.device
+) -> Iterator[dict[str, Tensor]]:
+    """Stand-ins for fused parameters, which take no memory: within it, a linear over an expert's slice uses what `make` returns.
+
+    They are NaN, and so is the output of whatever else computes with them.
+    """
+    stand_ins: dict[str, Tensor] = {}
+    made: dict[int, FusedParameter] = {}
+    for fused in experts:
+        num_experts, (num_rows, width) = len(fused.parts), fused.part_shape
+        numbers = torch.full((num_experts,), torch.nan, device=device)
+        stand_ins[fused.name] = numbers.as_strided((num_experts, num_rows * len(fused.parts[0]), width), (1, 0, 0))
+        made[numbers.untyped_storage().data_ptr()] = fused
+    with _MadeExperts(made, make):
+        yield stand_ins
+
+
+class _MadeExperts(TorchFunctionMode):
+    """Gives every linear over a slice of a stand-in the weight (R, I) that is made for that expert. made: by the stand-in's storage."""
+
+    def __init__(self, made: Mapping[int, FusedParameter], make: Callable[[FusedParameter, int], Tensor]) -> None:
+        super().__init__()
+        self._made, self._make = made, make
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.nn.functional.linear:
+            inputs, weight, *rest = args if len(args) > 1 else (args[0], kwargs.pop("weight"))
+            fused = self._made.get(weight.untyped_storage().data_ptr())
+            if fused is not None and weight.ndim == 2:
+                weight = self._make(fused, weight.storage_offset())
+            args = (inputs, weight, *rest)
+        return func(*args, **kwargs)
+
+
 def with_buffers(module: nn.Module, parameters: Parameters, device: torch.device) -> dict[str, Tensor]:
     """`parameters` and the module's own buffers, which no checkpoint holds, on `device`."""
     buffers = {name: buffer.to(device) for name, buffer in module.named_buffers() if buffer.device.type != "meta"}

@@ -10,19 +10,23 @@ fitted to them, and nothing in between is singular or falls back to rounding to 
 all tokens of the layer; that of an inner linear is a sample of them, sent through this expert.
 
 Rows are kept up to a cap, in the dtype that they came in; of more, the first stand for all. Gram matrices are made one expert at a time.
+Where an error need not be exact none is made: mostly an expert has fewer rows than inputs, and ‖X·Dᵀ‖² takes less than D·Ĝ·Dᵀ.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from awqdist.quant.stats import InputStatistics, exact_for, quadratic_form_rows, rough_form_rows
+from awqdist.quant.stats import InputStatistics, exact_for, has_fast_bfloat16, quadratic_form_rows
 
 PRIOR_TOKENS = 32.0
+_ROUGH_ROWS = 1024  # of an expert that are multiplied for a rough error, or as many as there are inputs
 _ROW_BUDGET_BYTES = 4 << 30  # of all experts' rows of one kind, unless that were less than _MIN_ROWS each
 _MIN_ROWS = 2048
 
@@ -44,7 +48,6 @@ class ExpertStatistics:
         self._rows: list[Tensor] = []
         self._sum_abs = torch.zeros(num_inputs, dtype=torch.float32, device=device)
         self._gram: Tensor | None = None
-        self._rough_gram: Tensor | None = None
 
     def add(self, activations: Tensor) -> None:
         """Adds rows (n, I), any float dtype."""
@@ -80,7 +83,7 @@ class ExpertStatistics:
         try:
             yield
         finally:
-            self._gram = self._rough_gram = None
+            self._gram = None
 
     def take_smoothed_gram(self, scales: Tensor) -> Tensor:
         """Ĝ of the input divided by scales (I,). The rows are given up: errors cannot be asked for any more."""
@@ -93,11 +96,39 @@ class ExpertStatistics:
         return quadratic_form_rows(difference, self.gram())
 
     def rough_row_errors(self, difference: Tensor) -> Tensor:
-        """`row_errors` to about three digits."""
-        if self._rough_gram is None:
-            self._rough_gram = self.gram().bfloat16()
-        return rough_form_rows(difference, self._rough_gram)
+        """`row_errors` to about three digits, but with the prior as some of its tokens tell it."""
+        return StackedRows.of([self]).row_errors(difference.unsqueeze(0))[0]
+
+    def weighted_rows(self) -> tuple[Tensor, Tensor]:
+        """Rows (m, I) and how many tokens each stands for, (m,) float32: a sample of its own, and one of the prior's."""
+        prior = self._prior.sample()
+        own = torch.cat(self._rows) if self._rows else prior[:0]
+        own = own[:: -(-own.shape[0] // max(_ROUGH_ROWS, self.num_inputs)) or 1]
+        counts = self._sum_abs.new_full((own.shape[0] + prior.shape[0],), PRIOR_TOKENS / max(prior.shape[0], 1))
+        counts[: own.shape[0]] = self.num_tokens / max(own.shape[0], 1)
+        return torch.cat([own, prior.to(own.dtype)]), counts
 
     def is_finite(self) -> bool:
         """Whether every activation that was added was finite."""
         return bool(torch.isfinite(self._sum_abs).all())
+
+
+@dataclass(frozen=True, slots=True)
+class StackedRows:
+    """Rows of B experts that stand for what they read. rows: (B, m, I), short ones filled up; counts: (B, m) float32, tokens per row."""
+
+    rows: Tensor
+    counts: Tensor
+
+    @classmethod
+    def of(cls, experts: Sequence[ExpertStatistics]) -> StackedRows:
+        """In bfloat16 where the hardware multiplies that."""
+        found = [expert.weighted_rows() for expert in experts]
+        rows = pad_sequence([rows for rows, _ in found], batch_first=True)
+        dtype = torch.bfloat16 if has_fast_bfloat16(rows.device) else torch.float32
+        return cls(rows.to(dtype), pad_sequence([counts for _, counts in found], batch_first=True))
+
+    def row_errors(self, difference: Tensor) -> Tensor:
+        """Of difference (B, r, I) float32: (B, r) float64."""
+        outputs = (difference.to(self.rows.dtype) @ self.rows.transpose(1, 2)).float()  # (B, r, m)
+        return (outputs.square_() @ self.counts.unsqueeze(2)).squeeze(2).double()

@@ -20,6 +20,8 @@ from torch import Tensor
 
 from awqdist.recipe import WeightScheme
 
+_CACHED_ELEMENTS = 1 << 17
+
 
 @dataclass(frozen=True, slots=True)
 class QuantizedWeight:
@@ -54,15 +56,15 @@ def scheme_args(scheme: WeightScheme) -> QuantizationArgs:
 
 
 def grouped(weight: Tensor, scheme: WeightScheme) -> Tensor:
-    """View of `weight` (O, I) as (O, G, g)."""
-    groups: Tensor = weight.unflatten(1, (-1, scheme.group_size if scheme.group_size > 0 else weight.shape[1]))
+    """View of `weight` (..., I) as (..., G, g)."""
+    groups: Tensor = weight.unflatten(-1, (-1, scheme.group_size if scheme.group_size > 0 else weight.shape[-1]))
     return groups
 
 
 def group_range(weight: Tensor, scheme: WeightScheme) -> tuple[Tensor, Tensor]:
     """Smallest and largest weight of every group, each (O, G), dtype of `weight`."""
-    groups = grouped(weight, scheme)
-    return groups.amin(-1), groups.amax(-1)
+    groups = grouped(weight.float(), scheme)  # torch is slow at extremes of bfloat16, and at both in one call
+    return groups.amin(-1).to(weight.dtype), groups.amax(-1).to(weight.dtype)
 
 
 def grid_parameters(low: Tensor, high: Tensor, scheme: WeightScheme) -> tuple[Tensor, Tensor]:
@@ -83,24 +85,28 @@ def round_to_nearest(weight: Tensor, weight_scale: Tensor, zero_point: Tensor, s
 def rounding_difference(weight: Tensor, scales: Tensor, scheme: WeightScheme, dtype: torch.dtype) -> Tensor:
     """D = Q(W·diag(s))·diag(1/s) - W, the change of the effective weight when W is smoothed by `scales` and rounded to nearest.
 
-    weight: (O, I) float32; scales: (I,) float32, `smooth_scales`; dtype: what the group scales are stored in.
-    Returns (O, I) float32. On a CPU the rows are worked through in blocks that stay in the cache.
+    weight: (O, I), or (B, O, I) of B problems, any float dtype; scales: (I,) or (B, I) float32, `smooth_scales`; dtype: what the group
+    scales are stored in. Returns float32, in the shape of `weight`. On a CPU the rows are worked through in blocks that stay in the cache.
     """
-    difference = torch.empty_like(weight)
-    block = weight.shape[0] if weight.is_cuda else max(1, (1 << 17) // weight.shape[1])
-    for start in range(0, weight.shape[0], block):
-        _difference_of_rows(weight[start : start + block], scales, scheme, dtype, difference[start : start + block])
+    if weight.ndim == 2:
+        return rounding_difference(weight.unsqueeze(0), scales.unsqueeze(0), scheme, dtype).squeeze(0)
+    difference = torch.empty_like(weight, dtype=torch.float32)
+    num_problems, num_rows, width = weight.shape
+    rows = num_rows if weight.is_cuda else min(num_rows, max(1, _CACHED_ELEMENTS // width))
+    problems = num_problems if weight.is_cuda else max(1, _CACHED_ELEMENTS // (num_rows * width))
+    for first in range(0, num_problems, problems):
+        own = scales[first : first + problems].unsqueeze(1)  # (b, 1, I)
+        for start in range(0, num_rows, rows):
+            block = slice(first, first + problems), slice(start, start + rows)
+            _difference_of_block(weight[block].float(), own, scheme, dtype, difference[block])
     return difference
 
 
-def _difference_of_rows(rows: Tensor, scales: Tensor, scheme: WeightScheme, dtype: torch.dtype, out: Tensor) -> None:
-    """`rounding_difference` of some rows, written to `out`. All (rows, I) float32."""
+def _difference_of_block(weight: Tensor, scales: Tensor, scheme: WeightScheme, dtype: torch.dtype, out: Tensor) -> None:
+    """`rounding_difference` of (b, rows, I), written to `out`. scales: (b, 1, I); all float32."""
     limit = float((1 << scheme.num_bits) - 1)
-    smoothed = grouped(rows * scales, scheme)  # (rows, G, g)
-    low, high = (
-        smoothed.amin(-1, keepdim=True),
-        smoothed.amax(-1, keepdim=True),
-    )  # (rows, G, 1); aminmax is 12 times slower
+    smoothed = grouped(weight * scales, scheme)  # (b, rows, G, g)
+    low, high = smoothed.amin(-1, keepdim=True), smoothed.amax(-1, keepdim=True)
     if scheme.symmetric:
         step = torch.maximum(high, low.neg()).div_(limit / 2).to(dtype).float()
         zero = torch.full_like(step, float(1 << (scheme.num_bits - 1)))
@@ -111,4 +117,4 @@ def _difference_of_rows(rows: Tensor, scales: Tensor, scheme: WeightScheme, dtyp
     step.masked_fill_(step == 0, torch.finfo(dtype).eps)
     rounded = torch.div(smoothed, step).add_(zero).round_().clamp_(0, limit)
     torch.sub(rounded.sub_(zero).mul_(step), smoothed, out=smoothed)
-    torch.div(smoothed.flatten(1), scales, out=out)
+    torch.div(smoothed.flatten(-2), scales, out=out)

@@ -1,44 +1,38 @@
 """The AWQ scale search (arXiv 2306.00978, section 3.2) on statistics instead of activations.
 
-Per mapping the candidates are the identity and s = mean_abs^r / (w_mean^(1-r) + 1e-4) over a grid of ratios r, normalised by
-s /= sqrt(max·min). The one whose rounded weights change the outputs of the balance layers least is chosen. Nothing of the model
-is run again and nothing is mutated.
+Of the candidates the one whose rounded weights change the outputs of the balance layers least is chosen. Nothing of the model is run
+again and nothing is mutated.
 
-Large layers are screened first: errors of all candidates on a sample of the rows, then of the best few on all rows, both in rough products;
-the exact errors of the winner and of the identity decide. The sample takes the rows with the largest error under the identity, and every
-n-th of the others, counted n times. (An evenly spaced sample chose scales up to 28 % worse on a model with outliers: few rows carry most
-of the error.)
+Large layers are screened first: errors of all candidates on a sample of the rows, then of the best few on a larger one, both in rough
+products; the errors of the winner and of the identity on all rows decide. A sample takes the rows with the largest error under the
+identity, and every n-th of the others, counted n times. (An evenly spaced sample chose scales up to 28 % worse on a model with
+outliers: few rows carry most of the error.)
 
 In front of a mixture of experts one set of scales serves linears that read different rows: the shared ones all tokens, each expert its
-own. Such a mapping has several *groups*; errors are summed over them, and one group is worked on at a time.
+own. Such a mapping has several *groups*, whose errors are summed. Within the experts it is the other way round: as many mappings as
+experts, alike but for their numbers. Both go through in batches of experts, as products of (B, R, I) tensors.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from awqdist.quant.grid import grouped, rounding_difference
+from awqdist.quant.candidates import Candidate, candidates, weight_mean
+from awqdist.quant.grid import rounding_difference
+from awqdist.quant.stacks import BalanceWeight, SearchGroup, Stack, batches, stacked
 from awqdist.quant.stats import Statistics
-from awqdist.recipe import Smoothing, WeightScheme
+from awqdist.recipe import Smoothing
 
-_SCREENED_ROWS = (
-    256  # rows that rank the candidates, half of them the worst; used where a mapping has at least twice as many
-)
-_GROUP_ROWS = (32, 1024)  # with several groups: rows of each, at least, and of all together
+_ROWS = (256, 8192)  # that rank the candidates, and the best few; used where a mapping has at least twice the former
+_ROWS_OF_GROUPS = (1024, 8192)  # the same of all groups together, where there are several
+_ROWS_OF_EXPERT = (64, 256)  # the same of a mapping within an expert
+_LEAST_ROWS = 8  # of each group
 _NUM_FINALISTS = 3
-
-
-@dataclass(frozen=True, slots=True)
-class BalanceWeight:
-    """A linear that reads the smoothed tensor. weight: (O, I) float; scheme: None where the recipe leaves it unquantized."""
-
-    weight: Tensor
-    scheme: WeightScheme | None
+_BLOCK_ELEMENTS = 1 << 22  # of the differences that are multiplied at a time, of several candidates
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,29 +45,6 @@ class ScaleChoice:
     error_before: float
     error_after: float
     num_nonfinite: int
-
-
-Stack = tuple[Tensor, WeightScheme]  # the (ΣO, I) float32 rows under one scheme
-
-
-@dataclass(frozen=True, slots=True)
-class _Candidate:
-    scales: Tensor  # (I,)
-    ratio: float | None
-    duo_scaling: bool
-
-
-@dataclass(frozen=True, slots=True)
-class SearchGroup:
-    """Balance layers that read the same rows, and the statistics of these."""
-
-    balance: Sequence[BalanceWeight]
-    statistics: Statistics
-
-    def stacks(self) -> list[Stack]:
-        """Quantized linears under one scheme as one (ΣO, I) matrix: their rows are independent of each other."""
-        schemes = dict.fromkeys(b.scheme for b in self.balance if b.scheme is not None)
-        return [(torch.cat([b.weight.float() for b in self.balance if b.scheme == s]), s) for s in schemes]
 
 
 def search_scales(
@@ -92,154 +63,132 @@ def search_groups(
     groups: Sequence[SearchGroup], mean_abs: Tensor, source: Tensor, settings: Smoothing, dtype: torch.dtype
 ) -> ScaleChoice:
     """The same for several groups of balance layers. mean_abs: (I,), of the smoothed tensor."""
-    units = [_Unit(group, group.stacks() if len(groups) == 1 else None) for group in groups]
-    candidates = _candidates(weight_mean(s for u in units for s in u.stacks()), mean_abs, source, settings)
-    finite = [c for c in candidates if bool(torch.isfinite(c.scales).all())]
-    identity, others = finite[0], finite[1:]
-    num_nonfinite = len(candidates) - len(finite)
-    screened = sum(unit.num_rows for unit in units) >= 2 * _SCREENED_ROWS
-    error_before, estimates = _first_look(units, identity, others if screened else [], dtype)
-    if screened:
-        usable = _ranked(others, estimates)
-        num_nonfinite += len(others) - len(usable)
-        finalists = usable[:_NUM_FINALISTS]
-        others = _ranked(finalists, _errors(units, finalists, dtype, rough=True))[:1]
-    errors = [error_before, *_errors(units, others, dtype)]
-    usable_errors = [(error, i) for i, error in enumerate(errors) if math.isfinite(error)]
-    num_nonfinite += len(errors) - len(usable_errors)
-    best_error, best = min(usable_errors, default=(errors[0], 0))
-    chosen = [identity, *others][best]
-    return ScaleChoice(chosen.scales, chosen.ratio, chosen.duo_scaling, errors[0], best_error, num_nonfinite)
+    stacks = [stack for batch in batches(groups) for stack in stacked(batch)]
+    w_mean = weight_mean((stack.weight().flatten(0, 1), stack.scheme) for stack in stacks)
+    tried = candidates(w_mean.unsqueeze(0), mean_abs.unsqueeze(0), source, settings)
+    sizes = _ROWS if len(groups) == 1 else tuple(max(_LEAST_ROWS, rows // len(groups)) for rows in _ROWS_OF_GROUPS)
+    (choice,) = _Search(stacks, tried, dtype, sizes, shared=True).choices()
+    return choice
 
 
-def weight_mean(stacks: Iterable[Stack]) -> Tensor:
-    """(I,) float32: mean over all rows of |W| / (max |W| of its group + 1e-6)."""
-    total, num_rows = torch.zeros(()), 0
-    for weight, scheme in stacks:
-        magnitude = grouped(weight.abs(), scheme)  # (O, G, g)
-        sums = (magnitude / (magnitude.amax(-1, keepdim=True) + 1e-6)).flatten(1).sum(0)
-        total = total + sums if num_rows else sums
-        num_rows += weight.shape[0]
-    return total / num_rows
+def search_side_by_side(
+    groups: Sequence[SearchGroup], source: Tensor, settings: Smoothing, dtype: torch.dtype
+) -> list[ScaleChoice]:
+    """As many mappings as groups, each with scales of its own: the inner ones of experts that are alike."""
+    choices: list[ScaleChoice] = []
+    for batch in batches(groups):
+        stacks = stacked(batch)
+        w_mean = weight_mean((stack.weight(), stack.scheme) for stack in stacks)
+        mean_abs = torch.stack([group.statistics.mean_abs for group in batch])
+        tried = candidates(w_mean, mean_abs, source, settings)
+        choices += _Search(stacks, tried, dtype, _ROWS_OF_EXPERT, shared=False).choices()
+    return choices
 
 
-@dataclass(frozen=True, slots=True)
-class _Unit:
-    """A group in the search. kept: its stacks; None where there are many groups, whose float32 weights are not held at one time."""
+class _Search:
+    """K mappings at a time: one whose errors are summed over the groups of all stacks, or one for each of their B groups.
 
-    group: SearchGroup
-    kept: list[Stack] | None
+    tried: the candidates, with scales (K, I), the identity first; sizes: how many rows of a group rank all of them, and the best few.
+    """
 
-    def stacks(self) -> list[Stack]:
-        return self.group.stacks() if self.kept is None else self.kept
+    def __init__(
+        self,
+        stacks: Sequence[Stack],
+        tried: Sequence[Candidate],
+        dtype: torch.dtype,
+        sizes: Sequence[int],
+        *,
+        shared: bool,
+    ) -> None:
+        self._stacks, self._tried, self._dtype, self._sizes, self._shared = stacks, tried, dtype, sizes, shared
+        self._scales = torch.stack([candidate.scales for candidate in tried])  # (C, K, I)
+        num_rows = sum(stack.num_rows * (len(stack.groups) if shared else 1) for stack in stacks)
+        self._screened = num_rows >= 2 * _ROWS[0]
 
-    @property
-    def num_rows(self) -> int:
-        return sum(b.weight.shape[0] for b in self.group.balance if b.scheme is not None)
+    def choices(self) -> list[ScaleChoice]:
+        before = [self._row_errors(stack, self._scales[:1]) for stack in self._stacks]
+        identity = self._total(before)  # (1, K)
+        left, sound = self._screen(before, identity.shape[1])
+        after = self._total([self._row_errors(stack, self._of(left)) for stack in self._stacks])  # (n, K)
+        errors = torch.cat([identity, after])
+        tried = torch.cat([torch.zeros_like(identity, dtype=torch.int64), left])
+        best = torch.where(torch.isfinite(errors), errors, torch.inf).argsort(dim=0, stable=True)[:1]  # (1, K)
+        num_unsound = (~torch.isfinite(identity)).sum(0) + (~sound).sum(0)
+        num_unsound += (sound.gather(0, left - 1) & ~torch.isfinite(after)).sum(0)
+        columns = (tried.gather(0, best)[0], identity[0], errors.gather(0, best)[0], num_unsound)
+        return [
+            ScaleChoice(self._scales[c, k], self._tried[c].ratio, self._tried[c].duo_scaling, *found)
+            for k, (c, *found) in enumerate(zip(*(column.tolist() for column in columns), strict=True))
+        ]
 
+    def _screen(self, row_errors: Sequence[Tensor], num_mappings: int) -> tuple[Tensor, Tensor]:
+        """Those of the candidates behind the identity that are worth an exact look (n, K), and which gave a finite error at all (C - 1, K).
 
-def _candidates(w_mean: Tensor, mean_abs: Tensor, source: Tensor, settings: Smoothing) -> list[_Candidate]:
-    """The identity first, then the grid of DESIGN: n_grid candidates in all (with duo "both": half of them each way)."""
-    x_mean, w_mean = _tie(mean_abs, source), _tie(w_mean, source)
-    num = settings.n_grid
-    if settings.duo_scaling == "both":
-        half = max(num // 2, 2)
-        grid = [(k / (half - 1), duo) for duo in (False, True) for k in range(half) if k or duo]
-    elif settings.duo_scaling:
-        grid = [(k / max(num - 2, 1), True) for k in range(num - 1)]
-    else:
-        grid = [(k / max(num - 1, 1), False) for k in range(1, num)]
-    identity = _Candidate(torch.ones_like(x_mean), None, False)
-    return [identity, *(_Candidate(_scales(x_mean, w_mean, ratio, duo), ratio, duo) for ratio, duo in grid)]
+        row_errors: (1, B, R) under the identity, by stack.
+        """
+        num_others = len(self._tried) - 1
+        left = torch.arange(1, num_others + 1, device=self._scales.device).unsqueeze(1).expand(-1, num_mappings)
+        sound = torch.ones_like(left, dtype=torch.bool)
+        if not self._screened or not num_others:
+            return left, sound
+        for step, num_kept in enumerate((_NUM_FINALISTS, 1)):
+            errors = self._sampled_errors(self._of(left), row_errors, self._sizes[step])
+            sound = sound if step else torch.isfinite(errors)
+            order = torch.where(torch.isfinite(errors), errors, torch.inf).argsort(dim=0, stable=True)
+            left = left.gather(0, order[:num_kept])
+        return left, sound
 
+    def _of(self, left: Tensor) -> Tensor:
+        """Scales (n, K, I) of candidates (n, K)."""
+        return self._scales[left, torch.arange(left.shape[1], device=left.device)]
 
-def _scales(x_mean: Tensor, w_mean: Tensor, ratio: float, duo_scaling: bool) -> Tensor:
-    divisor = w_mean.pow(1 - ratio) + 1e-4 if duo_scaling else 1.0
-    scales = (x_mean.pow(ratio) / divisor).clamp(min=1e-4)
-    scales = scales / (scales.max() * scales.min()).sqrt()
-    return torch.where(torch.isfinite(scales), scales, torch.ones_like(scales))
+    def _total(self, row_errors: Sequence[Tensor]) -> Tensor:
+        """(n, K) from (n, B, R) of every stack."""
+        totals = [errors.sum(-1) for errors in row_errors]  # (n, B)
+        return torch.stack([t.sum(1, keepdim=True) if self._shared else t for t in totals]).sum(0)
 
+    def _row_errors(self, stack: Stack, scales: Tensor) -> Tensor:
+        """Of all rows, under scales (n, K, I): (n, B, R) float64."""
+        weight = stack.weight()
+        found = weight.new_empty(scales.shape[0], *weight.shape[:2], dtype=torch.float64)
+        with stack.hold():
+            for i, one in enumerate(scales):
+                difference = rounding_difference(weight, one.expand(weight.shape[0], -1), stack.scheme, self._dtype)
+                found[i] = (
+                    stack.rough_row_errors(difference)
+                    if self._screened and stack.of_experts
+                    else stack.row_errors(difference)
+                )
+        return found
 
-def _tie(per_input: Tensor, source: Tensor) -> Tensor:
-    """Mean over the inputs that share a source channel, spread back over them: (I,) -> (I,)."""
-    num_sources = int(source.max()) + 1
-    sums = per_input.new_zeros(num_sources).index_add_(0, source, per_input)
-    counts = per_input.new_zeros(num_sources).index_add_(0, source, torch.ones_like(per_input))
-    return (sums / counts.clamp(min=1))[source]
-
-
-@dataclass(frozen=True, slots=True)
-class _Sample:
-    """Rows that stand for a stack: weight (k, I), and how many rows each stands for, (k,) float64."""
-
-    weight: Tensor
-    scheme: WeightScheme
-    counts: Tensor
-
-
-def _first_look(
-    units: Sequence[_Unit], identity: _Candidate, others: Sequence[_Candidate], dtype: torch.dtype
-) -> tuple[float, list[float]]:
-    """The exact error of the identity, and those of the others as a sample of the rows tells them."""
-    num_sampled = _SCREENED_ROWS if len(units) == 1 else max(_GROUP_ROWS[0], _GROUP_ROWS[1] // len(units))
-    error_before, estimates = 0.0, [0.0] * len(others)
-    for unit in units:
-        with unit.group.statistics.hold():
-            for stack in unit.stacks():
-                row_errors = _row_errors(stack, identity.scales, unit.group.statistics, dtype)
-                error_before += float(row_errors.sum())
-                if not others:
-                    continue
-                sample = _sample(stack, row_errors, num_sampled)
-                for i, candidate in enumerate(others):
-                    estimates[i] += _rough_error(sample, candidate, unit.group.statistics, dtype)
-    return error_before, estimates
-
-
-def _errors(
-    units: Sequence[_Unit], candidates: Sequence[_Candidate], dtype: torch.dtype, *, rough: bool = False
-) -> list[float]:
-    """The error of each candidate over all rows."""
-    errors = [0.0] * len(candidates)
-    for unit in units:
-        statistics = unit.group.statistics
-        with statistics.hold():
-            for stack in unit.stacks():
-                for i, candidate in enumerate(candidates):
-                    if rough:
-                        whole = _Sample(
-                            *stack, torch.ones(stack[0].shape[0], dtype=torch.float64, device=stack[0].device)
-                        )
-                        errors[i] += _rough_error(whole, candidate, statistics, dtype)
-                    else:
-                        errors[i] += float(_row_errors(stack, candidate.scales, statistics, dtype).sum())
-    return errors
-
-
-def _ranked(candidates: Sequence[_Candidate], errors: Sequence[float]) -> list[_Candidate]:
-    """The candidates with a finite error, the best first."""
-    return [candidates[i] for _, i in sorted((e, i) for i, e in enumerate(errors) if math.isfinite(e))]
+    def _sampled_errors(self, scales: Tensor, row_errors: Sequence[Tensor], num_rows: int) -> Tensor:
+        """Errors under scales (n, K, I) as a sample of the rows tells them: (n, K)."""
+        total = torch.zeros(scales.shape[:2], dtype=torch.float64, device=scales.device)
+        for stack, errors in zip(self._stacks, row_errors, strict=True):
+            weight, counts = _sample(stack.weight(), errors[0], num_rows)
+            num_groups, size, _ = weight.shape
+            step = max(1, _BLOCK_ELEMENTS // weight.numel())
+            for part in (slice(start, start + step) for start in range(0, scales.shape[0], step)):
+                differences = [
+                    rounding_difference(weight, one.expand(num_groups, -1), stack.scheme, self._dtype)
+                    for one in scales[part]
+                ]
+                found = stack.rough_row_errors(torch.cat(differences, 1)).unflatten(1, (-1, size)) @ counts  # (B, n)
+                total[part] += found.T.sum(1, keepdim=True) if self._shared else found.T
+        return total
 
 
-def _sample(stack: Stack, errors: Tensor, num_rows: int) -> _Sample:
-    """About `num_rows` rows of a stack. errors: (O,), of its rows under the identity."""
-    weight, scheme = stack
+def _sample(weight: Tensor, errors: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    """About `num_rows` rows of every group, (B, r, I), and how many rows each stands for, (r,) float64.
+
+    weight: (B, R, I); errors: (B, R), of the rows under the identity.
+    """
+    if num_rows >= weight.shape[1]:
+        return weight, errors.new_ones(weight.shape[1])
     half = num_rows // 2
-    order = torch.argsort(errors, descending=True, stable=True)
-    worst, others = order[:half], order[half:]
-    step = max(1, others.shape[0] // half)
-    rows = torch.cat([worst, others[::step]])
-    counts = torch.ones(rows.shape[0], dtype=torch.float64, device=weight.device)
-    counts[worst.shape[0] :] = step
-    return _Sample(weight[rows], scheme, counts)
-
-
-def _rough_error(sample: _Sample, candidate: _Candidate, statistics: Statistics, dtype: torch.dtype) -> float:
-    difference = rounding_difference(sample.weight, candidate.scales, sample.scheme, dtype)
-    return float((statistics.rough_row_errors(difference) * sample.counts).sum())
-
-
-def _row_errors(stack: Stack, scales: Tensor, statistics: Statistics, dtype: torch.dtype) -> Tensor:
-    """(O,) float64."""
-    weight, scheme = stack
-    return statistics.row_errors(rounding_difference(weight, scales, scheme, dtype))
+    order = torch.argsort(errors, dim=1, descending=True, stable=True)
+    step = max(1, (weight.shape[1] - half) // half)
+    rows = torch.cat([order[:, :half], order[:, half::step]], 1)
+    counts = errors.new_full((rows.shape[1],), step)
+    counts[:half] = 1
+    return weight.gather(1, rows.unsqueeze(2).expand(-1, -1, weight.shape[2])), counts

@@ -15,6 +15,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from awqdist.quant.sketch import SKETCH_ROWS, Sketch
 
+_SAMPLED_TOKENS = 64
 _BLOCK = 256  # columns per block of a Gram matrix; only the blocks on and below its diagonal are multiplied
 
 
@@ -56,6 +58,8 @@ class InputStatistics:
         self._rows: list[Tensor] = []
         self._gram = None if self._keeps_rows else torch.zeros(num_inputs, num_inputs, device=device)
         self._symmetric = True  # whether the blocks above the diagonal are filled in
+        self._stride = max(1, num_tokens // _SAMPLED_TOKENS)
+        self._sample: list[Tensor] = []
         has_sketch = self._gram is not None and num_inputs >= 2 * SKETCH_ROWS
         self._sketch = Sketch(num_inputs, num_tokens, device) if has_sketch else None
         self._rough: Tensor | None = None  # the sketch, or else the Gram matrix, in bfloat16
@@ -64,6 +68,7 @@ class InputStatistics:
         """Adds a chunk. activations: (..., I), any float dtype."""
         rows = activations.detach().reshape(-1, self.num_inputs)  # (T_chunk, I)
         first_token = self.num_tokens
+        self._sample.append(rows[-first_token % self._stride :: self._stride].float())
         self.num_tokens += rows.shape[0]
         wide = rows.to(
             torch.float32, copy=self._gram is None
@@ -103,6 +108,10 @@ class InputStatistics:
     def rows(self) -> Tensor:
         """X, (T, I) float32, where the rows are what is kept."""
         return torch.cat(self._rows) if self._rows else self._sum_abs.new_zeros(0, self.num_inputs)
+
+    def sample(self) -> Tensor:
+        """Some of the rows, (m, I) float32: every n-th of all tokens, however they were cut into chunks."""
+        return torch.cat(self._sample) if self._sample else self._sum_abs.new_zeros(0, self.num_inputs)
 
     def _mirror(self, gram: Tensor) -> None:
         """Fills in the blocks above the diagonal."""
@@ -149,6 +158,7 @@ class InputStatistics:
         return bool(torch.isfinite(self._sum_abs).all())
 
 
+@cache
 def has_fast_bfloat16(device: torch.device) -> bool:
     """Whether the hardware multiplies bfloat16 here; other CPUs emulate it, slower than float32."""
     capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()

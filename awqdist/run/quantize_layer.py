@@ -15,9 +15,11 @@ from awqdist.export.formats import Format
 from awqdist.model.conversion import FusedParameter
 from awqdist.model.forward import LayerCall
 from awqdist.model.mapping import ResolvedMapping
-from awqdist.model.preserve import TOLERANCE, SmoothedParameters, apply_scales, change_of_output
+from awqdist.model.preserve import TOLERANCE, change_of_output
+from awqdist.model.smoothed import SmoothedParameters
 from awqdist.quant.grid import QuantizedWeight
-from awqdist.quant.search import BalanceWeight, ScaleChoice, SearchGroup, search_groups
+from awqdist.quant.search import ScaleChoice, search_groups, search_side_by_side
+from awqdist.quant.stacks import BalanceWeight, SearchGroup
 from awqdist.recipe import Recipe
 from awqdist.run.gather import SiteStatistics
 from awqdist.run.plan import LayerTask
@@ -72,7 +74,7 @@ def quantize_layer(
     by its first linear. Raises NumericalError where smoothing would change the layer's function.
     """
     with watch.stage("search"):
-        choices = {m.balance[0]: _search(task, m, parameters, statistics, method) for m in task.mappings}
+        choices = _search(task, parameters, statistics, method)
         smoothed = SmoothedParameters(parameters)
         scales: dict[str, Tensor] = {}  # by every linear that is balanced
         for mapping in task.mappings:
@@ -98,30 +100,52 @@ def quantize_layer(
 
 
 def _search(
-    task: LayerTask,
-    mapping: ResolvedMapping,
-    parameters: Parameters,
-    statistics: Mapping[str, SiteStatistics],
-    method: Method,
-) -> ScaleChoice:
+    task: LayerTask, parameters: Parameters, statistics: Mapping[str, SiteStatistics], method: Method
+) -> dict[str, ScaleChoice]:
+    """The choice of every mapping by its first balance layer; those within experts of one kind are made together."""
     smoothing = method.recipe.smoothing
-    assert smoothing is not None
+    assert smoothing is not None or not task.mappings
+    found: dict[str, ScaleChoice] = {}
+    for mappings in _searched_together(task):
+        groups = [_groups(task, mapping, parameters, statistics) for mapping in mappings]
+        first = parameters[f"{mappings[0].balance[0]}.weight"]
+        source = mappings[0].source_channels(first.shape[1]).to(first.device)
+        dtype = method.layout.grid_dtype(first.dtype)
+        assert smoothing is not None
+        if len(mappings) > 1:
+            choices = search_side_by_side([group for (group,) in groups], source, smoothing, dtype)
+        else:
+            choices = [search_groups(groups[0], groups[0][0].statistics.mean_abs, source, smoothing, dtype)]
+        for mapping, choice in zip(mappings, choices, strict=True):
+            if choice.error_after != choice.error_after:
+                raise NumericalError(
+                    f"layer {task.layer}, mapping {mapping.smooth} -> {', '.join(mapping.balance)}: no candidate gives a finite"
+                    " error; check the weights and the calibration text of this layer"
+                )
+            found[mapping.balance[0]] = choice
+    return found
+
+
+def _searched_together(task: LayerTask) -> list[list[ResolvedMapping]]:
+    """Mappings one by one, but those to one inner linear of every expert together."""
+    together: dict[str, list[ResolvedMapping]] = {}
+    for mapping in task.mappings:
+        routed = task.routed.get(mapping.balance[0])
+        alike = routed is not None and routed.inner and len(mapping.balance) == 1 and mapping.source is None
+        together.setdefault(routed.fused if alike and routed else mapping.balance[0], []).append(mapping)
+    return list(together.values())
+
+
+def _groups(
+    task: LayerTask, mapping: ResolvedMapping, parameters: Parameters, statistics: Mapping[str, SiteStatistics]
+) -> list[SearchGroup]:
+    """The balance layers of a mapping by the rows that they read; the first layer's come first."""
     site_of = {path: site[0] for site in task.sites for path in site}
     balance: dict[str, list[BalanceWeight]] = {}
     for path in (path for path in mapping.balance if path in site_of):  # the others are experts that the recipe ignores
         weight = BalanceWeight(parameters[f"{path}.weight"], task.schemes.get(path))
         balance.setdefault(site_of[path], []).append(weight)
-    groups = [SearchGroup(weights, statistics[site]) for site, weights in balance.items()]
-    first = parameters[f"{mapping.balance[0]}.weight"]
-    source = mapping.source_channels(first.shape[1]).to(first.device)
-    mean_abs = statistics[site_of[mapping.balance[0]]].mean_abs
-    choice = search_groups(groups, mean_abs, source, smoothing, method.layout.grid_dtype(first.dtype))
-    if choice.error_after != choice.error_after:
-        raise NumericalError(
-            f"layer {task.layer}, mapping {mapping.smooth} -> {', '.join(mapping.balance)}: no candidate gives a finite error;"
-            " check the weights and the calibration text of this layer"
-        )
-    return choice
+    return [SearchGroup(weights, statistics[site]) for site, weights in balance.items()]
 
 
 def _check_function(
@@ -151,8 +175,9 @@ def _change_by(
     mapping: ResolvedMapping, parameters: Parameters, choices: Mapping[str, ScaleChoice], trial: Trial
 ) -> float:
     """The relative change of the layer's output by one mapping alone."""
-    changed, _ = apply_scales(parameters, mapping, choices[mapping.balance[0]].scales)
-    return change_of_output(trial.layer, parameters, {**parameters, **changed}, trial.hidden, trial.call, trial.experts)
+    smoothed = SmoothedParameters(parameters)
+    smoothed.apply(mapping, choices[mapping.balance[0]].scales)
+    return change_of_output(trial.layer, parameters, smoothed, trial.hidden, trial.call, trial.experts)
 
 
 def _mapping_record(task: LayerTask, mapping: ResolvedMapping, choice: ScaleChoice) -> MappingRecord:

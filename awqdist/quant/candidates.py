@@ -1,0 +1,69 @@
+"""The scales that the search tries: the identity and s = mean_abs^r / (w_mean^(1-r) + 1e-4) over a grid of ratios r, normalised by
+s /= sqrt(max·min). All functions take leading dimensions: K mappings at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from awqdist.quant.grid import grouped
+from awqdist.recipe import Smoothing, WeightScheme
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """scales: (K, I) float32; ratio None: the identity."""
+
+    scales: Tensor
+    ratio: float | None
+    duo_scaling: bool
+
+
+def weight_mean(stacks: Iterable[tuple[Tensor, WeightScheme]]) -> Tensor:
+    """(..., I) float32: mean over all rows of |W| / (max |W| of its group + 1e-6).
+
+    stacks: weights (..., O, I), any float dtype, and their scheme.
+    """
+    total, num_rows = torch.zeros(()), 0
+    for weight, scheme in stacks:
+        magnitude = grouped(weight.float().abs(), scheme)  # (..., O, G, g)
+        sums = (magnitude / (magnitude.amax(-1, keepdim=True) + 1e-6)).flatten(-2).sum(-2)
+        total = total + sums if num_rows else sums
+        num_rows += weight.shape[-2]
+    return total / num_rows
+
+
+def candidates(w_mean: Tensor, mean_abs: Tensor, source: Tensor, settings: Smoothing) -> list[Candidate]:
+    """The identity first, then the grid of DESIGN: n_grid candidates in all (with duo "both": half of them each way).
+
+    w_mean, mean_abs: (K, I); source: (I,), inputs of one source share a scale.
+    """
+    x_mean, w_mean = _tie(mean_abs, source), _tie(w_mean, source)
+    num = settings.n_grid
+    if settings.duo_scaling == "both":
+        half = max(num // 2, 2)
+        grid = [(k / (half - 1), duo) for duo in (False, True) for k in range(half) if k or duo]
+    elif settings.duo_scaling:
+        grid = [(k / max(num - 2, 1), True) for k in range(num - 1)]
+    else:
+        grid = [(k / max(num - 1, 1), False) for k in range(1, num)]
+    identity = Candidate(torch.ones_like(x_mean), None, False)
+    return [identity, *(Candidate(_scales(x_mean, w_mean, ratio, duo), ratio, duo) for ratio, duo in grid)]
+
+
+def _scales(x_mean: Tensor, w_mean: Tensor, ratio: float, duo_scaling: bool) -> Tensor:
+    divisor = w_mean.pow(1 - ratio) + 1e-4 if duo_scaling else 1.0
+    scales = (x_mean.pow(ratio) / divisor).clamp(min=1e-4)
+    scales = scales / (scales.amax(-1, keepdim=True) * scales.amin(-1, keepdim=True)).sqrt()
+    return torch.where(torch.isfinite(scales), scales, torch.ones_like(scales))
+
+
+def _tie(per_input: Tensor, source: Tensor) -> Tensor:
+    """Mean over the inputs that share a source channel, spread back over them: (..., I) -> (..., I)."""
+    num_sources = int(source.max()) + 1
+    sums = per_input.new_zeros(*per_input.shape[:-1], num_sources).index_add_(-1, source, per_input)
+    counts = per_input.new_zeros(num_sources).index_add_(0, source, per_input.new_ones(source.shape))
+    return (sums / counts.clamp(min=1))[..., source]
