@@ -57,6 +57,8 @@ OPTIONS = {
         "--layers-per-block": 1,
         "--offload": "cpu",
         "--cpu-memory": None,
+        "--profile": None,
+        "--workers-per-machine": 1,
         "--simulate": False,
         "--times-from": None,
         "--chunk-seconds": None,

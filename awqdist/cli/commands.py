@@ -9,7 +9,6 @@ import sys
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -20,15 +19,11 @@ from awqdist.checkpoint.hub import model_folder
 from awqdist.cli.evaluate import Evaluation, evaluate
 from awqdist.cli.progress import Kind, renderer
 from awqdist.cli.report import write_report
-from awqdist.cli.simulation import SimulationOptions, forecast, print_forecast, print_workers, schedule_of
-from awqdist.cli.tables import pattern_of, show_bytes, summary_table
+from awqdist.cli.tables import summary_table
 from awqdist.demo import calibration_text, demo_folder, evaluation_text
 from awqdist.recipe import load_recipe
 from awqdist.recipe.settings import Placement, RunSettings
 from awqdist.run.device import choose_device
-from awqdist.run.estimate import Estimate, deal, estimate
-from awqdist.run.job import Job, prepare
-from awqdist.run.plan import LayerTask, Plan
 from awqdist.run.records import RunSummary
 from awqdist.run.verify import verify
 
@@ -69,55 +64,6 @@ def _write_report(summary: RunSummary, output: Path) -> None:
         write_report(summary, output)
     except OSError as error:
         print(f"awqdist: warning: report.html was not written: {error.strerror or error}", file=sys.stderr)
-
-
-def show_plan(settings: RunSettings, recipe: str, options: SimulationOptions, *, as_json: bool) -> None:
-    """Shows the plan and the estimate of a run, or what a simulation of it tells."""
-    options.check()
-    job = _job(replace(settings, model=model_folder(str(settings.model))), recipe)
-    expected = estimate(job)
-    schedule = schedule_of(settings, len(job.plan.tasks), options.num_workers)
-    workers = deal(expected, schedule)
-    seen = forecast(schedule, options, settings) if options.simulate else None
-    if as_json:
-        simulation = {"simulation": seen.to_json()} if seen else {}
-        dealt = {"estimate": expected.to_json(), "workers": [asdict(worker) for worker in workers]}
-        print(json.dumps({**_plan_json(job.plan), **dealt, **simulation}, indent=2))
-        return
-    _console.print(f"[bold]{job.plan.architecture}[/bold], {len(job.plan.layers)} layers, on {job.device}")
-    if seen:
-        print_forecast(_console, seen, settings)
-        return
-    _console.print(_estimate_table(job.plan, expected))
-    if options.num_workers > 1:
-        print_workers(_console, workers)
-    _console.print(
-        f"read {show_bytes(expected.read_bytes)}, write {show_bytes(expected.written_bytes)};"
-        f" peak host memory {show_bytes(expected.peak_host_bytes)}"
-        f" ({_activations(expected, settings.offload)}),"
-        f" peak device memory {show_bytes(expected.peak_device_bytes) if expected.peak_device_bytes else 'none'}"
-    )
-    _console.print(_mapping_table(job.plan))
-    _print_left_out(job)
-
-
-def _activations(expected: Estimate, level: str) -> str:
-    """Where they lie."""
-    chunks, whole = expected.chunks, show_bytes(expected.activation_bytes)
-    if not chunks.offloaded_bytes:
-        return f"activations {whole}"
-    below, moved = show_bytes(chunks.offloaded_bytes), show_bytes(chunks.moved_bytes)
-    return f"activations {whole}: {show_bytes(chunks.memory_bytes)} of them; on {level} up to {below}, {moved} written and read in all"
-
-
-def show_mappings(model: str, recipe: str, *, as_json: bool) -> None:
-    """Shows the resolved mappings of every layer."""
-    job = _job(RunSettings(model_folder(model), Path(".")), recipe)
-    if as_json:
-        print(json.dumps(_plan_json(job.plan), indent=2))
-        return
-    _console.print(_mapping_table(job.plan))
-    _print_left_out(job)
 
 
 def show_verification(output: Path, source: str | None, *, as_json: bool) -> None:
@@ -169,80 +115,3 @@ def _print_evaluation(result: Evaluation) -> None:
     )
     if result.kl is not None and math.isfinite(result.kl):
         _console.print(f"KL(float || quantized) {result.kl:.6f} per token")
-
-
-def _job(settings: RunSettings, recipe: str) -> Job:
-    return prepare(load_recipe(recipe), settings)
-
-
-def _estimate_table(plan: Plan, expected: Estimate) -> Table:
-    """Layers of equal figures share a row."""
-    table = Table("layers", "read", "held at the peak", "written", "linears quantized", title="One worker")
-    rows: dict[tuple[int, int, int, int], list[int]] = {}
-    for task, layer in zip(plan.tasks, expected.layers, strict=True):
-        key = (layer.read_bytes, layer.device_bytes, layer.written_bytes, len(task.schemes))
-        rows.setdefault(key, []).append(layer.layer)
-    for (read, held, written, count), layers in rows.items():
-        table.add_row(_span(layers), show_bytes(read), show_bytes(held), show_bytes(written), str(count))
-    return table
-
-
-def _mapping_table(plan: Plan) -> Table:
-    table = Table("layers", "smooth layer", "balance layers", "note", title="Mappings", title_justify="left")
-    rows: dict[tuple[str, str, str], list[int]] = {}
-    for task in plan.layers:
-        for mapping in task.mappings:
-            repeats = mapping.source[1] if mapping.source else 1
-            tied = f"one scale per key/value channel, {repeats} query heads each" if repeats > 1 else ""
-            note = "(1 + w) norm" if mapping.unit_offset else tied
-            balance = ", ".join(dict.fromkeys(map(pattern_of, mapping.balance)))  # experts are named once
-            layers = rows.setdefault((pattern_of(mapping.smooth), balance, note), [])
-            layers += [task.layer] if task.layer not in layers[-1:] else []
-        for skipped in task.skipped:
-            rows.setdefault((skipped.mapping, "", f"skipped: {skipped.reason}"), []).append(task.layer)
-    for (smooth, balance, note), layers in rows.items():
-        table.add_row(_span(layers), smooth, balance, note)
-    return table
-
-
-def _print_left_out(job: Job) -> None:
-    if job.plan.inferred:
-        _console.print(f"{job.plan.architecture} is not in the registry: inferred from its structure and verified.")
-    for name in job.plan.ignored[:10]:
-        _console.print(f"left in full precision: {name} (not targeted, or ignored by the recipe)", soft_wrap=True)
-    if len(job.plan.ignored) > 10:
-        _console.print(f"… and {len(job.plan.ignored) - 10} more; --json lists all")
-
-
-def _plan_json(plan: Plan) -> dict[str, Any]:
-    def layer(task: LayerTask) -> dict[str, Any]:
-        return {
-            "layer": task.layer,
-            "quantized": [task.disk_module(path) for path in task.schemes],
-            "mappings": [
-                {
-                    "smooth_layer": task.disk_module(m.smooth),
-                    "balance_layers": [task.disk_module(path) for path in m.balance],
-                }
-                for m in task.mappings
-            ],
-            "skipped": [asdict(skipped) for skipped in task.skipped],
-        }
-
-    return {
-        "architecture": plan.architecture,
-        "inferred": plan.inferred,
-        "layers": [layer(task) for task in plan.tasks],
-        "ignored": list(plan.ignored),
-    }
-
-
-def _span(layers: list[int]) -> str:
-    """Ascending layers in short: 0-3, 5."""
-    parts: list[list[int]] = []
-    for layer in layers:
-        if parts and layer == parts[-1][-1] + 1:
-            parts[-1] = [parts[-1][0], layer]
-        else:
-            parts.append([layer, layer])
-    return ", ".join(f"{a}-{b}" if b > a else str(a) for a, b in parts)

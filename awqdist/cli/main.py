@@ -99,9 +99,9 @@ def watch(
     (show_now if once else follow)(output, progress.value)
 
 
-@app.command(epilog="Example: awqdist plan meta-llama/Llama-3.1-8B --num-samples 256")
+@app.command(epilog="Example: awqdist plan meta-llama/Llama-3.1-8B --profile machine.json")
 def plan(
-    model: options.Model,
+    model: options.Described,
     recipe: options.RecipeOption = "default",
     num_samples: options.NumSamples = 128,
     seq_len: options.SeqLen = 512,
@@ -112,6 +112,8 @@ def plan(
     layers_per_block: options.LayersPerBlock = 1,
     offload: options.OffloadLevel = Offload.cpu,
     cpu_memory: options.CpuMemory = None,
+    profile: options.ProfileFile = None,
+    workers_per_machine: options.WorkersPerMachine = 1,
     simulate: options.Simulate = False,
     times_from: options.TimesFrom = None,
     chunk_seconds: options.ChunkSeconds = None,
@@ -122,7 +124,7 @@ def plan(
     as_json: options.Json = False,
 ) -> None:
     """Shows what a run would read, hold and write, what it would leave out, and how long it would take. Reads no tensors."""
-    from awqdist.cli.commands import show_plan
+    from awqdist.cli.planning import load_machines, show_plan
     from awqdist.cli.simulation import SimulationOptions
     from awqdist.recipe.settings import RunSettings
 
@@ -139,13 +141,14 @@ def plan(
         cpu_memory=cpu_memory,
     )
     seconds = (chunk_seconds, search_seconds, read_seconds, write_seconds, transfer_seconds)
-    show_plan(settings, recipe, SimulationOptions(workers, simulate, times_from, *seconds), as_json=as_json)
+    simulation = SimulationOptions(workers, simulate, times_from, *seconds)
+    show_plan(settings, recipe, simulation, load_machines(profile, workers_per_machine), as_json=as_json)
 
 
 @app.command(epilog="Example: awqdist mappings ./my-model --recipe awq")
-def mappings(model: options.Model, recipe: options.RecipeOption = "default", as_json: options.Json = False) -> None:
+def mappings(model: options.Described, recipe: options.RecipeOption = "default", as_json: options.Json = False) -> None:
     """Shows which layers smooth which linears, and every mapping that is skipped with its reason."""
-    from awqdist.cli.commands import show_mappings
+    from awqdist.cli.mappings import show_mappings
 
     show_mappings(model, recipe, as_json=as_json)
 

@@ -36,6 +36,12 @@ class OutputFormat(StrEnum):
 
 
 Model = Annotated[str, typer.Argument(help="Folder of a transformers checkpoint, or a Hugging Face hub id.")]
+Described = Annotated[
+    str,
+    typer.Argument(
+        help="Folder of a transformers checkpoint, a config.json alone, or a hub id, of which no weights are read."
+    ),
+]
 RecipeOption = Annotated[
     str, typer.Option(help="Preset name (default, awq) or YAML file, as llm-compressor writes it.")
 ]
@@ -55,6 +61,13 @@ NumWorkers = Annotated[int | None, typer.Option(min=1, help="Ray: workers; one p
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads of a worker. On a CPU, bytes depend on it.")]
 RayAddress = Annotated[str | None, typer.Option(help="Ray: address of the cluster; this machine's own if not given.")]
 Workers = Annotated[int, typer.Option(min=1, help="Workers that the layers are dealt to.")]
+ProfileFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--profile", help="Predict times for the machine of this file, as `awqdist doctor --profile` writes it."
+    ),
+]
+WorkersPerMachine = Annotated[int, typer.Option(min=1, help="With --profile: workers that share a machine's disk.")]
 Simulate = Annotated[bool, typer.Option("--simulate", help="Show how long a run takes, and where workers wait.")]
 TimesFrom = Annotated[
     Path | None,

@@ -89,17 +89,18 @@ class Skeleton:
         return self.on_disk.get(f"{name}.weight", f"{name}.weight").removesuffix(".weight")
 
 
-def read_config(folder: Path) -> PretrainedConfig:
+def read_config(place: Path) -> PretrainedConfig:
     """The model's configuration, without what it says of the source's quantization, which the reader undoes.
 
-    Raises CheckpointError if there is none or transformers does not know it.
+    place: a model's folder, or a config.json. Raises CheckpointError if there is none or transformers does not know it.
     """
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder} has no config.json; give the folder of a model")
+    file = place / "config.json" if place.is_dir() else place
+    if not file.is_file():
+        raise CheckpointError(f"{place} has no config.json; give the folder of a model")
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config: PretrainedConfig = AutoConfig.from_pretrained(file, local_files_only=True)
     except Exception as error:  # transformers raises many kinds for a broken or unknown configuration
-        raise CheckpointError(f"{folder / 'config.json'}: transformers cannot read it: {first_line(error)}") from None
+        raise CheckpointError(f"{file}: transformers cannot read it: {first_line(error)}") from None
     for fields in (config, config.get_text_config(decoder=True)):
         if hasattr(fields, "quantization_config"):
             del fields.quantization_config
@@ -111,7 +112,7 @@ def build_skeleton(config: PretrainedConfig, disk_names: Iterable[str]) -> Skele
 
     Raises ModelError if the decoder layers cannot be found, and CheckpointError if the checkpoint lacks a parameter.
     """
-    model = _empty_model(config)
+    model = build_model(config)
     decoder = model.get_decoder()
     num_layers = config.get_text_config(decoder=True).num_hidden_layers
     found = [m for m in decoder.modules() if isinstance(m, nn.ModuleList) and len(m) == num_layers]
@@ -132,7 +133,8 @@ def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _empty_model(config: PretrainedConfig) -> PreTrainedModel:
+def build_model(config: PretrainedConfig) -> PreTrainedModel:
+    """transformers' model of `config` on the meta device, its buffers computed. Raises ModelError."""
     names = getattr(config, "architectures", None) or []
     kind: Any = next((getattr(transformers, n) for n in names if hasattr(transformers, n)), AutoModelForCausalLM)
     dtype = getattr(config, "dtype", None) or config.get_text_config(decoder=True).dtype or torch.float32

@@ -67,10 +67,11 @@ def trace_layers(skeleton: Skeleton) -> list[LayerStructure]:
 
 def trial_calls(skeleton: Skeleton) -> list[LayerCall]:
     """Calls of all layers for one sequence of 8 tokens, without reading a weight: parameters are zeros that take no memory."""
+    outside = skeleton.outside_names()
     zeros = {
         name: torch.zeros(1, dtype=parameter.dtype).expand(parameter.shape)
         for name, parameter in skeleton.decoder.named_parameters()
-        if name in skeleton.outside_names()
+        if name in outside
     }
     token_ids = torch.zeros(1, _TRACE_TOKENS, dtype=torch.long)
     return record_calls(skeleton, with_buffers(skeleton.decoder, zeros, torch.device("cpu")), token_ids)[1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil, prod
 
@@ -61,7 +63,8 @@ def estimate_layer(job: Job, task: LayerTask) -> LayerEstimate:
     search = max((_search_bytes(task, mapping.balance) for mapping in task.mappings), default=0)
     check = 4 * (num_values + expert_values) if task.mappings else 0  # experts in float32, apart and fused
     codes = sum(prod(task.shapes[path]) for path in task.schemes)
-    rounding = codes + max((_rounding_bytes(task, site) for site in task.sites), default=0)
+    alike = Counter(routed.fused for routed in task.routed.values())
+    rounding = codes + max((_rounding_bytes(task, site, alike) for site in task.sites), default=0)
     peak = max(forward, search, smoothed + max(check, rounding))
     return LayerEstimate(task.layer, read, loaded, written, loaded + statistics + peak)
 
@@ -74,17 +77,21 @@ def _experts(job: Job, task: LayerTask) -> list[str]:
 
 def _expert_rows(job: Job, task: LayerTask, num_tokens: int) -> int:
     """Elements of the rows that are kept of all experts: each token goes to a few of them, and of each no more than a cap are kept."""
-    config = job.skeleton.model.config.get_text_config(decoder=True)
-    counts = (getattr(config, name, None) for name in ("num_experts_per_tok", "moe_k", "moe_topk"))
-    per_token = next((count for count in counts if isinstance(count, int)), 1)
     widths: dict[str, list[int]] = {}
     for first, routed in task.routed.items():
         widths.setdefault(routed.fused, []).append(task.shapes[first][1])
     itemsize = compute_dtype(job.device, job.skeleton.dtype).itemsize
     return sum(
-        w[0] * min(num_tokens * per_token, len(w) * min(num_tokens, max_rows(len(w), w[0], itemsize)))
+        w[0] * min(routed_tokens(job, num_tokens), len(w) * min(num_tokens, max_rows(len(w), w[0], itemsize)))
         for w in widths.values()
     )
+
+
+def routed_tokens(job: Job, num_tokens: int) -> int:
+    """How many rows `num_tokens` tokens are to the experts of one block together."""
+    config = job.skeleton.model.config.get_text_config(decoder=True)
+    counts = (getattr(config, name, None) for name in ("num_experts_per_tok", "moe_k", "moe_topk"))
+    return num_tokens * next((count for count in counts if isinstance(count, int)), 1)
 
 
 def _search_bytes(task: LayerTask, balance: tuple[str, ...]) -> int:
@@ -92,15 +99,15 @@ def _search_bytes(task: LayerTask, balance: tuple[str, ...]) -> int:
     return 4 * 4 * sum(prod(task.shapes[path]) for path in balance)
 
 
-def _rounding_bytes(task: LayerTask, site: tuple[str, ...]) -> int:
+def _rounding_bytes(task: LayerTask, site: tuple[str, ...], alike: Mapping[str, int]) -> int:
     """GPTQ's peak: the stacked weights, their copies in the grid's dtype and by activation order, and their codes; the Gram matrix in
-    activation order, its factor, and room for inverting."""
+    activation order, its factor, and room for inverting. alike: sites of each fused parameter."""
     columns = task.shapes[site[0]][1]
     rows = sum(task.shapes[path][0] for path in site if path in task.schemes)
     side_by_side = 1
     if site[0] in task.routed:
-        alike = sum(routed.fused == task.routed[site[0]].fused for routed in task.routed.values())
-        side_by_side = min(alike, ceil(SIDE_BY_SIDE_BYTES / (8 * columns * columns)))
+        fitting = ceil(SIDE_BY_SIDE_BYTES / (8 * columns * columns))
+        side_by_side = min(alike[task.routed[site[0]].fused], fitting)
     return 4 * side_by_side * (3 * rows * columns + 3 * columns * columns)
 
 
@@ -112,3 +119,8 @@ def chunk_tokens(job: Job) -> int:
 
 def compute_bytes(job: Job) -> int:
     return compute_dtype(job.device, job.skeleton.dtype).itemsize
+
+
+def token_bytes(job: Job) -> int:
+    """Of one token's hidden state, as it is kept between layers."""
+    return int(job.skeleton.model.config.get_text_config(decoder=True).hidden_size) * job.skeleton.dtype.itemsize

@@ -1,0 +1,81 @@
+"""`awqdist mappings`, and what `awqdist plan` shows of them too: what smooths what, what is skipped, what is left as it is."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from awqdist.checkpoint.hub import described
+from awqdist.cli.tables import pattern_of, show_layers
+from awqdist.recipe import load_recipe
+from awqdist.recipe.settings import RunSettings
+from awqdist.run.device import choose_device
+from awqdist.run.job import Job, foresee
+from awqdist.run.plan import LayerTask, Plan
+
+
+def show_mappings(model: str, recipe: str, *, as_json: bool) -> None:
+    """Shows the resolved mappings of every layer."""
+    settings = RunSettings(described(model), Path("."))
+    job = foresee(load_recipe(recipe), settings, choose_device(settings.device))
+    if as_json:
+        print(json.dumps(plan_json(job.plan), indent=2))
+        return
+    console = Console()
+    console.print(mapping_table(job.plan))
+    print_left_out(console, job)
+
+
+def mapping_table(plan: Plan) -> Table:
+    table = Table("layers", "smooth layer", "balance layers", "note", title="Mappings", title_justify="left")
+    rows: dict[tuple[str, str, str], list[int]] = {}
+    for task in plan.layers:
+        for mapping in task.mappings:
+            repeats = mapping.source[1] if mapping.source else 1
+            tied = f"one scale per key/value channel, {repeats} query heads each" if repeats > 1 else ""
+            note = "(1 + w) norm" if mapping.unit_offset else tied
+            balance = ", ".join(dict.fromkeys(map(pattern_of, mapping.balance)))  # experts are named once
+            layers = rows.setdefault((pattern_of(mapping.smooth), balance, note), [])
+            layers += [task.layer] if task.layer not in layers[-1:] else []
+        for skipped in task.skipped:
+            rows.setdefault((skipped.mapping, "", f"skipped: {skipped.reason}"), []).append(task.layer)
+    for (smooth, balance, note), layers in rows.items():
+        table.add_row(show_layers(layers), smooth, balance, note)
+    return table
+
+
+def print_left_out(console: Console, job: Job) -> None:
+    if job.plan.inferred:
+        console.print(f"{job.plan.architecture} is not in the registry: inferred from its structure and verified.")
+    for name in job.plan.ignored[:10]:
+        console.print(f"left in full precision: {name} (not targeted, or ignored by the recipe)", soft_wrap=True)
+    if len(job.plan.ignored) > 10:
+        console.print(f"… and {len(job.plan.ignored) - 10} more; --json lists all")
+
+
+def plan_json(plan: Plan) -> dict[str, Any]:
+    def layer(task: LayerTask) -> dict[str, Any]:
+        return {
+            "layer": task.layer,
+            "quantized": [task.disk_module(path) for path in task.schemes],
+            "mappings": [
+                {
+                    "smooth_layer": task.disk_module(m.smooth),
+                    "balance_layers": [task.disk_module(path) for path in m.balance],
+                }
+                for m in task.mappings
+            ],
+            "skipped": [asdict(skipped) for skipped in task.skipped],
+        }
+
+    return {
+        "architecture": plan.architecture,
+        "inferred": plan.inferred,
+        "layers": [layer(task) for task in plan.tasks],
+        "ignored": list(plan.ignored),
+    }
