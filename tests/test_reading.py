@@ -93,4 +93,4 @@ def test_a_worker_of_a_ring_reads_its_layers_once_and_what_is_in_no_layer_once(
     assert {"model.embed_tokens.weight", "model.norm.weight"} == outside
     large = [name for name, entry in job.index.entries.items() if entry.num_bytes > SAMPLED_BYTES]
     assert counted.times == {name: NUM_WORKERS if name in outside else 1 for name in large}
-    assert dict(told) == {dealt.worker: dealt.read_bytes for dealt in deal(estimate(job), schedule)}
+    assert dict(told) == {dealt.worker: dealt.read_bytes for dealt in deal(job, estimate(job), schedule)}
