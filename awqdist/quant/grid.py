@@ -35,6 +35,12 @@ class QuantizedWeight:
     zero_point: Tensor
     scheme: WeightScheme
 
+    def to(self, device: torch.device) -> QuantizedWeight:
+        """The same on another device, as far as it is not there."""
+        return QuantizedWeight(
+            self.codes.to(device), self.weight_scale.to(device), self.zero_point.to(device), self.scheme
+        )
+
     def dequantize(self) -> Tensor:
         """(O, I) float32: what a reader of the checkpoint computes, before it rounds to its own dtype."""
         num_groups = self.weight_scale.shape[1]

@@ -88,12 +88,14 @@ def round_gptq(
 ) -> QuantizedWeight:
     """Codes of `weight` under error compensation.
 
-    weight: (O, I) float32, smoothed; gram: (I, I) float32 of the smoothed input; weight_scale, zero_point: (O, G), the fixed grid.
+    weight: (O, I) float32, smoothed; gram: (I, I) float32 of the smoothed input; weight_scale, zero_point: (O, G), the fixed grid. The
+    matrix is factorised where it lies, and the factor comes to the weights block by block.
     """
-    order = torch.arange(weight.shape[1], device=weight.device)
+    order = torch.arange(weight.shape[1], device=gram.device)
     if rounding.actorder:
         order = torch.argsort(gram.diagonal(), descending=True, stable=True)
     factor, _ = inverse_factor(gram, order, rounding.dampening_frac)
+    order = order.to(weight.device)
     groups = order // (scheme.group_size if scheme.group_size > 0 else weight.shape[1])
     scales, zeros = weight_scale.float().T, zero_point.float().T  # (G, O)
     work = weight.T[order]  # (I, O): an input's weights lie together
@@ -102,13 +104,15 @@ def round_gptq(
     for start in range(0, work.shape[0], rounding.block_size):
         stop = min(start + rounding.block_size, work.shape[0])
         errors = torch.empty_like(work[start:stop])
+        block = factor[start:stop].to(work.device)  # (k, I)
         for sub_start in range(start, stop, SUB_BLOCK):
             part = slice(sub_start, min(sub_start + SUB_BLOCK, stop))
-            sub_errors = errors[sub_start - start : part.stop - start]
+            own = slice(sub_start - start, part.stop - start)
+            sub_errors = errors[own]
             grid = scales[groups[part]], zeros[groups[part]], limit
-            codes[order[part]] = _round_columns(work[part], factor[part, part], grid, sub_errors)
-            work[part.stop : stop].addmm_(factor[part, part.stop : stop].T, sub_errors, alpha=-1)
-        work[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+            codes[order[part]] = _round_columns(work[part], block[own, part], grid, sub_errors)
+            work[part.stop : stop].addmm_(block[own, part.stop : stop].T, sub_errors, alpha=-1)
+        work[stop:].addmm_(block[:, stop:].T, errors, alpha=-1)
     return QuantizedWeight(codes.T.contiguous(), weight_scale, zero_point, scheme)
 
 

@@ -14,18 +14,25 @@ import torch
 from torch import Tensor
 
 from awqdist.quant.experts import ExpertStatistics, StackedRows
+from awqdist.quant.lending import Lend
 from awqdist.quant.stats import Statistics
 from awqdist.recipe import WeightScheme
 
-_BATCH_BYTES = {"cpu": 1 << 23, "cuda": 1 << 28}  # of the float32 weights of a batch of experts
+BATCH_BYTES = {"cpu": 1 << 23, "cuda": 1 << 28}  # of the float32 weights of a batch of experts
 
 
 @dataclass(frozen=True, slots=True)
 class BalanceWeight:
-    """A linear that reads the smoothed tensor. weight: (O, I) float; scheme: None where the recipe leaves it unquantized."""
+    """A linear that reads the smoothed tensor. weight: (O, I) float; scheme: None where the recipe leaves it unquantized; lend: if the
+    weight lies in host memory."""
 
     weight: Tensor
     scheme: WeightScheme | None
+    lend: Lend | None = None
+
+    def at_hand(self) -> Tensor:
+        """The weight on the device of the statistics."""
+        return self.weight if self.lend is None else self.lend(self.weight)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +75,7 @@ class Stack:
     def weight(self) -> Tensor:
         """(B, R, I) in the checkpoint's dtype, made anew."""
         return torch.stack(
-            [torch.cat([b.weight for b in group.balance if b.scheme == self.scheme]) for group in self.groups]
+            [torch.cat([b.at_hand() for b in group.balance if b.scheme == self.scheme]) for group in self.groups]
         )
 
     def row_errors(self, difference: Tensor) -> Tensor:
@@ -88,7 +95,7 @@ def batches(groups: Sequence[SearchGroup]) -> Iterator[list[SearchGroup]]:
     batch: list[SearchGroup] = []
     for group in (group for group in groups if any(b.scheme is not None for b in group.balance)):
         weight = group.balance[0].weight
-        room = _BATCH_BYTES.get(weight.device.type, 0) // (4 * sum(b.weight.numel() for b in group.balance))
+        room = BATCH_BYTES.get(weight.device.type, 0) // (4 * sum(b.weight.numel() for b in group.balance))
         alone = not isinstance(group.statistics, ExpertStatistics)
         if batch and (alone or len(batch) >= room or group.kind != batch[0].kind):
             yield batch

@@ -15,6 +15,7 @@ from awqdist.model.forward import ExpertWatch, Watch, run_all_experts
 from awqdist.quant.experts import ExpertStatistics, max_rows
 from awqdist.quant.stats import InputStatistics
 from awqdist.run.plan import LayerTask
+from awqdist.run.residency import Bench
 
 SAMPLED_ROWS = 256  # of a block's tokens, sent through all of its experts as a prior of what their inner linears read
 
@@ -36,17 +37,12 @@ class _Sample:
 
 
 class Gathering:
-    """The statistics of one layer, by the first linear of a site. num_tokens: of all chunks; dtype: that the layer is run in."""
+    """The statistics of one layer, by the first linear of a site. num_tokens: of all chunks; on: where and how the layer is run."""
 
     def __init__(
-        self,
-        task: LayerTask,
-        experts: tuple[FusedParameter, ...],
-        num_tokens: int,
-        num_chunks: int,
-        placed: tuple[torch.device, torch.dtype],
+        self, task: LayerTask, experts: tuple[FusedParameter, ...], num_tokens: int, num_chunks: int, on: Bench
     ) -> None:
-        device, dtype = placed
+        device, matrices, rows = on.device, on.residency.for_matrices(on.lend), on.residency.for_experts(on.lend)
         self._task, self._experts = task, experts
         self._samples = {r.shared: _Sample(-(-SAMPLED_ROWS // num_chunks)) for r in task.routed.values() if r.inner}
         self._priors: dict[str, InputStatistics] = {}  # of inner sites
@@ -55,14 +51,14 @@ class Gathering:
             width = task.shapes[first][1]
             routed = task.routed.get(first)
             if routed is None:
-                self.statistics[first] = InputStatistics(width, num_tokens, device)
+                self.statistics[first] = InputStatistics(width, num_tokens, device, matrices)
                 continue
             prior = self.statistics[routed.shared]
             if routed.inner:
-                prior = self._priors[first] = InputStatistics(width, SAMPLED_ROWS, device)
+                prior = self._priors[first] = InputStatistics(width, SAMPLED_ROWS, device, rows)
             assert isinstance(prior, InputStatistics)
-            most_rows = max_rows(self._num_experts(routed.fused), width, dtype.itemsize)
-            self.statistics[first] = ExpertStatistics(width, most_rows, prior, device)
+            most_rows = max_rows(self._num_experts(routed.fused), width, on.dtype.itemsize)
+            self.statistics[first] = ExpertStatistics(width, most_rows, prior, device, rows)
 
     def watches(self) -> dict[str, Watch]:
         """Whom `forward_layer` tells of the inputs of modules."""

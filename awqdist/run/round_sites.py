@@ -30,11 +30,13 @@ Parameters = Mapping[str, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class SmoothedSites:
-    """statistics: by the first linear of a site; scales (I,) and the dtype of the group scales to store: by linear."""
+    """statistics: by the first linear of a site; scales (I,), the dtype of the group scales to store, and where the codes are to lie: by
+    linear."""
 
     statistics: Mapping[str, SiteStatistics]
     scales: Mapping[str, Tensor]
     grid_dtypes: Mapping[str, torch.dtype]
+    homes: Mapping[str, torch.device]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +71,7 @@ def round_sites(
     for batch in _batches(task):
         release_host_memory()
         for path, weight, record in _round_batch(task, batch, smoothed, sites, recipe):
-            weights[path] = weight
+            weights[path] = weight.to(sites.homes[path])
             records.append(record)
     return weights, records
 

@@ -7,39 +7,46 @@ no arithmetic. A worker emits events, never prints, and keeps no journal.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from awqdist.errors import NumericalError
-from awqdist.model.conversion import fuse_experts
+from awqdist.model.conversion import FusedParameter, fuse_experts
 from awqdist.model.forward import (
     LayerCall,
     forward_layer,
     head_inputs,
+    made_experts,
     record_calls,
     with_buffers,
     without_embeddings,
 )
+from awqdist.quant.lending import LentTensors
 from awqdist.run.device import compute_dtype, peak_memory_bytes, release_host_memory
+from awqdist.run.estimate_layer import estimate_layer
 from awqdist.run.events import ChunkForwarded, Emit, MappingSearched, StageStarted
 from awqdist.run.gather import Gathering
 from awqdist.run.job import Job, token_chunks
 from awqdist.run.layer_io import LoadedLayer, SearchedLayer, check_named, read_outside
 from awqdist.run.plan import LayerTask
 from awqdist.run.quantize_layer import LayerResult, Method, Trial, quantize_layer
+from awqdist.run.residency import Bench
 from awqdist.run.stopwatch import Stopwatch
 
 
 @dataclass(slots=True)
 class _Layer:
-    """The layer under way. parameters: on the device, in the checkpoint's dtype; working: what it is run with."""
+    """The layer under way. parameters: in the checkpoint's dtype, on the device or lent to it; working: what it is run with, without
+    experts that are lent."""
 
     task: LayerTask
     watch: Stopwatch
-    parameters: dict[str, Tensor]
+    on: Bench
+    parameters: LentTensors
     source_crc32: int
     working: dict[str, Tensor]
     gathering: Gathering | None  # None: the layer is only forwarded
@@ -83,15 +90,11 @@ class Worker:
         with loaded.watch.piece("forward"):
             is_head = task.layer == job.skeleton.num_layers
             check_named(loaded.parameters, task.disk_names, "lm_head" if is_head else f"layer {task.layer}")
-            parameters = {name: tensor.to(job.device) for name, tensor in loaded.parameters.items()}
-            if is_head:
-                working = self._final
-            else:
-                converted = self._converted(parameters, f"{job.skeleton.prefix}.{task.layer}.")
-                fused = fuse_experts(job.skeleton.layer_experts(task.layer), converted)
-                working = with_buffers(job.skeleton.layers[task.layer], fused, job.device)
-        gathering = None if forward_only else self._gathering(task)
-        self._layer = _Layer(task, loaded.watch, parameters, loaded.source_crc32, working, gathering)
+            on = Bench(job.device, self._dtype, estimate_layer(job, task).residency)
+            parameters = _placed(loaded.parameters, self._experts(task), on)
+            working = self._final if is_head else self._working(task, parameters)
+        gathering = None if forward_only else self._gathering(task, on)
+        self._layer = _Layer(task, loaded.watch, on, parameters, loaded.source_crc32, working, gathering)
 
     def forward(self, index: int, chunk: Tensor) -> Tensor:
         """Takes chunk number `index`, (B, L, H), through the layer. Returns its output on the CPU, in the checkpoint's dtype."""
@@ -107,11 +110,11 @@ class Worker:
             else:
                 module, call = job.skeleton.layers[layer.task.layer], self._calls[index][layer.task.layer]
                 if layer.trial is None:
-                    experts = job.skeleton.layer_experts(layer.task.layer)
-                    layer.trial = Trial(module, experts, chunk[:1].to(job.device), call)
+                    layer.trial = Trial(module, self._experts(layer.task), chunk[:1].to(job.device), call)
                 experts_seen = layer.gathering.expert_watches() if layer.gathering else {}
                 call = call.cast(job.device, self._dtype)
-                output = forward_layer(module, layer.working, hidden, call, watches, experts_seen)
+                with self._complete(layer) as working:
+                    output = forward_layer(module, working, hidden, call, watches, experts_seen)
             output = output.to("cpu", job.skeleton.dtype)
         seconds = layer.watch.seconds["forward"] - before
         num_chunks = len(self._token_chunks)
@@ -130,7 +133,8 @@ class Worker:
                     " convert the model to a wider dtype; the layers before it are kept"
                 )
         if layer.task.routed:
-            layer.gathering.finish(self._job.skeleton.layers[layer.task.layer], layer.working)
+            with self._complete(layer) as working:
+                layer.gathering.finish(self._job.skeleton.layers[layer.task.layer], working)
         layer.working = {}
         release_host_memory()
         result = quantize_layer(layer.task, layer.parameters, statistics, self._method, layer.trial, layer.watch)
@@ -151,20 +155,51 @@ class Worker:
     def _packed(self, task: LayerTask, result: LayerResult) -> dict[str, Tensor]:
         tensors = {task.disk_names[name]: tensor for name, tensor in result.parameters.items()}
         for path, weight in result.weights.items():
-            for kind, tensor in self._job.format.pack(weight).items():
+            for kind, tensor in self._job.format.pack(weight.to(self._job.device)).items():
                 tensors[f"{task.disk_module(path)}.{kind}"] = tensor
         return {name: tensor.cpu() for name, tensor in tensors.items()}
 
-    def _gathering(self, task: LayerTask) -> Gathering:
+    def _gathering(self, task: LayerTask, on: Bench) -> Gathering:
         num_tokens = sum(tokens.numel() for tokens in self._token_chunks)
-        experts = self._job.skeleton.layer_experts(task.layer)
-        return Gathering(task, experts, num_tokens, len(self._token_chunks), (self._job.device, self._dtype))
+        return Gathering(task, self._experts(task), num_tokens, len(self._token_chunks), on)
 
-    def _converted(self, parameters: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-        """Parameters in the dtype that they are computed with. prefix: of their names in the model."""
-        wide = self._job.skeleton.float32
-        return {n: p.to(torch.float32 if prefix + n in wide else self._dtype) for n, p in parameters.items()}
+    def _experts(self, task: LayerTask) -> tuple[FusedParameter, ...]:
+        skeleton = self._job.skeleton
+        return skeleton.layer_experts(task.layer) if task.layer < skeleton.num_layers else ()
+
+    def _working(self, task: LayerTask, parameters: LentTensors) -> dict[str, Tensor]:
+        """Parameters in the dtype that they are computed with, experts fused, and buffers; without experts that are lent."""
+        skeleton, prefix = self._job.skeleton, f"{self._job.skeleton.prefix}.{task.layer}."
+        converted = {
+            name: parameters[name].to(torch.float32 if prefix + name in skeleton.float32 else self._dtype)
+            for name in parameters
+            if parameters.lend_of(name) is None
+        }
+        fused = fuse_experts([f for f in self._experts(task) if f"{f.parts[0][0]}.weight" in converted], converted)
+        return with_buffers(skeleton.layers[task.layer], fused, self._job.device)
+
+    @contextmanager
+    def _complete(self, layer: _Layer) -> Iterator[dict[str, Tensor]]:
+        """What the layer is run with. Experts that are lent come to the device when tokens come to them."""
+        if not layer.on.residency.experts:
+            yield layer.working
+            return
+
+        def make(fused: FusedParameter, expert: int) -> Tensor:
+            parts = [layer.parameters[f"{path}.weight"] for path in fused.parts[expert]]
+            return torch.cat(parts).to(self._dtype)  # (R, I)
+
+        with made_experts(self._experts(layer.task), make, self._job.device) as stand_ins:
+            yield {**layer.working, **stand_ins}
 
     def _under_way(self) -> _Layer:
         assert self._layer is not None, "begin() comes first"
         return self._layer
+
+
+def _placed(loaded: Mapping[str, Tensor], experts: Sequence[FusedParameter], on: Bench) -> LentTensors:
+    """Tensors of a layer on the device, but for those of experts that are to lie in host memory."""
+    of_experts = {f"{path}.weight" for fused in experts for parts in fused.parts for path in parts}
+    resting = of_experts if on.residency.experts else set()
+    placed = {name: tensor if name in resting else tensor.to(on.device) for name, tensor in loaded.items()}
+    return LentTensors(placed, resting, on.lend)
