@@ -10,7 +10,7 @@ from torch import Tensor
 
 from awqdist.quant.grid import rounding_difference
 from awqdist.quant.precision import exact_for
-from awqdist.quant.stats import InputStatistics, quadratic_form
+from awqdist.quant.stats import InputStatistics, quadratic_form_rows
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 NUM_INPUTS = 48
@@ -127,7 +127,7 @@ def test_the_quadratic_form_counts_every_block_of_the_gram(size: int) -> None:
     generator = torch.Generator().manual_seed(size)
     x = torch.randn(6, size, generator=generator) + 1
     d = torch.randn(3, size, generator=generator)
-    assert quadratic_form(d, x.T @ x) == pytest.approx(output_error(x.numpy(), d.numpy()), rel=1e-4)
+    assert float(quadratic_form_rows(d, x.T @ x).sum()) == pytest.approx(output_error(x.numpy(), d.numpy()), rel=1e-4)
 
 
 def precisions() -> tuple[str, str]:

@@ -101,9 +101,8 @@ class ExpertStatistics:
             self._gram = None
 
     def take_smoothed_gram(self, scales: Tensor) -> Tensor:
-        """Ĝ of the input divided by scales (I,). The rows are given up: errors cannot be asked for any more."""
+        """Ĝ of the input divided by scales (I,), a new tensor."""
         gram = self.gram()
-        self._rows, self._num_kept = [], 0
         return gram.div_(scales.unsqueeze(0)).div_(scales.unsqueeze(1))
 
     def row_errors(self, difference: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ experts, alike but for their numbers. Both go through in batches of experts, as 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +29,7 @@ from awqdist.quant.stats import Statistics
 from awqdist.recipe import Smoothing
 
 _ROWS = (256, 8192)  # that rank the candidates, and the best few; used where a mapping has at least twice the former
-_ROWS_OF_GROUPS = (1024, 8192)  # the same of all groups together, where there are several
+_ROWS_OF_GROUPS = (2048, 16384)  # the same of all groups together, where there are several
 _ROWS_OF_EXPERT = (64, 256)  # the same of a mapping within an expert
 _LEAST_ROWS = 8  # of each group
 _NUM_FINALISTS = 3
@@ -151,14 +152,11 @@ class _Search:
         """Of all rows, under scales (n, K, I): (n, B, R) float64."""
         weight = stack.weight()
         found = weight.new_empty(scales.shape[0], *weight.shape[:2], dtype=torch.float64)
-        with stack.hold():
+        rough = self._screened and stack.of_experts
+        with nullcontext() if rough else stack.hold():
             for i, one in enumerate(scales):
                 difference = rounding_difference(weight, one.expand(weight.shape[0], -1), stack.scheme, self._dtype)
-                found[i] = (
-                    stack.rough_row_errors(difference)
-                    if self._screened and stack.of_experts
-                    else stack.row_errors(difference)
-                )
+                found[i] = stack.rough_row_errors(difference) if rough else stack.row_errors(difference)
         return found
 
     def _sampled_errors(self, scales: Tensor, row_errors: Sequence[Tensor], num_rows: int) -> Tensor:

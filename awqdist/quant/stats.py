@@ -185,11 +185,11 @@ class InputStatistics:
         return bool(torch.isfinite(self._sum_abs).all())
 
 
-def rough_quadratic_form(difference: Tensor, gram: Tensor) -> float:
-    """`quadratic_form` to about three digits where bfloat16 is fast and the matrix at hand, else exact."""
+def rough_form(difference: Tensor, gram: Tensor) -> Tensor:
+    """`quadratic_form_rows` to about three digits where bfloat16 is fast and the matrix at hand, else exact."""
     if not has_fast_bfloat16(difference.device) or gram.device != difference.device:
-        return quadratic_form(difference, gram)
-    return float(rough_form_rows(difference, gram.bfloat16()).sum())
+        return quadratic_form_rows(difference, gram)
+    return rough_form_rows(difference, gram.bfloat16())
 
 
 def rough_form_rows(difference: Tensor, rough_gram: Tensor) -> Tensor:
@@ -197,15 +197,10 @@ def rough_form_rows(difference: Tensor, rough_gram: Tensor) -> Tensor:
     return (difference.bfloat16() @ rough_gram).float().mul_(difference).sum(1).double()
 
 
-def quadratic_form(difference: Tensor, gram: Tensor) -> float:
-    """Σ (D·G) ∘ D for D (O, I) and a symmetric G (I, I), float32, on D's device."""
-    return float(quadratic_form_rows(difference, gram).sum())
-
-
 def quadratic_form_rows(difference: Tensor, gram: Tensor, lend: Lend | None = None) -> Tensor:
-    """d·G·dᵀ of every row d of D (O, I): (O,) float64. G's symmetry saves nearly half of the product.
+    """d·G·dᵀ of every row d of D (O, I): (O,) float64, on D's device. G's symmetry saves nearly half of the product.
 
-    G may lie elsewhere than D: `lend` brings its tiles there, by a plain copy if it is None.
+    G may lie elsewhere: `lend` brings its tiles to D, by a plain copy if it is None.
     """
     total = torch.zeros(difference.shape[0], dtype=torch.float64, device=difference.device)
     for start in range(0, gram.shape[0], _BLOCK):

@@ -13,17 +13,18 @@ import torch
 from torch import Tensor
 
 from awqdist.quant.clip import clipped_range
+from awqdist.quant.experts import ExpertStatistics
 from awqdist.quant.grid import QuantizedWeight, grid_parameters, group_range, round_to_nearest, rounding_difference
 from awqdist.quant.rounding import round_gptq
 from awqdist.quant.rounding_experts import round_gptq_side_by_side
-from awqdist.quant.stats import quadratic_form, rough_quadratic_form
+from awqdist.quant.stats import InputStatistics, quadratic_form_rows, rough_form
 from awqdist.recipe import Recipe, WeightScheme
 from awqdist.run.device import release_host_memory
 from awqdist.run.gather import SiteStatistics
 from awqdist.run.plan import LayerTask
 from awqdist.run.records import LinearRecord
 
-SIDE_BY_SIDE_BYTES = 1 << 29  # of the Gram matrices and their factors
+SIDE_BY_SIDE_BYTES = 1 << 29  # of the Gram matrices and their factors, or of the weights where these are larger
 
 Parameters = Mapping[str, Tensor]
 
@@ -41,9 +42,11 @@ class SmoothedSites:
 
 @dataclass(frozen=True, slots=True)
 class _Site:
-    """An input site after smoothing. gram: (I, I) of the input divided by scales (I,); grid_dtype: of the group scales to store."""
+    """An input site after smoothing. gram: (I, I) of the input divided by scales (I,), if it is of use; grid_dtype: of the group scales to
+    store."""
 
-    gram: Tensor
+    statistics: SiteStatistics
+    gram: Tensor | None
     scales: Tensor
     num_dead_inputs: int
     grid_dtype: torch.dtype
@@ -80,8 +83,9 @@ def _round_batch(
     task: LayerTask, batch: Sequence[tuple[str, ...]], smoothed: Parameters, sites: SmoothedSites, recipe: Recipe
 ) -> Iterator[tuple[str, QuantizedWeight, LinearRecord]]:
     """The linears of sites that are rounded together. Their matrices live no longer than this."""
-    drafts = [d for paths in batch for d in _drafts(task, paths, smoothed, _site(task, paths, sites), recipe)]
+    drafts = [d for paths in batch for d in _drafts(task, paths, smoothed, _site(task, paths, sites, recipe), recipe)]
     for draft, result in zip(drafts, _rounded(drafts, recipe), strict=True):
+        errors = _row_errors(draft, result)
         first = 0
         for path in draft.paths:
             rows = slice(first, first + task.shapes[path][0])
@@ -89,7 +93,7 @@ def _round_batch(
             weight = QuantizedWeight(
                 result.codes[rows], result.weight_scale[rows], result.zero_point[rows], draft.scheme
             )
-            yield path, weight, _linear_record(task.disk_module(path), draft, rows, weight)
+            yield path, weight, _linear_record(task.disk_module(path), draft, task.shapes[path], errors[:, rows].sum(1))
 
 
 def _batches(task: LayerTask) -> Iterator[list[tuple[str, ...]]]:
@@ -97,7 +101,7 @@ def _batches(task: LayerTask) -> Iterator[list[tuple[str, ...]]]:
     batch: list[tuple[str, ...]] = []
     for paths in (site for site in task.sites if any(path in task.schemes for path in site)):
         width = task.shapes[paths[0]][1]
-        full = len(batch) * 8 * width * width >= SIDE_BY_SIDE_BYTES
+        full = len(batch) * 8 * width * max(width, sum(task.shapes[path][0] for path in paths)) >= SIDE_BY_SIDE_BYTES
         if batch and (full or not _alike(task, batch[0], paths)):
             yield batch
             batch = []
@@ -115,15 +119,17 @@ def _alike(task: LayerTask, one: tuple[str, ...], other: tuple[str, ...]) -> boo
     )
 
 
-def _site(task: LayerTask, paths: tuple[str, ...], sites: SmoothedSites) -> _Site:
-    """Takes the Gram matrix out of the statistics, to hold only one."""
+def _site(task: LayerTask, paths: tuple[str, ...], sites: SmoothedSites, recipe: Recipe) -> _Site:
+    """Takes the Gram matrix out of the statistics, to hold only one. An expert's is made only if its linears are fitted to it."""
     statistics = sites.statistics[paths[0]]
     scales = sites.scales.get(paths[0])
     if scales is None:
         scales = torch.ones_like(statistics.mean_abs)
     num_dead_inputs = int((statistics.mean_abs == 0).sum())
     grid_dtype = next(sites.grid_dtypes[path] for path in paths if path in task.schemes)
-    return _Site(statistics.take_smoothed_gram(scales), scales, num_dead_inputs, grid_dtype)
+    fitted = recipe.clip or recipe.rounding.method == "gptq" or isinstance(statistics, InputStatistics)
+    gram = statistics.take_smoothed_gram(scales) if fitted else None
+    return _Site(statistics, gram, scales, num_dead_inputs, grid_dtype)
 
 
 def _drafts(
@@ -136,6 +142,7 @@ def _drafts(
         weight = torch.cat([smoothed[f"{path}.weight"].float() for path in stacked])
         clipped = 0.0
         if recipe.clip:
+            assert site.gram is not None
             low, high, clipped = clipped_range(weight, site.gram, scheme)
             low, high = low.to(site.grid_dtype), high.to(site.grid_dtype)
         else:
@@ -146,31 +153,46 @@ def _drafts(
 
 def _rounded(drafts: Sequence[_Draft], recipe: Recipe) -> Iterator[QuantizedWeight]:
     """The drafts of a batch on their grids; all of one shape and scheme where they are of several sites."""
+    grams = [draft.site.gram for draft in drafts if draft.site.gram is not None]
     if recipe.rounding.method == "nearest":
         for d in drafts:
             yield round_to_nearest(d.weight.to(d.site.grid_dtype), d.weight_scale, d.zero_point, d.scheme)
     elif len({id(d.site) for d in drafts}) == 1:
-        for d in drafts:
-            yield round_gptq(d.weight, d.site.gram, d.weight_scale, d.zero_point, d.scheme, recipe.rounding)
+        for d, gram in zip(drafts, grams, strict=True):
+            yield round_gptq(d.weight, gram, d.weight_scale, d.zero_point, d.scheme, recipe.rounding)
     else:
         grids = [(d.weight_scale, d.zero_point) for d in drafts]
-        weights, grams = [d.weight for d in drafts], [d.site.gram for d in drafts]
+        weights = [d.weight for d in drafts]
         yield from round_gptq_side_by_side(weights, grams, grids, drafts[0].scheme, recipe.rounding)
 
 
-def _linear_record(name: str, draft: _Draft, rows: slice, result: QuantizedWeight) -> LinearRecord:
-    site, weight = draft.site, draft.weight[rows]
-    signal = max(rough_quadratic_form(weight, site.gram), 1e-30)
-    ones = torch.ones_like(site.scales)
-    nearest = rounding_difference(weight / site.scales, ones, result.scheme, site.grid_dtype).mul_(site.scales)
+def _row_errors(draft: _Draft, result: QuantizedWeight) -> Tensor:
+    """Of every row its output, its output error if it were not smoothed and rounded to nearest, and that of the result, squared and summed
+    over the tokens: (3, ΣO) float64."""
+    site, weight = draft.site, draft.weight
+    plain = weight / site.scales
+    nearest = rounding_difference(plain, torch.ones_like(site.scales), draft.scheme, site.grid_dtype)
+    difference = result.dequantize().sub_(weight)
+    if isinstance(site.statistics, ExpertStatistics):
+        stacked = torch.cat([plain, nearest, difference.div_(site.scales)])
+        return site.statistics.rough_row_errors(stacked).view(3, -1)
+    assert site.gram is not None
+    signal = rough_form(weight, site.gram), rough_form(nearest.mul_(site.scales), site.gram)
+    return torch.stack([*signal, quadratic_form_rows(difference, site.gram)])
+
+
+def _linear_record(name: str, draft: _Draft, shape: tuple[int, int], errors: Tensor) -> LinearRecord:
+    """errors: (3,), see `_row_errors`."""
+    signal, nearest, found = errors.tolist()
+    signal = max(signal, 1e-30)
     return LinearRecord(
         name=name,
-        shape=(weight.shape[0], weight.shape[1]),
-        num_bits=result.scheme.num_bits,
-        group_size=result.scheme.group_size,
-        symmetric=result.scheme.symmetric,
-        relative_error_nearest=rough_quadratic_form(nearest, site.gram) / signal,
-        relative_error=quadratic_form(result.dequantize().sub_(weight), site.gram) / signal,
+        shape=shape,
+        num_bits=draft.scheme.num_bits,
+        group_size=draft.scheme.group_size,
+        symmetric=draft.scheme.symmetric,
+        relative_error_nearest=nearest / signal,
+        relative_error=found / signal,
         clipped_share=draft.clipped,
-        num_dead_inputs=site.num_dead_inputs,
+        num_dead_inputs=draft.site.num_dead_inputs,
     )

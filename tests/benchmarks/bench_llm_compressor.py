@@ -9,7 +9,6 @@ The peer lives in an environment of its own, since it pins other versions than w
 AWQDIST_PEER_PYTHON names its interpreter. Nothing is installed: without the peer the benchmark says so and ends well.
 
 Both take turns, so that a machine that warms up or gets busy hurts both, and write to fresh folders. The figures:
-
 - whole process: from start to exit, imports included; what a user waits for.
 - quantization alone: the peer's `oneshot` call; ours the whole run, reading and writing included.
 - over the floor: quantization alone / (one read of the weights + one forward pass of the tokens + one write), the floor
@@ -118,22 +117,23 @@ def why_no_peer(python: str | None) -> str | None:
     return None if version.startswith(PEER_VERSION + ".") else f"the peer is {version}, not {PEER_VERSION}"
 
 
+def write_tokenizer(folder: Path, text: Path) -> None:
+    """A tokenizer of 4096 entries, trained on the text."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    trained, lines = ByteLevelBPETokenizer(), text.read_text(encoding="utf-8").splitlines()
+    trained.train_from_iterator(lines, vocab_size=4096, special_tokens=["<s>", "</s>"], show_progress=False)
+    whole = PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer, bos_token="<s>", eos_token="</s>")
+    whole.save_pretrained(folder)
+
+
 def write_random_llama(folder: Path, text: Path, num_layers: int = 4) -> Path:
     """A random Llama in bf16, with a tokenizer trained on the text."""
     import torch
-    from tokenizers import ByteLevelBPETokenizer
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    tokenizer = ByteLevelBPETokenizer()
-    tokenizer.train_from_iterator(
-        text.read_text(encoding="utf-8").splitlines(),
-        vocab_size=4096,
-        special_tokens=["<s>", "</s>"],
-        show_progress=False,
-    )
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(
-        folder
-    )
+    write_tokenizer(folder, text)
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=4096,
@@ -161,9 +161,9 @@ def write_tokens(job: Job, file: Path) -> Path:
     return file
 
 
-def run_peer(job: Job, tokens: Path, output: Path, times: Times) -> None:
+def run_peer(job: Job, tokens: Path, output: Path, times: Times, limit_s: float | None = None) -> None:
     command = [job.peer_python, str(DRIVER), str(job.model), str(output), str(tokens), job.peer_rounding]
-    seconds, lines = run(command, job.threads)
+    seconds, lines = run(command, job.threads, limit_s)
     times.process_s.append(seconds)
     times.quantize_s.append(json.loads(lines[-1])["quantize"])
     print(f"llm-compressor {seconds:.1f} s", flush=True)
@@ -184,12 +184,12 @@ def run_ours(job: Job, output: Path, times: Times) -> None:
     print(f"awqdist {seconds:.1f} s", flush=True)
 
 
-def run(command: Sequence[str], threads: int) -> tuple[float, list[str]]:
-    """Seconds from start to exit, and the lines of stdout. Ends the benchmark if the command fails."""
+def run(command: Sequence[str], threads: int, limit_s: float | None = None) -> tuple[float, list[str]]:
+    """Seconds from start to exit, and the lines of stdout. Ends the benchmark if the command fails. Raises TimeoutExpired."""
     limits = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
     environment = {**os.environ, **limits, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     started = time.perf_counter()
-    finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=limit_s)
     seconds = time.perf_counter() - started
     if finished.returncode:
         tail = "\n".join(finished.stderr.splitlines()[-15:])
