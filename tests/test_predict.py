@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from benchmarks.plan_table import CONFIGS, lines, row
 from command_line import awqdist
 from conftest import NUM_LAYERS, Tiny
 from tiny_models import tiny_checkpoint
@@ -135,3 +136,13 @@ def test_a_profile_of_a_gpu_plans_for_one_that_is_not_here(tiny: Tiny, tmp_path:
     assert asdict(MachineProfile.load(file))["device"] == plan["forecast"]["machine"] == "some GPU"
     assert "does not fit: the largest layer takes" in awqdist(*command).stdout
     assert "does not fit" not in awqdist(*command, "--device", "cpu").stdout
+
+
+def test_the_readmes_table_says_what_plan_says() -> None:
+    """One row of it; `tests/benchmarks/plan_table.py` writes all."""
+    assert f"\n{row('Llama-3.1-405B')}\n" in (CONFIGS.parent / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_all_rows_of_the_readmes_table_say_what_plan_says() -> None:
+    assert "\n".join(lines()) in (CONFIGS.parent / "README.md").read_text()
