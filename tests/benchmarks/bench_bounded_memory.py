@@ -1,8 +1,10 @@
 """A model of several GB quantized under a hard limit of memory that is far below its size, and what `plan` foretold of it.
 
     python tests/benchmarks/bench_bounded_memory.py --calibration TEXT --limit 1.5GB --offload disk
+    python tests/benchmarks/bench_bounded_memory.py --calibration TEXT --config config.json --num-samples 8 --seq-len 64 --verify
 
-Writes a random bf16 Llama (hidden 2048, 58 layers, 6 GB) shard by shard, plans the run, then runs it and looks at it every second.
+Writes a model of random weights in bf16, as its configuration says that it is stored, tensor by tensor and shard by shard: a Llama of 6 GB
+(hidden 2048, 58 layers), or that of `--config`. Plans the run, then runs it and looks at it every second.
 
 The limit is RLIMIT_DATA: the kernel refuses private memory beyond it, whether it is touched or not, so that the process dies where it
 would hold more. Pages of files are no part of it: of those the libraries' own code is in the resident memory shown here, and what the
@@ -24,23 +26,29 @@ from pathlib import Path
 
 import torch
 
-from awqdist.checkpoint.writer import LazyTensor, stream_safetensors, write_json
+from awqdist.checkpoint.writer import LazyTensor, lazy_tensor, stream_safetensors, write_json
 from awqdist.cli.options import parse_bytes
+from awqdist.model.disk_layout import DiskTensor, disk_layout
+from awqdist.model.skeleton import read_config
 from awqdist.run.event_log import EVENTS_FILE, read_events
 from awqdist.run.events import SourceRead
 
 _TENTHS = 10
 
 
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """Of the random Llama. Every head has its own keys and values."""
-
-    num_layers: int
-    hidden: int = 2048
-    intermediate: int = 5632
-    vocabulary: int = 4096
-    head_dim: int = 128
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "dtype": "bfloat16",
+    "vocab_size": 4096,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 58,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": False,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +65,7 @@ def main() -> int:
     options = parse(sys.argv[1:])
     with tempfile.TemporaryDirectory(prefix="awqdist-bench-", dir=options.scratch) as name:
         scratch = Path(name)
-        model = options.model or write_llama(scratch / "model", options)
+        model = options.model or write_model(scratch / "model", options)
         files = sorted(model.glob("*.safetensors"))
         print(f"model: {sum(f.stat().st_size for f in files) / 1e9:.2f} GB in {len(files)} files")
         for level in options.offload:
@@ -75,7 +83,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--model", type=Path, help="a model of your own instead of the random one")
     parser.add_argument("--limit", type=parse_bytes, default=parse_bytes("1.5GB"), help="bytes, or none: 0")
     parser.add_argument("--offload", nargs="+", default=["disk"], choices=("cpu", "disk", "nvme"))
-    parser.add_argument("--num-layers", type=int, default=58)
+    parser.add_argument("--config", type=Path, help="config.json of the random model")
+    parser.add_argument("--num-layers", type=int, help="another number of layers")
+    parser.add_argument("--verify", action="store_true", help="compare the result with the model")
     parser.add_argument("--shard", type=parse_bytes, default=parse_bytes("2GB"))
     parser.add_argument("--num-samples", type=int, default=4)
     parser.add_argument("--seq-len", type=int, default=128)
@@ -86,60 +96,41 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def write_llama(folder: Path, options: argparse.Namespace) -> Path:
-    """A random Llama with a tokenizer trained on the text. No more than one tensor is in memory."""
+def write_model(folder: Path, options: argparse.Namespace) -> Path:
+    """A random model with a tokenizer trained on the text. No more than one tensor is in memory."""
     from tokenizers import ByteLevelBPETokenizer
-    from transformers import LlamaConfig, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
-    shape = Shape(options.num_layers)
+    fields = json.loads(options.config.read_text()) if options.config else LLAMA
+    if options.num_layers:
+        fields["num_hidden_layers"] = options.num_layers
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({**fields, "bos_token_id": 0, "eos_token_id": 1}))
     tokenizer = ByteLevelBPETokenizer()
     lines = options.calibration.read_text(encoding="utf-8").splitlines()
     tokenizer.train_from_iterator(
-        lines, vocab_size=shape.vocabulary, special_tokens=["<s>", "</s>"], show_progress=False
+        lines, vocab_size=fields["vocab_size"], special_tokens=["<s>", "</s>"], show_progress=False
     )
     PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(
         folder
     )
-    heads = shape.hidden // shape.head_dim
-    LlamaConfig(
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.num_layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        bos_token_id=0,
-        eos_token_id=1,
-        architectures=["LlamaForCausalLM"],
-        dtype="bfloat16",
-    ).save_pretrained(folder)
-    write_shards(folder, tensors_of(shape), options.shard)
+    layout = disk_layout(read_config(folder))
+    write_shards(folder, [random_tensor(name, layout[name]) for name in layout], options.shard)
     return folder
 
 
-def tensors_of(shape: Shape) -> list[LazyTensor]:
-    hidden, inner, vocabulary = shape.hidden, shape.intermediate, shape.vocabulary
-    linears = {f"self_attn.{name}_proj": (hidden, hidden) for name in "qkvo"}
-    linears |= {"mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner)}
-    found = [lazy("model.embed_tokens.weight", (vocabulary, hidden), 1.0)]
-    for layer in range(shape.num_layers):
-        prefix = f"model.layers.{layer}"
-        found += [lazy(f"{prefix}.{name}.weight", size, size[1] ** -0.5) for name, size in linears.items()]
-        norms = ("input_layernorm", "post_attention_layernorm")
-        found += [lazy(f"{prefix}.{name}.weight", (hidden,), 0.1, mean=1.0) for name in norms]
-    return [
-        *found,
-        lazy("model.norm.weight", (hidden,), 0.1, mean=1.0),
-        lazy("lm_head.weight", (vocabulary, hidden), 0.02),
-    ]
-
-
-def lazy(name: str, size: tuple[int, ...], deviation: float, mean: float = 0.0) -> LazyTensor:
+def random_tensor(name: str, stored: DiskTensor) -> LazyTensor:
     def values() -> torch.Tensor:
-        return torch.empty(size).normal_(mean, deviation).bfloat16()
+        tensor = torch.empty(stored.shape).normal_()
+        if len(stored.shape) > 1:
+            scale = 3.0 if name.endswith("gate.weight") else 1.0  # decided routing
+            tensor *= 1.0 if "embed" in name else scale * stored.shape[-1] ** -0.5
+        else:
+            tensor = tensor.mul_(0.1).add_(1.0 if "norm" in name else 0.0)
+        return tensor.to(stored.dtype)
 
-    num_bytes = 2 * torch.Size(size).numel()
-    return LazyTensor(name, "BF16", size, num_bytes, values)
+    like = torch.empty(stored.shape, dtype=stored.dtype, device="meta")
+    return lazy_tensor(name, like, values)
 
 
 def write_shards(folder: Path, tensors: list[LazyTensor], shard_bytes: int) -> None:
@@ -185,7 +176,7 @@ def measure(options: argparse.Namespace, model: Path, output: Path, level: str, 
     """Runs under the limit and prints what was seen."""
     command = [sys.executable, "-m", "awqdist", "quantize", str(model), str(output), "--offload", level]
     command += [*calibration(options), "--calibration", str(options.calibration), "--threads", "1"]
-    command += ["--progress", "plain", *(f"--{option}" for option in options.further)]
+    command += ["--progress", "plain"]
 
     def limit() -> None:
         if options.limit:
@@ -204,6 +195,9 @@ def measure(options: argparse.Namespace, model: Path, output: Path, level: str, 
     print(f"of the model in the system's cache: {cached_bytes(sorted(model.glob('*.safetensors'))) / 1e6:.1f} MB")
     if child.returncode == 0:
         compare(output, foretold, peak)
+        if options.verify:
+            verified = [sys.executable, "-m", "awqdist", "verify", str(output), "--source", str(model)]
+            print(subprocess.run(verified, check=False, capture_output=True, text=True).stdout)
 
 
 def watch(child: subprocess.Popen[bytes], start: float) -> tuple[list[Sample], int]:
