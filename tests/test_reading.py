@@ -24,25 +24,23 @@ from awqdist.run.schedule import Schedule
 
 SAMPLES = torch.randint(0, 128, (8, 32), generator=torch.Generator().manual_seed(0))
 NUM_WORKERS, NUM_CHUNKS = 2, 2
-SAMPLED_BYTES = (
-    256  # of the middle of each tensor, or all of a smaller one, to know the source again when a run is resumed
-)
 
 
 class CountingReader:
-    """Counts how often each tensor is read that is larger than a sample."""
+    """Counts the bytes that are read of each tensor."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, index: CheckpointIndex) -> None:
-        self._names = {(os.fspath(e.file), e.start): name for name, e in index.entries.items()}
+        self._entries = index.entries.values()
         self._preadv = os.preadv
-        self.times: Counter[str] = Counter()
+        self.num_bytes: Counter[str] = Counter()
         monkeypatch.setattr(os, "preadv", self._counted)
 
     def _counted(self, descriptor: int, buffers: list[memoryview], offset: int) -> int:
         count = self._preadv(descriptor, buffers, offset)
-        name = self._names.get((os.readlink(f"/proc/self/fd/{descriptor}"), offset))
-        if name is not None and count > SAMPLED_BYTES:
-            self.times[name] += 1
+        file = os.readlink(f"/proc/self/fd/{descriptor}")
+        for entry in self._entries:
+            if os.fspath(entry.file) == file and entry.start <= offset < entry.stop:
+                self.num_bytes[entry.name] += count
         return count
 
 
@@ -73,10 +71,11 @@ def test_a_worker_of_a_ring_reads_its_layers_once_and_what_is_in_no_layer_once(
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE.replace("[lm_head]", "[]"))
     (tmp_path / "output" / ".awqdist").mkdir(parents=True)
-    job = prepare(
-        load_recipe(str(recipe)),
-        RunSettings(tiny.model, tmp_path / "output", device="cpu", num_samples=8, sequence_length=32, chunk_tokens=128),
+    settings = RunSettings(
+        tiny.model, tmp_path / "output", device="cpu", num_samples=8, sequence_length=32, chunk_tokens=128
     )
+    jobs = [prepare(load_recipe(str(recipe)), settings) for _ in range(NUM_WORKERS)]  # as in processes of their own
+    job = jobs[0]
     schedule = Schedule(0, NUM_LAYERS + 1, NUM_WORKERS, NUM_CHUNKS)
     counted, channel, told = CountingReader(monkeypatch, job.index), Channel(), Counter[int]()
 
@@ -85,12 +84,13 @@ def test_a_worker_of_a_ring_reads_its_layers_once_and_what_is_in_no_layer_once(
             if isinstance(event, SourceRead):
                 told[worker] += event.num_bytes
 
-        work(job, SAMPLES, Assignment(worker, schedule, {}, None), channel, emit)
+        work(jobs[worker], SAMPLES, Assignment(worker, schedule, {}, None), channel, emit)
 
     with ThreadPoolExecutor(NUM_WORKERS) as pool:
         list(pool.map(one, range(NUM_WORKERS)))
     outside = set(job.skeleton.outside_names().values())
     assert {"model.embed_tokens.weight", "model.norm.weight"} == outside
-    large = [name for name, entry in job.index.entries.items() if entry.num_bytes > SAMPLED_BYTES]
-    assert counted.times == {name: NUM_WORKERS if name in outside else 1 for name in large}
+    assert counted.num_bytes == {
+        name: entry.num_bytes * (NUM_WORKERS if name in outside else 1) for name, entry in job.index.entries.items()
+    }
     assert dict(told) == {dealt.worker: dealt.read_bytes for dealt in deal(job, estimate(job), schedule)}

@@ -83,7 +83,7 @@ class ExpertStatistics:
         """Ĝ, (I, I) float32, a new tensor unless it is held."""
         if self._gram is not None:
             return self._gram
-        gram = self._prior.gram() * (PRIOR_TOKENS / max(self._prior.num_tokens, 1))
+        gram = self._prior.gram_at_hand() * (PRIOR_TOKENS / max(self._prior.num_tokens, 1))
         if self._rows:
             rows = self._kept()
             wide = rows.float()

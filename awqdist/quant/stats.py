@@ -93,8 +93,12 @@ class InputStatistics:
         """(I,) float32: mean |x| of every channel."""
         return self._sum_abs / max(self.num_tokens, 1)
 
+    def gram_at_hand(self) -> Tensor:
+        """XᵀX, (I, I) float32, on the device. Not to be written to."""
+        return self._lent(self.gram())
+
     def gram(self) -> Tensor:
-        """XᵀX, (I, I) float32. Not to be written to."""
+        """XᵀX, (I, I) float32, where it lies. Not to be written to."""
         if self._gram is not None:
             self._mirror(self._gram)
             return self._gram
@@ -172,7 +176,7 @@ class InputStatistics:
         if not is_fast:
             return self.row_errors(difference)
         if self._rough is None:
-            self._rough = self._lent(self.gram()).bfloat16()
+            self._rough = self.gram_at_hand().bfloat16()
         return rough_form_rows(difference, self._rough)
 
     @contextmanager

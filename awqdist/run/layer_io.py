@@ -21,13 +21,21 @@ from awqdist.run.stopwatch import Stopwatch
 
 
 @dataclass(frozen=True, slots=True)
+class SourceChecksums:
+    """Of the bytes on disk that a layer was made from: all of them, and a few of each tensor."""
+
+    crc32: int
+    sample: int
+
+
+@dataclass(frozen=True, slots=True)
 class LoadedLayer:
-    """A layer's tensors, not yet changed, in host memory, by their names in the layer; and the checksum of their bytes on disk."""
+    """A layer's tensors, not yet changed, in host memory, by their names in the layer."""
 
     task: LayerTask
     watch: Stopwatch
     parameters: dict[str, Tensor]
-    source_crc32: int
+    source: SourceChecksums
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +46,7 @@ class SearchedLayer:
     watch: Stopwatch
     tensors: dict[str, Tensor]
     result: LayerResult
-    source_crc32: int
+    source: SourceChecksums
     peak_memory_bytes: int
 
 
@@ -48,7 +56,7 @@ def read_layer(job: Job, task: LayerTask, emit: Emit, check: Callable[[], None])
     with watch.stage("read"):
         parameters, reading = read_named(job, task.disk_names, check)
     emit(SourceRead(task.layer, reading.num_bytes))
-    return LoadedLayer(task, watch, parameters, reading.crc32)
+    return LoadedLayer(task, watch, parameters, SourceChecksums(reading.crc32, reading.sample_checksum()))
 
 
 def write_layer(job: Job, searched: SearchedLayer, emit: Emit) -> None:
@@ -61,7 +69,7 @@ def write_layer(job: Job, searched: SearchedLayer, emit: Emit) -> None:
         file=written.name,
         num_bytes=written.num_bytes,
         sha256=written.sha256,
-        source_crc32=searched.source_crc32,
+        source_crc32=searched.source.crc32,
         smoothing_error=result.smoothing_error,
         mappings=result.mappings,
         linears=result.linears,
@@ -69,7 +77,7 @@ def write_layer(job: Job, searched: SearchedLayer, emit: Emit) -> None:
         skipped=task.skipped,
         seconds=watch.seconds,
         peak_memory_bytes=searched.peak_memory_bytes,
-        source_sample=job.source_sample(task.disk_names.values()),
+        source_sample=searched.source.sample,
     )
     emit(LayerFinished(task.layer, record))
 

@@ -93,7 +93,7 @@ def quantize_layer(
     return LayerResult(
         weights=weights,
         parameters={
-            name: smoothed[name].to(tensor.dtype)
+            name: smoothed[name].to(tensor.device, tensor.dtype)
             for name, tensor in tensors.resting.items()
             if name.removesuffix(".weight") not in weights
         },

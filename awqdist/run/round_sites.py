@@ -170,15 +170,19 @@ def _row_errors(draft: _Draft, result: QuantizedWeight) -> Tensor:
     """Of every row its output, its output error if it were not smoothed and rounded to nearest, and that of the result, squared and summed
     over the tokens: (3, ΣO) float64."""
     site, weight = draft.site, draft.weight
-    plain = weight / site.scales
-    nearest = rounding_difference(plain, torch.ones_like(site.scales), draft.scheme, site.grid_dtype)
-    difference = result.dequantize().sub_(weight)
     if isinstance(site.statistics, ExpertStatistics):
-        stacked = torch.cat([plain, nearest, difference.div_(site.scales)])
+        difference = result.dequantize().sub_(weight).div_(site.scales)
+        stacked = torch.cat([weight / site.scales, _nearest(draft), difference])
         return site.statistics.rough_row_errors(stacked).view(3, -1)
     assert site.gram is not None
-    signal = rough_form(weight, site.gram), rough_form(nearest.mul_(site.scales), site.gram)
-    return torch.stack([*signal, quadratic_form_rows(difference, site.gram)])
+    signal = rough_form(weight, site.gram), rough_form(_nearest(draft).mul_(site.scales), site.gram)
+    return torch.stack([*signal, quadratic_form_rows(result.dequantize().sub_(weight), site.gram)])
+
+
+def _nearest(draft: _Draft) -> Tensor:
+    """(ΣO, I): what rounding to nearest without smoothing would change."""
+    scales = draft.site.scales
+    return rounding_difference(draft.weight / scales, torch.ones_like(scales), draft.scheme, draft.site.grid_dtype)
 
 
 def _linear_record(name: str, draft: _Draft, shape: tuple[int, int], errors: Tensor) -> LinearRecord:

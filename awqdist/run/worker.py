@@ -31,7 +31,7 @@ from awqdist.run.estimate_layer import estimate_layer
 from awqdist.run.events import ChunkForwarded, Emit, MappingSearched, StageStarted
 from awqdist.run.gather import Gathering
 from awqdist.run.job import Job, token_chunks
-from awqdist.run.layer_io import LoadedLayer, SearchedLayer, check_named, read_outside
+from awqdist.run.layer_io import LoadedLayer, SearchedLayer, SourceChecksums, check_named, read_outside
 from awqdist.run.plan import LayerTask
 from awqdist.run.quantize_layer import LayerResult, Method, Trial, quantize_layer
 from awqdist.run.residency import Bench
@@ -47,7 +47,7 @@ class _Layer:
     watch: Stopwatch
     on: Bench
     parameters: LentTensors
-    source_crc32: int
+    source: SourceChecksums
     working: dict[str, Tensor]
     gathering: Gathering | None  # None: the layer is only forwarded
     trial: Trial | None = None
@@ -94,7 +94,7 @@ class Worker:
             parameters = _placed(loaded.parameters, self._experts(task), on)
             working = self._final if is_head else self._working(task, parameters)
         gathering = None if forward_only else self._gathering(task, on)
-        self._layer = _Layer(task, loaded.watch, on, parameters, loaded.source_crc32, working, gathering)
+        self._layer = _Layer(task, loaded.watch, on, parameters, loaded.source, working, gathering)
 
     def forward(self, index: int, chunk: Tensor) -> Tensor:
         """Takes chunk number `index`, (B, L, H), through the layer. Returns its output on the CPU, in the checkpoint's dtype."""
@@ -144,11 +144,11 @@ class Worker:
             tensors = self._packed(layer.task, result)
         self._layer = None
         peak = peak_memory_bytes(self._job.device)
-        return SearchedLayer(layer.task, layer.watch, tensors, result, layer.source_crc32, peak)
+        return SearchedLayer(layer.task, layer.watch, tensors, result, layer.source, peak)
 
     def leave(self) -> int:
         """Ends a layer that was only forwarded. Returns the checksum of the weights that it was run with."""
-        checksum = self._under_way().source_crc32
+        checksum = self._under_way().source.crc32
         self._layer = None
         return checksum
 
