@@ -82,13 +82,15 @@ def oneshot(
     num_calibration_samples: int = 128,
     max_seq_length: int = 512,
     tokenizer: Any = None,
+    moe_calibrate_all_experts: bool = False,
     **settings: Any,
 ) -> RunSummary:
     """Quantizes `model` into `output_dir`.
 
     model: a folder, a hub id or a transformers PreTrainedModel (which is left unchanged; its tokenizer is found by its name, or
     given); dataset: a text file, a hub dataset, a datasets.Dataset, a list of texts or of token-id lists; recipe: modifiers, a preset
-    name, a YAML file or YAML text; settings: further fields of `RunSettings`. Raises AwqdistError for bad input.
+    name, a YAML file or YAML text; moe_calibrate_all_experts: `RunSettings.all_experts`; settings: further fields of `RunSettings`.
+    Raises AwqdistError for bad input.
     """
     built = load_recipe(recipe)
     in_memory = hasattr(model, "save_pretrained")
@@ -99,7 +101,13 @@ def oneshot(
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
         source = Path(folder) if in_memory else model_folder(str(model))
-        run = RunSettings(source, Path(output_dir), num_samples=num_calibration_samples, sequence_length=max_seq_length)
+        run = RunSettings(
+            source,
+            Path(output_dir),
+            num_samples=num_calibration_samples,
+            sequence_length=max_seq_length,
+            all_experts=moe_calibrate_all_experts,
+        )
         return quantize(built, replace(run, **settings), dataset, tokenizer=tokenizer)
 
 

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from fused_oracles import apart, together
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny_models import GROUP_SIZE, VOCABULARY
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from awqdist import AWQModifier, QuantizationArgs, QuantizationModifier, QuantizationScheme, load_recipe
@@ -66,23 +67,24 @@ def distance(found: Tensor, expected: Tensor) -> float:
 
 
 def read_all(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder, from its safetensors files."""
+    """All tensors of a folder, from its safetensors files; those of all experts of a block apart."""
     tensors: dict[str, Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as opened:
             for name in opened.keys():  # noqa: SIM118  (not a dict)
                 assert name not in tensors, f"{name} is in two files"
                 tensors[name] = opened.get_tensor(name)
-    return tensors
+    return apart(tensors)
 
 
 def write_all(folder: Path, config: Path, tensors: dict[str, Tensor]) -> Path:
-    """A float checkpoint in one file, with the configuration of another less its quantization."""
+    """A float checkpoint in one file, with the configuration of another less its quantization, and its layout of experts."""
     folder.mkdir(parents=True)
     fields = json.loads((config / "config.json").read_text())
     fields.pop("quantization_config", None)
     (folder / "config.json").write_text(json.dumps(fields))
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    stored = together(tensors, fields["model_type"])
+    save_file({name: tensor.contiguous() for name, tensor in stored.items()}, folder / "model.safetensors")
     return folder
 
 
@@ -116,6 +118,25 @@ def site_inputs(job: Job, model: PreTrainedModel, samples: Tensor) -> dict[tuple
     for handle in handles:
         handle.remove()
     return inputs
+
+
+def routing(model: Any, ids: Tensor) -> list[Tensor]:
+    """The experts of every token, sorted, of every block that routes (T, top k)."""
+    seen: list[Tensor] = []
+
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if len(args) == 1:  # Llama-4: rows of every expert in turn, zeros for tokens of others
+            routed = args[0].unflatten(0, (module.num_experts, -1)).any(-1)  # (E, T)
+            seen.append(routed.T.nonzero()[:, 1].unflatten(0, (routed.shape[1], -1)))
+        else:
+            seen.append(args[1].sort(-1).values)
+
+    blocks = [m for n, m in model.named_modules() if n.endswith(".experts") and not isinstance(m, nn.ModuleList)]
+    handles = [block.register_forward_pre_hook(hook) for block in blocks]
+    logits(model, ids)
+    for handle in handles:
+        handle.remove()
+    return seen
 
 
 def dequantized_checkpoint(quantized: Path, folder: Path) -> Path:

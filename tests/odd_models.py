@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
-from tiny_models import VOCABULARY
+from tiny_models import VOCABULARY, randomize, tiny_tokenizer
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
@@ -109,8 +111,35 @@ class HopelessLayer(OddLayer):
         return normed + self.second(torch.tanh(self.first(normed)))
 
 
-def _register(name: str, layer: type[OddLayer]) -> type[LlamaForCausalLM]:
-    """A causal model class `name` with decoder layers of the given kind."""
+class RoutedLayer(OddLayer):
+    """Two experts that are modules of their own, and run on those tokens only that go to them."""
+
+    def __init__(self, config: LlamaConfig, layer_idx: int) -> None:
+        nn.Module.__init__(self)
+        self.norm = LlamaRMSNorm(config.hidden_size)
+        self.router = nn.Linear(64, 2, bias=False)
+        self.experts = nn.ModuleList([GatedMLP(None), GatedMLP(None)])
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        normed, output = self.norm(hidden_states), hidden_states.clone()
+        chosen = self.router(normed).argmax(-1)
+        for number, expert in enumerate(self.experts):
+            tokens = torch.where(chosen == number)
+            output[tokens] += expert(normed[tokens])
+        return output
+
+
+def odd_checkpoint(kind: type[Any], folder: Path, **sizes: Any) -> Path:
+    """A random checkpoint of a model class, and a tokenizer. sizes: of its configuration, beside SIZES."""
+    model = kind(kind.config_class(**SIZES, **sizes)).eval()
+    randomize(model)
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def _register(name: str, layer: Callable[[LlamaConfig, int], OddLayer]) -> type[LlamaForCausalLM]:
+    """A causal model class `name` with the decoder layers that `layer` makes."""
     config = type(f"{name}Config", (LlamaConfig,), {"model_type": name.lower()})
 
     def init(self: LlamaForCausalLM, config: LlamaConfig) -> None:
@@ -128,5 +157,7 @@ OddForCausalLM = _register("Odd", OddLayer)
 ClampedForCausalLM = _register("Clamped", ClampedLayer)
 PostNormForCausalLM = _register("PostNorm", PostNormLayer)
 HopelessForCausalLM = _register("Hopeless", HopelessLayer)
+RoutedForCausalLM = _register("Routed", RoutedLayer)
+MixedForCausalLM = _register("Mixed", lambda config, i: (OddLayer if i == 0 else ClampedLayer)(config, i))
 AutoConfig.register("renamed_llama", RenamedLlamaConfig)
 AutoModelForCausalLM.register(RenamedLlamaConfig, RenamedLlamaForCausalLM)

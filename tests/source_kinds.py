@@ -182,3 +182,35 @@ FP8_KINDS: dict[str, dict[str, Any]] = {
         "suffix": "weight_scale",
     },
 }
+
+
+def from_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
+    """(…, 32·n) float64 of blocks (…, n, 16) and scales (…, n), both uint8: two values a byte, the first in the lower half."""
+    magnitudes = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+    values = torch.tensor(magnitudes + [-m for m in magnitudes], dtype=torch.float64)
+    codes = torch.stack([blocks % 16, blocks // 16], -1).flatten(-2)  # (…, n, 32)
+    powers = torch.tensor([2.0 ** (s - 127) for s in range(255)] + [torch.nan], dtype=torch.float64)
+    return (values[codes.long()] * powers[scales.long()].unsqueeze(-1)).flatten(-2)
+
+
+def mxfp4_pair(model: Path, folder: Path) -> tuple[Path, Path]:
+    """A copy of a gpt-oss with random experts in MXFP4, as openai publishes it, and its twin in plain bfloat16."""
+    source, twin = folder / "source", folder / "twin"
+    generator = torch.Generator().manual_seed(0)
+    stored, plain = {}, {}
+    for name, tensor in load_file(model / "model.safetensors").items():
+        if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            stored[name] = plain[name] = tensor
+            continue
+        experts, columns, rows = tensor.shape
+        scales = torch.randint(121, 124, (experts, rows, columns // 32), generator=generator, dtype=torch.uint8)
+        blocks = torch.randint(0, 256, (*scales.shape, 16), generator=generator, dtype=torch.uint8)
+        stored |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        plain[name] = from_mxfp4(blocks, scales).bfloat16().mT.contiguous()
+    for copy, tensors in ((source, stored), (twin, plain)):
+        shutil.copytree(model, copy)
+        save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+        set_config(copy, dtype=None)  # which is not named there either
+    kept = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    set_config(source, quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": kept})
+    return source, twin

@@ -211,6 +211,45 @@ def test_a_checkpoint_with_the_names_of_transformers_own_modules_is_read_too(fam
     assert distance(logits(loaded(tmp_path / "output"), PROBE), logits(load(source), PROBE)) < 0.03
 
 
+@pytest.mark.parametrize("family", ["qwen2-vl", "qwen2.5-vl"])
+def test_a_vision_model_with_the_flat_configuration_of_the_hub_is_read_too(family: str, tmp_path: Path) -> None:
+    source = tiny_checkpoint(family, tmp_path / "nested")
+    flat = write_all(tmp_path / "flat", source, read_all(source))
+    fields = json.loads((flat / "config.json").read_text())
+    text = fields.pop("text_config")
+    rope = text.pop("rope_parameters")
+    scaling = {"type": "mrope", "mrope_section": rope["mrope_section"]}
+    kept = {key: value for key, value in text.items() if key != "model_type"}
+    (flat / "config.json").write_text(
+        json.dumps({**kept, **fields, "rope_theta": rope["rope_theta"], "rope_scaling": scaling})
+    )
+
+    quantized(source, tmp_path / "from-nested", recipe())
+    quantized(flat, tmp_path / "from-flat", recipe())
+
+    expected, found = read_all(tmp_path / "from-nested"), read_all(tmp_path / "from-flat")
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert torch.equal(logits(loaded(tmp_path / "from-flat"), PROBE), logits(load(tmp_path / "from-nested"), PROBE))
+
+
+@pytest.mark.parametrize("family", ["qwen2-vl", "qwen2.5-vl", "qwen3-vl"])
+def test_a_quantized_vision_model_sees_what_the_float_model_sees(family: str, tmp_path: Path) -> None:
+    source = tiny_checkpoint(family, tmp_path / "source")
+    quantized(source, tmp_path / "output", recipe(8))
+    config = load(source).config
+    tokens = torch.tensor([[1, config.vision_start_token_id, config.image_token_id, config.vision_end_token_id, 9, 8]])
+    patches = torch.randn(4, 3 * 2 * 14 * 14, generator=torch.Generator().manual_seed(2))  # (patches, channels of each)
+
+    def seen(folder: Path, pixels: Tensor) -> Tensor:
+        shape, kinds = torch.tensor([[1, 2, 2]]), (tokens == config.image_token_id).int()
+        with torch.no_grad():
+            found = load(folder)(tokens, pixel_values=pixels, image_grid_thw=shape, mm_token_type_ids=kinds)
+        return found.logits
+
+    assert distance(seen(tmp_path / "output", patches), seen(source, patches)) < 0.03
+    assert distance(seen(source, 0 * patches), seen(source, patches)) > 0.03
+
+
 def test_tensors_that_the_model_does_not_know_are_copied_and_told(tmp_path: Path) -> None:
     source = tiny_checkpoint("gpt-neox", tmp_path / "source")
     old = {"gpt_neox.layers.0.attention.masked_bias": torch.tensor(-1e9)}

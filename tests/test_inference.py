@@ -11,19 +11,20 @@ import pytest
 import torch
 from family_oracles import distance, load, logits, open_job, read_all, recipe, smoothed_checkpoint, token_ids
 from odd_models import (
-    SIZES,
     ClampedForCausalLM,
     HopelessForCausalLM,
     OddForCausalLM,
     PostNormForCausalLM,
     RenamedLlamaForCausalLM,
+    odd_checkpoint,
 )
-from tiny_models import families, moe_families, randomize, tiny_checkpoint, tiny_tokenizer
+from tiny_models import families, moe_families, tiny_checkpoint
 from torch import Tensor
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from awqdist import AWQMapping, oneshot
-from awqdist.checkpoint.index import INDEX_FILE, read_index
+from awqdist.checkpoint.index import INDEX_FILE
+from awqdist.checkpoint.source import read_source
 from awqdist.errors import ModelError, NumericalError, RecipeError
 from awqdist.model.inference import infer_mappings
 from awqdist.model.mapping import HeadShape, resolve
@@ -44,15 +45,7 @@ def _quiet() -> Iterator[None]:
 
 
 def open_skeleton(source: Path) -> Skeleton:
-    return build_skeleton(read_config(source), read_index(source).entries)
-
-
-def odd_checkpoint(kind: type[Any], folder: Path) -> Path:
-    model = kind(kind.config_class(**SIZES)).eval()
-    randomize(model)
-    model.save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
+    return build_skeleton(read_config(source), read_source(source).entries)
 
 
 def quantized(source: Path, output: Path, *mappings: AWQMapping, bits: int = 8) -> RunSummary:
@@ -72,7 +65,7 @@ def random_scales(task: Any, mapping: Any, weights: dict[str, Tensor], generator
     return torch.exp2(2 * torch.rand(int(channels.max()) + 1, generator=generator) - 1)[channels]
 
 
-@pytest.mark.parametrize("family", families())
+@pytest.mark.parametrize("family", [*families(), *moe_families()])
 def test_inference_finds_the_registered_mappings_and_no_more(family: str, tmp_path: Path) -> None:
     skeleton = open_skeleton(tiny_checkpoint(family, tmp_path))
     config = skeleton.model.config.get_text_config(decoder=True)

@@ -22,6 +22,7 @@ from torch import Tensor
 from awqdist.backends.local import Alone
 from awqdist.errors import OffloadError
 from awqdist.quant.lending import HostMemory
+from awqdist.quant.stacks import BATCH_BYTES
 from awqdist.quant.stats import InputStatistics
 from awqdist.recipe import load_recipe
 from awqdist.recipe.settings import RunSettings
@@ -149,8 +150,9 @@ def test_a_layer_that_is_lent_is_written_in_the_same_bytes(
 
 
 def test_experts_come_to_the_device_a_few_at_a_time_when_the_budget_says_so(
-    folder: Path, expected: dict[str, bytes], device: CountingDevice
+    folder: Path, expected: dict[str, bytes], device: CountingDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setitem(BATCH_BYTES, "cpu", 1)  # experts are searched one by one, as if they were large
     whole = estimate(prepared(folder, "deepseek-v3", "no budget", None)).layers[1]
     job = prepared(folder, "deepseek-v3", "a budget", whole.device_bytes * 4 // 5)
     layer = estimate(job).layers[1]

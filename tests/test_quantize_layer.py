@@ -20,9 +20,11 @@ from torch import Tensor
 
 from awqdist.errors import NumericalError
 from awqdist.export.formats import output_format
+from awqdist.quant.compensated import CompensatedStatistics
 from awqdist.quant.grid import scheme_args
-from awqdist.quant.search import BalanceWeight, search_scales
-from awqdist.quant.stats import InputStatistics
+from awqdist.quant.search import search_scales
+from awqdist.quant.stacks import BalanceWeight
+from awqdist.quant.stats import InputStatistics, Statistics
 from awqdist.recipe import Recipe, WeightScheme, load_recipe
 from awqdist.recipe.settings import RunSettings
 from awqdist.run.job import prepare
@@ -73,7 +75,10 @@ class Layer:
         balance = [BalanceWeight(self.parameters[f"{p}.weight"].float(), GROUPED) for p in mapping.balance]
         source = mapping.source_channels(self.inputs[first].shape[1])
         grid_dtype = output_format(layout).grid_dtype(self.parameters[f"{first}.weight"].dtype)
-        return search_scales(balance, self.statistics(first), source, self.recipe.smoothing, grid_dtype).scales
+        statistics: Statistics = self.statistics(first)
+        if self.recipe.rounding.method == "gptq":
+            statistics = CompensatedStatistics(self.statistics(first), self.recipe.rounding)
+        return search_scales(balance, statistics, source, self.recipe.smoothing, grid_dtype).scales
 
     def statistics(self, first: str) -> InputStatistics:
         return statistics_of(self.inputs[first].split(60))

@@ -201,6 +201,35 @@ def test_experts_share_one_row_and_one_line() -> None:
     assert [trace["y"][0] for trace in charts["tokens-0"]["data"]] == [3926, 4011, 4096]
 
 
+def test_the_page_tells_the_tokens_of_experts_and_names_those_that_got_few() -> None:
+    counts = {1: (700, 90, 0, 3), 2: (512, 128, 64, 256)}
+    layers = [layer_record(0), *(with_experts(layer, tokens) for layer, tokens in counts.items())]
+    page = Page(render_report(run_summary(layers=tuple(layers))))
+    lines = {trace["name"]: trace["y"] for trace in page.charts["experts-0"]["data"]}
+    assert lines == {
+        "most": [None, 700, 512],
+        "median": [None, 46.5, 192],
+        "fewest": [None, 0.5, 64],
+        "few (64)": [None, 64, 64],
+    }
+    assert "model.layers.*.mlp.experts 1 4 0 46 700 2 2 (0), 3 (3)" in page.text
+    assert "model.layers.*.mlp.experts 2 4 64 192 512 0 –" in page.text
+    assert "experts-0" in page.ids
+    assert "experts-0" not in Page(render_report(run_summary(2))).charts
+
+
+def with_experts(layer: int, tokens: tuple[int, ...]) -> LayerRecord:
+    """A layer whose expert e was sent tokens[e], beside what all tokens go to."""
+    name = "model.layers.{}.mlp.experts.{}.{}"
+    shared = SiteRecord((f"model.layers.{layer}.mlp.gate",), 4096, 12.0)
+    sites = [
+        SiteRecord((name.format(layer, e, linear),), count, 12.0, e)
+        for e, count in enumerate(tokens)
+        for linear in ("up_proj", "down_proj")
+    ]
+    return replace(layer_record(layer), sites=(shared, *sites))
+
+
 def test_tokens_are_one_sentence_where_all_linears_saw_the_same() -> None:
     summary = run_summary(2)
     layers = tuple(replace(x, sites=tuple(replace(s, num_tokens=4096) for s in x.sites)) for x in summary.layers)

@@ -233,7 +233,7 @@ def test_other_quantized_sources_are_refused(model: Path, tmp_path: Path, config
     set_config(source, quantization_config=config)
     line = refusal(source, tmp_path)
     assert f"already quantized, with {named} (" in line
-    assert "only those with FP8 weights can be read; give the original" in line
+    assert "only those with FP8 weights, and gpt-oss with experts in MXFP4, can be read; give the original" in line
 
 
 # torch's pickles, and the dtypes

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -42,6 +43,16 @@ def moe_families() -> list[str]:
     return list(_MOE)
 
 
+def architecture(family: str) -> str:
+    """The class of a family in transformers."""
+    return _CONFIGS[family][0]
+
+
+def fused_families() -> list[str]:
+    """Names of those among them whose checkpoints hold all experts of a block in one tensor."""
+    return list(_FUSED)
+
+
 def tiny_checkpoint(
     family: str,
     folder: Path,
@@ -54,8 +65,21 @@ def tiny_checkpoint(
     """A random checkpoint and tokenizer in `folder`. changes: fields of the text configuration that are to differ."""
     model = tiny_model(family, dtype, seed=seed, **changes)
     model.save_pretrained(folder, max_shard_size=shard_bytes)
+    if family in _PUBLISHED_TRANSPOSED:
+        transpose_experts(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
+
+
+def transpose_experts(folder: Path) -> None:
+    """Swaps the last two dimensions of all tensors of experts."""
+    for file in folder.glob("*.safetensors"):
+        tensors = load_file(file)
+        turned = {
+            name: tensor.mT.contiguous() if tensor.ndim == 3 and ".experts." in name else tensor
+            for name, tensor in tensors.items()
+        }
+        save_file(turned, file, {"format": "pt"})
 
 
 def tiny_model(family: str, dtype: torch.dtype = torch.float32, *, seed: int = 0, **changes: Any) -> PreTrainedModel:
@@ -156,6 +180,43 @@ def _gemma3(**changes: Any) -> PretrainedConfig:
     )
 
 
+_IMAGE_TOKENS = {"image_token_id": VOCABULARY - 1, "video_token_id": VOCABULARY - 2}
+_IMAGE_TOKENS |= {"vision_start_token_id": VOCABULARY - 3, "vision_end_token_id": VOCABULARY - 4}
+_QWEN_VISION = {"depth": 1, "num_heads": 2, "hidden_size": 32, "intermediate_size": 48, "patch_size": 14}
+_DEEPSTACK = {"out_hidden_size": 64, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
+_MROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_INTERLEAVED_MROPE = {"rope_parameters": {**_MROPE, "mrope_section": [6, 5, 5], "mrope_interleaved": True}}
+
+
+def _qwen_vl(kind: str, vision: dict[str, Any], **fields: Any) -> Callable[..., PretrainedConfig]:
+    """kind: the start of the configuration's name."""
+
+    def make(**changes: Any) -> PretrainedConfig:
+        text = {**_TEXT, **fields, **changes}
+        return getattr(transformers, f"{kind}Config")(
+            vision_config={**_QWEN_VISION, **vision},
+            text_config=text,
+            tie_word_embeddings=text["tie_word_embeddings"],
+            **_IMAGE_TOKENS,
+        )
+
+    return make
+
+
+def _llama4(**changes: Any) -> PretrainedConfig:
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 28, "patch_size": 14, "vision_output_dim": 32}
+    vision |= {"projector_input_dim": 32, "projector_output_dim": 32}
+    text = {**_TEXT, **_LLAMA4, **changes}
+    return transformers.Llama4Config(
+        vision_config=vision,
+        text_config=text,
+        boi_token_index=VOCABULARY - 3,
+        eoi_token_index=VOCABULARY - 2,
+        image_token_index=VOCABULARY - 1,
+    )
+
+
 _GEMMA = {**_HEADS, "tie_word_embeddings": True}
 _GEMMA2 = {**_GEMMA, **_MIXED, "query_pre_attn_scalar": 16}
 _NO_KV_HEADS = {"num_key_value_heads": None}
@@ -171,6 +232,20 @@ _CONFIGS: dict[str, tuple[str, Callable[..., PretrainedConfig]]] = {
         _text("Qwen2Config", use_sliding_window=True, max_window_layers=1, sliding_window=WINDOW),
     ),
     "qwen3": ("Qwen3ForCausalLM", _text("Qwen3Config", **_WIDE_HEADS)),
+    "qwen2-vl": (
+        "Qwen2VLForConditionalGeneration",
+        _qwen_vl(
+            "Qwen2VL", {"embed_dim": 32, "hidden_size": 64}, rope_parameters={**_MROPE, "mrope_section": [2, 3, 3]}
+        ),
+    ),
+    "qwen2.5-vl": (
+        "Qwen2_5_VLForConditionalGeneration",
+        _qwen_vl("Qwen2_5_VL", {"out_hidden_size": 64}, rope_parameters={**_MROPE, "mrope_section": [2, 3, 3]}),
+    ),
+    "qwen3-vl": (
+        "Qwen3VLForConditionalGeneration",
+        _qwen_vl("Qwen3VL", _DEEPSTACK, **_INTERLEAVED_MROPE, **_WIDE_HEADS),
+    ),
     "granite": (
         "GraniteForCausalLM",
         _text(
@@ -209,6 +284,16 @@ _CONFIGS: dict[str, tuple[str, Callable[..., PretrainedConfig]]] = {
 
 _EXPERTS = {"num_local_experts": 8, "num_experts_per_tok": 2}
 _ROUTED = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+_LLAMA4 = {
+    **_EXPERTS,
+    **_HEADS,
+    "intermediate_size": 64,
+    "intermediate_size_mlp": 128,
+    "num_hidden_layers": 4,
+    "interleave_moe_layer_step": 2,
+    "no_rope_layers": [1, 0, 1, 1],
+    "attention_chunk_size": WINDOW,
+}
 _DEEPSEEK = {
     "num_hidden_layers": 3,
     "num_key_value_heads": 4,
@@ -226,6 +311,9 @@ _DEEPSEEK = {
     "v_head_dim": 24,
     "routed_scaling_factor": 1.5,
     "norm_topk_prob": True,
+}
+_YARN = {
+    "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
 }
 
 
@@ -273,6 +361,22 @@ _CLASSES = {
         "Glm4MoeLiteForCausalLM",
         _text("Glm4MoeLiteConfig", **{k: v for k, v in _DEEPSEEK.items() if k != "first_k_dense_replace"}),
     ),
+    "granitemoe": ("GraniteMoeForCausalLM", _text("GraniteMoeConfig", residual_multiplier=0.7, **_EXPERTS)),
+    "granitemoe-shared": (
+        "GraniteMoeSharedForCausalLM",
+        _text("GraniteMoeSharedConfig", shared_intermediate_size=96, **_EXPERTS),
+    ),
+    "llama4": ("Llama4ForCausalLM", _text("Llama4TextConfig", **_LLAMA4)),
+    "llama4-vision": ("Llama4ForConditionalGeneration", _llama4),
+    "qwen3-vl-moe": (
+        "Qwen3VLMoeForConditionalGeneration",
+        _qwen_vl(
+            "Qwen3VLMoe", _DEEPSTACK, **{**_ROUTED, "moe_intermediate_size": 96}, **_INTERLEAVED_MROPE, **_WIDE_HEADS
+        ),
+    ),
+    "gpt-oss": ("GptOssForCausalLM", _text("GptOssConfig", sliding_window=WINDOW, **_EXPERTS, **_HEADS, **_YARN)),
 }
+_FUSED = ("granitemoe", "granitemoe-shared", "llama4", "llama4-vision", "gpt-oss", "qwen3-vl-moe")
+_PUBLISHED_TRANSPOSED = ("qwen3-vl-moe",)  # transformers reads them so, and writes them as it computes with them
 _MOE = tuple(_CLASSES)
 _CONFIGS |= _CLASSES

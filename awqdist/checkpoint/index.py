@@ -36,6 +36,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+MXFP4 = "MXFP4"  # the dtype of a packing: two values of 4 bits in a byte, scales that are exponents
 _MAX_HEADER_BYTES = 100_000_000
 
 
@@ -44,7 +45,7 @@ class TensorEntry:
     """One tensor of a checkpoint, as the reader gives it. dtype: the format's name, such as "BF16".
 
     `start` and `stop` are byte offsets in the file. A tensor whose source is quantized lies there in another dtype, and its scales
-    elsewhere: `packing` says how.
+    elsewhere: `packing` says how. One that shares its bytes with others is a view of `whole`, which is what is read of the file.
     """
 
     name: str
@@ -53,8 +54,10 @@ class TensorEntry:
     shape: tuple[int, ...]
     start: int
     stop: int
-    strides: tuple[int, ...] | None = None  # in elements, of pickled tensors that do not lie in the order of their rows
+    strides: tuple[int, ...] | None = None  # in elements, of tensors that do not lie in the order of their rows
     packing: Packing | None = None
+    whole: TensorEntry | None = None
+    offset: int = 0  # in `whole`, in elements
 
     @property
     def num_bytes(self) -> int:
@@ -62,18 +65,32 @@ class TensorEntry:
         return prod(self.shape) * DTYPES[self.dtype].itemsize
 
     @property
+    def quantized(self) -> Packing | None:
+        """How its values are stored, where the source is quantized."""
+        return (self.whole or self).packing
+
+    @property
     def stored_bytes(self) -> int:
-        """What is read of the disk to have the tensor."""
+        """What is read of the disk to have the tensor; its share of it where others are had by the same reading."""
+        if self.whole is not None:
+            return self.whole.stored_bytes * prod(self.shape) // prod(self.whole.shape)
         return self.stop - self.start + (self.packing.scale.stored_bytes if self.packing else 0)
 
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """How a quantized tensor is stored: tensor[i, j] = stored[i, j] · scale[i // block[0], j // block[1]]."""
+    """How a quantized tensor is stored: tensor[i, j] = stored[i, j] · scale[i // block[0], j // block[1]].
+
+    dtype: one of DTYPES, or MXFP4.
+    """
 
     dtype: str
     scale: TensorEntry
     block: tuple[int, int]
+
+    @property
+    def kind(self) -> str:
+        return MXFP4 if self.dtype == MXFP4 else "FP8"
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +216,8 @@ def _described(entry: TensorEntry) -> str:
         described += f"|{entry.strides}"
     if entry.packing is not None:
         described += f"|{entry.packing.dtype}|{entry.packing.block}|{_described(entry.packing.scale)}"
+    if entry.whole is not None:
+        described += f"|{entry.offset}|{_described(entry.whole)}"
     return described
 
 

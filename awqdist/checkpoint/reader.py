@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from awqdist.checkpoint.dequantize import dequantize
-from awqdist.checkpoint.index import DTYPES, TensorEntry
+from awqdist.checkpoint.index import DTYPES, MXFP4, TensorEntry
+from awqdist.checkpoint.mxfp4 import dequantize_mxfp4
 from awqdist.errors import CheckpointError
 
 T = TypeVar("T")
@@ -47,20 +48,29 @@ def read_tensors(entries: Iterable[TensorEntry]) -> Reading:
     tensors: dict[str, Tensor] = {}
     samples: dict[str, bytes] = {}
     checksum = num_bytes = 0
+    whole: Tensor | None = None
+    sample = b""
+    last: TensorEntry | None = None  # what `whole` was read from: the views of a tensor come one after the other
     for entry in entries:
-        stored = [_read_range(part, part.start, part.stop) for part in _parts(entry)]
-        for data in stored:
-            checksum = zlib.crc32(data.numpy().data, checksum)
-            num_bytes += data.numel()
-        samples[entry.name] = b"".join(bytes(data[_middle(data.numel())].numpy().data) for data in stored)
-        tensors[entry.name] = _assembled(stored, entry)
+        source = entry.whole or entry
+        if whole is None or source != last:
+            stored = [_read_range(part, part.start, part.stop) for part in _parts(source)]
+            for data in stored:
+                checksum = zlib.crc32(data.numpy().data, checksum)
+                num_bytes += data.numel()
+            sample = b"".join(bytes(data[_middle(data.numel())].numpy().data) for data in stored)
+            whole, last = _assembled(stored, source), source
+        samples[entry.name] = sample
+        tensors[entry.name] = _part(whole, entry)
     return Reading(tensors, checksum, num_bytes, samples)
 
 
 def sample_checksum(entries: Sequence[TensorEntry]) -> int:
     """CRC-32 of a few bytes from the middle of every tensor (of some, where there are many): enough to tell two trained models of one
     shape apart, and as good as no reading."""
-    return _checksum(b"".join(_read_middle(part) for part in _parts(entry)) for entry in _sampled(entries))
+    return _checksum(
+        b"".join(_read_middle(part) for part in _parts(entry.whole or entry)) for entry in _sampled(entries)
+    )
 
 
 def _sampled(items: Sequence[T]) -> Sequence[T]:
@@ -127,9 +137,19 @@ def _assembled(stored: list[Tensor], entry: TensorEntry) -> Tensor:
     if entry.packing is None:
         return _view(stored[0], entry, entry.dtype)
     values, scale = stored
+    if entry.packing.dtype == MXFP4:
+        return dequantize_mxfp4(values, scale, DTYPES[entry.dtype]).reshape(entry.shape)
     weight = _view(values, entry, entry.packing.dtype)
     scales = _view(scale, entry.packing.scale, entry.packing.scale.dtype)
     return dequantize(weight, scales, entry.packing.block, DTYPES[entry.dtype])
+
+
+def _part(whole: Tensor, entry: TensorEntry) -> Tensor:
+    """The tensor of `entry` from that which it is a view of, in memory of its own; `whole` itself if it is none."""
+    if entry.whole is None:
+        return whole
+    assert entry.strides is not None
+    return whole.as_strided(entry.shape, entry.strides, entry.offset).clone(memory_format=torch.contiguous_format)
 
 
 def _view(data: Tensor, entry: TensorEntry, dtype: str) -> Tensor:

@@ -2,7 +2,8 @@
 
 Formats: safetensors, and torch's pickles. Weights that are quantized to FP8 are one entry together with their scales, and are dequantized
 as they are read (see dequantize.py). Which tensors those are is told by their dtype and by the names of their scales; how large the
-blocks are is told by `quantization_config` in config.json. Any other quantized checkpoint is refused.
+blocks are is told by `quantization_config` in config.json. Experts in MXFP4 are read likewise; any other quantized checkpoint is refused.
+Where a tensor holds all experts of a block, the entries are the linears of each (see experts.py).
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from awqdist.checkpoint.dequantize import block_of
+from awqdist.checkpoint.experts import join_mxfp4, split_experts
 from awqdist.checkpoint.index import INDEX_FILE, SINGLE_FILE, CheckpointIndex, Packing, TensorEntry, read_index
 from awqdist.checkpoint.pickled import holds_pickles, read_pickled_index
 from awqdist.errors import CheckpointError
+from awqdist.layouts import fused_experts
 from awqdist.recipe import matches
 
 _FP8 = ("F8_E4M3", "F8_E5M2")
@@ -28,16 +31,25 @@ _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 def read_source(folder: Path) -> CheckpointIndex:
     """Index of the model in `folder`, by headers only. Raises CheckpointError for whatever cannot be read."""
-    has_safetensors = (folder / INDEX_FILE).is_file() or (folder / SINGLE_FILE).is_file()
-    pickled = not has_safetensors and holds_pickles(folder)
-    index = read_pickled_index(folder) if pickled else read_index(folder)
+    index = _stored(folder)
     config = _config(folder)
+    experts = fused_experts(config.get("model_type"))
     quantization = _first(config, "quantization_config") or _first(config, "compression_config")
+    dtype = str(_first(config, "dtype") or _first(config, "torch_dtype")).removeprefix("torch.")
     if not quantization:
         _check_no_scales(index)
-        return index
-    dtype = str(_first(config, "dtype") or _first(config, "torch_dtype")).removeprefix("torch.")
-    return _dequantized(index, _declared_block(folder, quantization), _DTYPES.get(dtype, "BF16"))
+    elif experts and _method(quantization) == "mxfp4":
+        index = join_mxfp4(index, experts, _DTYPES.get(dtype, "BF16"))
+    else:
+        index = _dequantized(index, _declared_block(folder, quantization), _DTYPES.get(dtype, "BF16"))
+    return split_experts(index, experts)
+
+
+def _stored(folder: Path) -> CheckpointIndex:
+    """The tensors of the folder as they are stored."""
+    has_safetensors = (folder / INDEX_FILE).is_file() or (folder / SINGLE_FILE).is_file()
+    pickled = not has_safetensors and holds_pickles(folder)
+    return read_pickled_index(folder) if pickled else read_index(folder)
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -57,7 +69,7 @@ def _first(config: dict[str, Any], key: str) -> Any:
 
 def _declared_block(folder: Path, quantization: Any) -> tuple[int, int] | None:
     """Rows and columns that share a scale, where the checkpoint has blocks. Raises CheckpointError unless it is one of FP8 weights."""
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    method = _method(quantization)
     try:
         if method == "fp8":
             return _pair(quantization.get("weight_block_size"))
@@ -73,8 +85,12 @@ def _declared_block(folder: Path, quantization: Any) -> tuple[int, int] | None:
     kind = f"{method} {quantization.get('format', '')}".strip() if method else "an unknown method"
     raise CheckpointError(
         f"{folder} is already quantized, with {kind} (quantization_config of config.json); of quantized sources only those"
-        " with FP8 weights can be read; give the original"
+        " with FP8 weights, and gpt-oss with experts in MXFP4, can be read; give the original"
     )
+
+
+def _method(quantization: Any) -> Any:
+    return quantization.get("quant_method") if isinstance(quantization, dict) else None
 
 
 def _is_readable(weights: dict[str, Any]) -> bool:

@@ -15,6 +15,7 @@ from statistics import fmean, median
 from typing import Any
 
 from awqdist.cli import tables
+from awqdist.run.expert_tokens import FEW_TOKENS, BlockTokens, tokens_of_experts
 from awqdist.run.records import STAGES, RunSummary, SiteRecord
 
 FLOOR_STAGES = "read", "forward", "write"
@@ -54,7 +55,7 @@ def charts_of(summary: RunSummary) -> dict[str, list[Chart]]:
         if ratio is None and error is not None
     ]
     clipped = _series(summary, linears, lambda linear: linear.clipped_share, fmean)
-    counts = [("tokens", layer, site) for _, layer, site in sites]
+    counts = [("tokens", layer, site) for _, layer, site in sites if site.expert is None]
     spread: dict[str, Combine] = {"fewest": min, "median": median, "most": max}
     tokens = {name: _series(summary, counts, lambda x: x.num_tokens, how) for name, how in spread.items()}
     return {
@@ -65,7 +66,22 @@ def charts_of(summary: RunSummary) -> dict[str, list[Chart]]:
         "outliers": [_lines(summary, _series(summary, sites, lambda site: site.max_over_median, max))],
         "time": [_time_by_layer(summary), _time_in_all(summary)],
         "tokens": [_lines(summary, {name: found.get("tokens", []) for name, found in tokens.items()})],
+        "experts": _tokens_of_experts(summary),
     }
+
+
+def _tokens_of_experts(summary: RunSummary) -> list[Chart]:
+    """Tokens of the least, the median and the most used expert by layer, beside what is too few. None at all is drawn as a half."""
+    blocks = [("", block.layer, block) for block in tokens_of_experts(summary.layers)]
+    if not blocks:
+        return []
+    ways: dict[str, tuple[Callable[[BlockTokens], float], Combine]] = {
+        "most": (lambda block: block.most or 0.5, max),
+        "median": (lambda block: block.median or 0.5, median),
+        "fewest": (lambda block: block.fewest or 0.5, min),
+        f"few ({FEW_TOKENS})": (lambda block: FEW_TOKENS, min),
+    }
+    return [_lines(summary, {name: _series(summary, blocks, *way)[""] for name, way in ways.items()})]
 
 
 def _site_label(site: SiteRecord, labels: dict[str, str]) -> str:

@@ -1,7 +1,8 @@
 """Loads a checkpoint in the pack-quantized format as a float model, with our own reader of the format.
 
 transformers 5.17 takes no zero points of experts (`DecompressExperts`: "Asymmetric quant requires zero-point values"), so that it cannot
-load what vLLM and SGLang can. What is evaluated here is the weights that the checkpoint means; the model is transformers' own.
+load what vLLM and SGLang can; and where a family's float checkpoints hold all experts in one tensor, it looks for that tensor only. What
+is evaluated here is the weights that the checkpoint means; the model is transformers' own.
 """
 
 from __future__ import annotations
@@ -14,19 +15,21 @@ from awqdist.errors import CheckpointError
 
 
 def has_packed_experts(folder: Path, config: Any) -> bool:
-    """Whether `folder` holds experts in the pack-quantized format with zero points."""
+    """Whether `folder` holds experts in the pack-quantized format that transformers does not load."""
     from awqdist.checkpoint.index import read_index
+    from awqdist.layouts import fused_experts
 
     packed = (getattr(config, "quantization_config", None) or {}).get("format") == "pack-quantized"
     if not packed or not folder.is_dir():
         return False
-    return any(".experts." in name and name.endswith(".weight_zero_point") for name in read_index(folder).entries)
+    kind = "weight_packed" if fused_experts(config.model_type) else "weight_zero_point"
+    return any(".experts." in name and name.endswith(f".{kind}") for name in read_index(folder).entries)
 
 
 def load_dequantized(folder: Path, config: Any) -> tuple[Any, dict[str, Any]]:
     """The float32 model of `folder`, and transformers' account of the loading.
 
-    Raises CheckpointError where linears are quantized in more than one way.
+    Raises CheckpointError where linears are quantized in more than one way, or a tensor of an expert is missing.
     """
     import torch
     import transformers
@@ -34,6 +37,7 @@ def load_dequantized(folder: Path, config: Any) -> tuple[Any, dict[str, Any]]:
     from awqdist.checkpoint.index import read_index
     from awqdist.checkpoint.reader import read_tensor
     from awqdist.export.compressed_tensors import CompressedTensorsFormat
+    from awqdist.layouts import fused_experts, join_experts
     from awqdist.recipe import WeightScheme
 
     schemes = {
@@ -42,7 +46,7 @@ def load_dequantized(folder: Path, config: Any) -> tuple[Any, dict[str, Any]]:
     }
     if len(schemes) != 1:
         raise CheckpointError(
-            f"model {folder}: experts with zero points, and linears of {len(schemes)} kinds, cannot be evaluated"
+            f"model {folder}: packed experts, and linears of {len(schemes)} kinds, cannot be evaluated"
         )
     (scheme,) = schemes
     state = {name: read_tensor(entry) for name, entry in read_index(folder).entries.items()}
@@ -50,6 +54,10 @@ def load_dequantized(folder: Path, config: Any) -> tuple[Any, dict[str, Any]]:
         kinds = [kind for kind in ("packed", "scale", "zero_point", "shape") if f"{module}.weight_{kind}" in state]
         parts = {f"weight_{kind}": state.pop(f"{module}.weight_{kind}") for kind in kinds}
         state[f"{module}.weight"] = CompressedTensorsFormat().unpack(parts, scheme).dequantize()
+    try:
+        state = join_experts(state, fused_experts(config.model_type))
+    except KeyError as error:
+        raise CheckpointError(f"model {folder}: tensor {error.args[0]} is missing; run awqdist verify") from None
     plain = deepcopy(config)
     del plain.quantization_config
     kind = getattr(transformers, config.architectures[0])  # the Auto classes load folders only

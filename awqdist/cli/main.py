@@ -1,26 +1,20 @@
 """The command line. Commands are thin: they turn options into settings, call the package, and show what comes back.
 
-Heavy libraries are imported inside the commands, so that `awqdist --help` answers at once. Every AwqdistError becomes one line and
-exit status 2; an interrupt says how to resume.
+Heavy libraries are imported inside the commands, so that `awqdist --help` answers at once.
 """
 
 from __future__ import annotations
 
 import gc
-import json
-import os
 import signal
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from awqdist.cli import options
+from awqdist.cli.failures import clear_errors, interrupt
 from awqdist.cli.options import Backend, Offload, OutputFormat, Progress
-from awqdist.errors import AwqdistError
 
 app = typer.Typer(
     name="awqdist",
@@ -47,6 +41,7 @@ def quantize(
     progress: Annotated[Progress, typer.Option(help="How to show progress.")] = Progress.auto,
     seed: Annotated[int, typer.Option(min=0, help="Moves the places that samples are taken from.")] = 0,
     chunk_tokens: options.ChunkTokens = 2048,
+    all_experts: options.AllExperts = False,
     snapshot_every: Annotated[int, typer.Option(min=1, help="Layers between snapshots of the activations.")] = 8,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that OUTPUT holds.")] = False,
     report: Annotated[bool, typer.Option("--report/--no-report", help="Write OUTPUT/report.html.")] = True,
@@ -74,6 +69,7 @@ def quantize(
         sequence_length=seq_len,
         seed=seed,
         chunk_tokens=chunk_tokens,
+        all_experts=all_experts,
         snapshot_every=snapshot_every,
         layers_per_block=layers_per_block,
         threads=threads,
@@ -108,6 +104,7 @@ def plan(
     device: options.Device = "auto",
     format: options.Format = OutputFormat.compressed_tensors,
     chunk_tokens: options.ChunkTokens = 2048,
+    all_experts: options.AllExperts = False,
     workers: options.Workers = 1,
     layers_per_block: options.LayersPerBlock = 1,
     offload: options.OffloadLevel = Offload.cpu,
@@ -137,6 +134,7 @@ def plan(
         num_samples=num_samples,
         sequence_length=seq_len,
         chunk_tokens=chunk_tokens,
+        all_experts=all_experts,
         layers_per_block=layers_per_block,
         offload=offload.value,
         cpu_memory=cpu_memory,
@@ -148,11 +146,16 @@ def plan(
 
 
 @app.command(epilog="Example: awqdist mappings ./my-model --recipe awq")
-def mappings(model: options.Described, recipe: options.RecipeOption = "default", as_json: options.Json = False) -> None:
+def mappings(
+    model: options.Described,
+    recipe: options.RecipeOption = "default",
+    as_json: options.Json = False,
+    as_recipe: Annotated[bool, typer.Option("--as-recipe", help="Print a recipe that holds these mappings.")] = False,
+) -> None:
     """Shows which layers smooth which linears, and every mapping that is skipped with its reason."""
     from awqdist.cli.mappings import show_mappings
 
-    show_mappings(model, recipe, as_json=as_json)
+    show_mappings(model, recipe, as_json=as_json, as_recipe=as_recipe)
 
 
 @app.command(epilog="Example: awqdist verify ./llama-w4 --source meta-llama/Llama-3.1-8B")
@@ -207,35 +210,14 @@ def demo(
     run_demo(output)
 
 
-class Interrupted(BaseException):
-    """A signal asked for the end. Not a KeyboardInterrupt, which typer would answer itself."""
+@app.command(epilog="Example: awqdist families --markdown")
+def families(
+    markdown: Annotated[bool, typer.Option("--markdown", help="The table as the README shows it.")] = False,
+) -> None:
+    """Shows the families of models that are known by name: what is smoothed in each, and what is left alone."""
+    from awqdist.cli.families import show_families
 
-
-@contextmanager
-def clear_errors() -> Iterator[None]:
-    """Turns expected failures, wrong usage and signals into one line and an exit status."""
-    try:
-        yield
-    except AwqdistError as error:
-        typer.echo(f"awqdist: error: {error}", err=True)
-        if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun shows it in its table of failures
-            Path(file).write_text(json.dumps({"message": str(error), "timestamp": int(time.time())}))
-        raise SystemExit(2) from None
-    except PermissionError as error:
-        typer.echo(f"awqdist: error: {error.strerror}: {error.filename}; choose a place that you may use", err=True)
-        raise SystemExit(2) from None
-    except typer.TyperException as error:
-        if error.format_message():
-            typer.echo(f"awqdist: error: {error.format_message()}", err=True)
-        raise SystemExit(error.exit_code) from None
-    except Interrupted as interrupt:
-        number = int(interrupt.args[0])
-        typer.echo("awqdist: interrupted; finished layers are kept, the same command resumes", err=True)
-        raise SystemExit(128 + number) from None
-
-
-def _interrupt(number: int, frame: Any) -> None:
-    raise Interrupted(number)
+    show_families(markdown=markdown)
 
 
 def main() -> None:
@@ -244,7 +226,7 @@ def main() -> None:
     try:
         with clear_errors():
             for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, _interrupt)
+                signal.signal(number, interrupt)
             raise SystemExit(app(standalone_mode=False))
     finally:
         gc.freeze()  # nor is it worth collecting on the way out

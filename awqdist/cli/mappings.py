@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,26 +12,36 @@ from rich.table import Table
 
 from awqdist.checkpoint.hub import described
 from awqdist.cli.tables import pattern_of, show_layers
-from awqdist.recipe import load_recipe
+from awqdist.recipe import Recipe, load_recipe
 from awqdist.recipe.settings import RunSettings
 from awqdist.run.device import choose_device
 from awqdist.run.job import Job, foresee
+from awqdist.run.mapping_patterns import mapping_patterns
 from awqdist.run.plan import LayerTask, Plan
 
 
-def show_mappings(model: str, recipe: str, *, as_json: bool) -> None:
-    """Shows the resolved mappings of every layer."""
-    settings = RunSettings(described(model), Path("."))
-    job = foresee(load_recipe(recipe), settings, choose_device(settings.device))
-    if as_json:
+def show_mappings(model: str, recipe: str, *, as_json: bool, as_recipe: bool) -> None:
+    """Shows the resolved mappings of every layer; with `as_recipe` as a recipe that gives the same ones whatever the registry holds."""
+    built, settings = load_recipe(recipe), RunSettings(described(model), Path("."))
+    job = foresee(built, settings, choose_device(settings.device))
+    if as_recipe:
+        print(_with_mappings(built, job.plan).to_yaml(), end="")
+    elif as_json:
         print(json.dumps(plan_json(job.plan), indent=2))
-        return
-    console = Console()
-    console.print(mapping_table(job.plan))
-    print_left_out(console, job)
+    else:
+        console = Console()
+        console.print(mapping_table(job.plan))
+        print_left_out(console, job)
+
+
+def _with_mappings(recipe: Recipe, plan: Plan) -> Recipe:
+    if recipe.smoothing is None or recipe.smoothing.mappings is not None:
+        return recipe
+    return replace(recipe, smoothing=replace(recipe.smoothing, mappings=mapping_patterns(plan)))
 
 
 def mapping_table(plan: Plan) -> Table:
+    """A row for every mapping, and for every one that is skipped with its reason."""
     table = Table("layers", "smooth layer", "balance layers", "note", title="Mappings", title_justify="left")
     rows: dict[tuple[str, str, str], list[int]] = {}
     for task in plan.layers:
@@ -50,6 +60,7 @@ def mapping_table(plan: Plan) -> Table:
 
 
 def print_left_out(console: Console, job: Job) -> None:
+    """What stays in full precision, and whether the mappings were inferred."""
     if job.plan.inferred:
         console.print(f"{job.plan.architecture} is not in the registry: inferred from its structure and verified.")
     for name in job.plan.ignored[:10]:
@@ -59,6 +70,8 @@ def print_left_out(console: Console, job: Job) -> None:
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:
+    """The plan as `--json` prints it."""
+
     def layer(task: LayerTask) -> dict[str, Any]:
         return {
             "layer": task.layer,

@@ -52,6 +52,9 @@ SeqLen = Annotated[int, typer.Option(min=8, help="Tokens per calibration sample.
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Format = Annotated[OutputFormat, typer.Option(help="Layout of the quantized checkpoint.")]
 ChunkTokens = Annotated[int, typer.Option(min=1, help="Tokens that go through a layer at once.")]
+AllExperts = Annotated[
+    bool, typer.Option("--all-experts", help="Calibrate every expert on all tokens, not on those that are sent to it.")
+]
 LayersPerBlock = Annotated[
     int, typer.Option(min=1, help="Consecutive layers that one worker does; only 1 keeps all workers busy.")
 ]

@@ -23,6 +23,7 @@ from awqdist.cli.progress import strict_json
 from awqdist.cli.timeline import COLUMNS, lane_rows, timeline_chart
 from awqdist.run.event_log import EVENTS_FILE, last_run, read_events
 from awqdist.run.events import Message
+from awqdist.run.expert_tokens import FEW_TOKENS, tokens_of_experts
 from awqdist.run.records import RunSummary
 from awqdist.run.timeline import timeline
 
@@ -42,7 +43,7 @@ def render_report(summary: RunSummary, messages: Sequence[Message] = ()) -> str:
     }
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(number=tables.show_number, percent=tables.show_percent)
-    environment.filters.update(bytes=tables.show_bytes, layers=tables.show_layers)
+    environment.filters.update(bytes=tables.show_bytes, layers=tables.show_layers, pattern=tables.pattern_of)
     template = environment.from_string(files("awqdist.cli").joinpath("report.html.j2").read_text("utf-8"))
     return template.render(
         summary=summary,
@@ -57,7 +58,11 @@ def render_report(summary: RunSummary, messages: Sequence[Message] = ()) -> str:
         worst=tables.worst_linears(summary, 20),
         skipped=tables.skipped_rows(summary),
         ignored=Counter(map(tables.pattern_of, summary.ignored)),
-        num_tokens=sorted({site.num_tokens for record in summary.layers for site in record.sites}),
+        blocks=tokens_of_experts(summary.layers),
+        few_tokens=FEW_TOKENS,
+        num_tokens=sorted(
+            {site.num_tokens for record in summary.layers for site in record.sites if site.expert is None}
+        ),
         chart_json=Markup(_script_json(drawn)),
         plotly_js=Markup(get_plotlyjs()),
     )

@@ -1,9 +1,7 @@
 """How names and layouts on disk become those of transformers' modules: its renamings, its fusing of experts, its dtypes.
 
-In memory transformers keeps all experts of a layer in 3-D parameters (`mlp.experts.gate_up_proj`); on disk each expert's linears are
-tensors of their own (`mlp.experts.3.gate_proj.weight`). The weight side works on the latter, by their *unfused names*: the module that
-holds the 3-D parameter, the expert's number, the linear's name on disk. The forward side gets the 3-D parameter, made by transformers'
-own operations. Checkpoints whose experts are 3-D on disk already are refused.
+On disk each expert's linears are tensors of their own (`mlp.experts.3.gate_proj.weight`), or are read as if they were. Which 3-D
+parameter of the model they belong to is told by transformers' conversions, and for families that store that very parameter by `layouts.py`.
 
 transformers' private loading API is used in this file only.
 """
@@ -11,13 +9,11 @@ transformers' private loading API is used in this file only.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from copy import deepcopy
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -29,45 +25,8 @@ from transformers.core_model_loading import (
 )
 
 from awqdist.errors import CheckpointError, ModelError
-
-
-@dataclass(frozen=True, slots=True)
-class FusedParameter:
-    """A 3-D parameter (E, R, I) of E experts.
-
-    parts: for every expert, the linears whose weights (R / len(parts), I) lie below one another in its slice, by unfused names.
-    """
-
-    name: str
-    parts: tuple[tuple[str, ...], ...]
-    part_shape: tuple[int, int]
-    converter: WeightConverter
-
-    @property
-    def module(self) -> str:
-        """Path of the module that holds the parameter."""
-        return self.name.rpartition(".")[0]
-
-    @property
-    def is_inner(self) -> bool:
-        """Whether it reads what is computed within the expert, not the expert's input."""
-        return "down" in self.name.rpartition(".")[2]
-
-    def within(self, prefix: str) -> FusedParameter:
-        """The same by names without `prefix`."""
-        parts = tuple(tuple(path.removeprefix(prefix) for path in expert) for expert in self.parts)
-        return replace(self, name=self.name.removeprefix(prefix), parts=parts)
-
-    def fuse(self, parameters: dict[str, Tensor]) -> Tensor:
-        """Takes the weights of the parts (O, I) out of `parameters` and makes the parameter (E, R, I) of them, in their dtype."""
-        converter = deepcopy(self.converter)
-        for expert in self.parts:
-            for path, pattern in zip(expert, converter.source_patterns, strict=True):
-                weight: Any = parameters.pop(f"{path}.weight")  # transformers has a future here, but takes tensors too
-                converter.add_tensor(self.name, path, pattern, weight)
-        (parameter,) = converter.convert(self.name).values()
-        assert isinstance(parameter, Tensor)
-        return parameter
+from awqdist.layouts import ROWS, Layout, fused_experts, place_of
+from awqdist.model.experts import FusedParameter
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,12 +38,84 @@ class Names:
     unknown: tuple[str, ...]
 
 
-def fuse_experts(fused: Sequence[FusedParameter], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What a module with fused experts is run with, from parameters by unfused names."""
-    result = dict(parameters)
-    for parameter in fused:
-        result[parameter.name] = parameter.fuse(result)
-    return result
+@dataclass(frozen=True, slots=True)
+class _Fusing:
+    """How linears of experts become the 3-D parameter `name`. linears: of an expert, in their order; bias: parameter of their biases."""
+
+    name: str
+    linears: tuple[str, ...]
+    layout: Layout = ROWS
+    bias: str | None = None
+
+    def path(self, expert: int, linear: str) -> str:
+        """The unfused name of a linear."""
+        return f"{self.name.rpartition('.')[0]}.{expert}.{linear}"
+
+
+class _Part(NamedTuple):
+    """An expert's tensor. leaf: "weight" or "bias"."""
+
+    fusing: _Fusing
+    expert: int
+    linear: str
+    leaf: str
+
+
+_STACKING = ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)])  # what `ROWS` does as well
+
+
+class _Renamings:
+    """transformers' conversions of one model, and the families of `layouts.py`."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        conversions = get_model_conversion_mapping(model)
+        self._renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+        self._converters = [c for c in conversions if isinstance(c, WeightConverter)]
+        self._by_pattern = {pattern: c for c in self._converters for pattern in c.source_patterns}
+        self._stored_fused = fused_experts(model.config.model_type)
+        self._prefix = model.base_model_prefix
+        self._model = type(model).__name__
+        self._renamed: dict[str, tuple[str, str | None]] = {}
+        self.state = model.state_dict()
+
+    def rename(self, disk: str) -> tuple[str, str | None]:
+        """The name in the model, and the pattern of the converter that takes the tensor up, if there is one."""
+        if disk not in self._renamed:
+            name, pattern = rename_source_key(disk, self._renamings, self._converters, self._prefix, self.state)
+            as_it_is = name not in self.state and disk in self.state
+            self._renamed[disk] = (disk, None) if as_it_is else (name, pattern)
+        return self._renamed[disk]
+
+    def part(self, disk: str) -> _Part | None:
+        """What tensor `disk` is of an expert, by transformers' conversions or by `layouts.py`; None for all other tensors."""
+        place = place_of(disk, self._stored_fused)
+        if place is None:
+            return self._converted(disk)
+        fused = place.fused
+        name = self.rename(place.prefix + fused.stored)[0]
+        bias = self.rename(place.prefix + fused.bias)[0] if fused.bias else None
+        fusing = _Fusing(name, fused.linears, fused.computed or fused.layout, bias)
+        return _Part(fusing, place.expert, fused.linears[place.linear], place.leaf) if name in self.state else None
+
+    def _converted(self, disk: str) -> _Part | None:
+        name, pattern = self.rename(disk)
+        if pattern is None or name not in self.state:
+            return None
+        converter = self._by_pattern[pattern]
+        operations = [(type(op), getattr(op, "dim", None)) for op in converter.operations]
+        ends = [p.rpartition("*.")[2] for p in converter.source_patterns]
+        end = pattern.rpartition("*.")[2]
+        number = re.search(rf"\.(\d+)\.{re.escape(end)}$", disk)
+        if not number or not end.endswith(".weight") or operations not in _STACKING:
+            raise self.other_layout(name, disk)
+        linears = tuple(linear.removesuffix(".weight") for linear in ends)
+        return _Part(_Fusing(name, linears), int(number[1]), end.removesuffix(".weight"), "weight")
+
+    def other_layout(self, name: str, disk: str) -> ModelError:
+        return ModelError(
+            f"{self._model}: tensor {disk} is stored in another layout than transformers computes with ({name}), and not as"
+            " one tensor per expert; such checkpoints are not supported yet"
+        )
 
 
 def match_names(model: PreTrainedModel, disk_names: Iterable[str]) -> Names:
@@ -92,30 +123,30 @@ def match_names(model: PreTrainedModel, disk_names: Iterable[str]) -> Names:
 
     Raises ModelError for layouts other than one tensor per parameter or per expert, and CheckpointError for a missing expert.
     """
-    conversions = get_model_conversion_mapping(model)
-    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
-    converters = [c for c in conversions if isinstance(c, WeightConverter)]
-    state = model.state_dict()
+    renamings = _Renamings(model)
     on_disk: dict[str, str] = {}
-    parts: dict[str, dict[tuple[int, str], str]] = {}  # fused parameter -> (expert, source pattern) -> unfused module
+    found: dict[_Fusing, set[tuple[int, str]]] = {}  # by the 3-D parameter, the linears of experts that are there
     unknown = []
     for disk in disk_names:
-        name, pattern = rename_source_key(disk, renamings, converters, model.base_model_prefix, state)
-        if name not in state and disk in state:
-            name, pattern = disk, None
-        if name not in state:
+        part = renamings.part(disk)
+        if part is not None:
+            on_disk[f"{part.fusing.path(part.expert, part.linear)}.{part.leaf}"] = disk
+            found.setdefault(part.fusing, set()).add((part.expert, part.linear))
+            continue
+        name, _ = renamings.rename(disk)
+        if name not in renamings.state:
             unknown.append(disk)
-        elif pattern is None:
-            on_disk[name] = disk
+        elif ".experts." in name and renamings.state[name].ndim == 3:
+            raise renamings.other_layout(name, disk)
         else:
-            expert, path = _unfused(model, name, pattern, disk)
-            parts.setdefault(name, {})[expert, pattern] = path
-            on_disk[f"{path}.weight"] = disk
-    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+            on_disk[name] = disk
     fused = tuple(
-        _fused(model, name, tuple(state[name].shape), found, by_pattern[next(iter(found))[1]])
-        for name, found in parts.items()
+        _fused(fusing, tuple(renamings.state[fusing.name].shape), linears) for fusing, linears in found.items()
     )
+    for parameter in fused:
+        lacking = [name for name in parameter.shapes() if name not in on_disk]
+        if lacking:
+            raise CheckpointError(f"the checkpoint lacks the tensor for {lacking[0]} ({len(lacking)} missing in all)")
     return Names(on_disk, fused, tuple(unknown))
 
 
@@ -129,39 +160,16 @@ def float32_names(model: PreTrainedModel) -> frozenset[str]:
     )
 
 
-def _unfused(model: PreTrainedModel, name: str, pattern: str, disk: str) -> tuple[int, str]:
-    """The expert and the unfused module of on-disk tensor `disk`, which goes into the 3-D parameter `name`."""
-    leaf = pattern.rpartition("*.")[2]
-    found = re.search(rf"\.(\d+)\.{re.escape(leaf)}$", disk)
-    if not found or not leaf.endswith(".weight"):
-        raise _other_layout(model, name, disk)
-    return int(found[1]), f"{name.rpartition('.')[0]}.{found[1]}.{leaf.removesuffix('.weight')}"
-
-
-def _fused(
-    model: PreTrainedModel,
-    name: str,
-    shape: tuple[int, ...],
-    found: Mapping[tuple[int, str], str],
-    converter: WeightConverter,
-) -> FusedParameter:
-    patterns = converter.source_patterns
-    operations = [(type(op), getattr(op, "dim", None)) for op in converter.operations]
-    if operations not in ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)]) or len(shape) != 3:
-        raise _other_layout(model, name, next(iter(found.values())))
-    missing = [(e, pattern) for e in range(shape[0]) for pattern in patterns if (e, pattern) not in found]
-    if missing or len(found) != shape[0] * len(patterns):
-        expert, pattern = missing[0] if missing else max(found)
+def _fused(fusing: _Fusing, shape: tuple[int, ...], found: set[tuple[int, str]]) -> FusedParameter:
+    """The parameter of that shape, of the linears that were found. Raises CheckpointError unless they are those of all its experts."""
+    every = [(expert, linear) for expert in range(shape[0]) for linear in fusing.linears]
+    missing = [pair for pair in every if pair not in found]
+    if missing or len(found) != len(every):
+        expert, linear = missing[0] if missing else max(found)
         raise CheckpointError(
-            f"{name.rpartition('.')[0]}: config.json asks for {shape[0]} experts, and the checkpoint"
-            f" {'lacks' if missing else 'has'} {pattern.rpartition('*.')[2]} of expert {expert}"
+            f"{fusing.name.rpartition('.')[0]}: config.json asks for {shape[0]} experts, and the checkpoint"
+            f" {'lacks' if missing else 'has'} {linear}.weight of expert {expert}"
         )
-    parts = tuple(tuple(found[e, pattern] for pattern in patterns) for e in range(shape[0]))
-    return FusedParameter(name, parts, (shape[1] // len(patterns), shape[2]), converter)
-
-
-def _other_layout(model: PreTrainedModel, name: str, disk: str) -> ModelError:
-    return ModelError(
-        f"{type(model).__name__}: tensor {disk} is stored in another layout than transformers computes with ({name}), and not as"
-        " one tensor per expert; such checkpoints are not supported yet"
-    )
+    parts = tuple(tuple(fusing.path(e, linear) for linear in fusing.linears) for e in range(shape[0]))
+    rows, columns = fusing.layout.parts(shape[1:], len(fusing.linears))[0].shape
+    return FusedParameter(fusing.name, parts, (rows, columns), fusing.layout, fusing.bias)

@@ -14,12 +14,14 @@ from awqdist.recipe import MappingPattern
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """architectures: class names, as in config.json's `architectures`; left: which linears are not smoothed or not quantized, and why."""
+    """architectures: class names, as in config.json's `architectures`; left: which linears are not smoothed or not quantized, and why;
+    tested: the tiny checkpoints of these classes that the tests quantize."""
 
     name: str
     architectures: tuple[str, ...]
     mappings: tuple[MappingPattern, ...]
     left: str = ""
+    tested: tuple[str, ...] = ()
 
 
 def _mapping(smooth: str, *balance: str) -> MappingPattern:
@@ -82,76 +84,139 @@ _AFMOE = (
     _VALUE_TO_OUTPUT,
     _UP_TO_DOWN,
 )
+_GRANITE_MOE = (*_MIXTRAL, _mapping("input_linear", "output_linear"))  # the latter two of a shared expert
+_GPT_OSS = (*_LLAMA[:2], _VALUE_TO_OUTPUT)
+
+_VISION = "vision tower: text is what it is calibrated on"
 
 FAMILIES = (
-    Family("Llama", ("LlamaForCausalLM",), _LLAMA),
-    Family("Mistral", ("MistralForCausalLM",), _LLAMA),
+    Family("Llama", ("LlamaForCausalLM",), _LLAMA, tested=("llama", "llama-mha")),
+    Family("Mistral", ("MistralForCausalLM",), _LLAMA, tested=("mistral",)),
     Family(
-        "Mistral 3", ("Mistral3ForConditionalGeneration",), _LLAMA, "vision tower: text is what it is calibrated on"
+        "Mistral 3",
+        ("Mistral3ForConditionalGeneration",),
+        _LLAMA,
+        _VISION,
+        tested=("mistral3",),
     ),
-    Family("Qwen2", ("Qwen2ForCausalLM",), _LLAMA),
-    Family("Qwen3", ("Qwen3ForCausalLM",), _LLAMA),
-    Family("Granite", ("GraniteForCausalLM",), _LLAMA),
-    Family("Seed-OSS", ("SeedOssForCausalLM",), _LLAMA),
-    Family("SmolLM3", ("SmolLM3ForCausalLM",), _LLAMA),
-    Family("OLMo", ("OlmoForCausalLM",), _LLAMA),
+    Family("Qwen2", ("Qwen2ForCausalLM",), _LLAMA, tested=("qwen2",)),
+    Family("Qwen3", ("Qwen3ForCausalLM",), _LLAMA, tested=("qwen3",)),
+    Family(
+        "Qwen2-VL, Qwen2.5-VL",
+        ("Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration"),
+        _LLAMA,
+        _VISION,
+        tested=("qwen2-vl", "qwen2.5-vl"),
+    ),
+    Family("Qwen3-VL", ("Qwen3VLForConditionalGeneration",), _LLAMA, _VISION, tested=("qwen3-vl",)),
+    Family("Granite", ("GraniteForCausalLM",), _LLAMA, tested=("granite",)),
+    Family("Seed-OSS", ("SeedOssForCausalLM",), _LLAMA, tested=("seed-oss",)),
+    Family("SmolLM3", ("SmolLM3ForCausalLM",), _LLAMA, tested=("smollm3",)),
+    Family("OLMo", ("OlmoForCausalLM",), _LLAMA, tested=("olmo",)),
     Family(
         "OLMo 2, 3",
         ("Olmo2ForCausalLM", "Olmo3ForCausalLM"),
         _POST_NORM,
         "qkv, gate and up are not smoothed: norms follow the blocks",
+        tested=("olmo2", "olmo3"),
     ),
     Family(
-        "Exaone 4", ("Exaone4ForCausalLM",), _POST_NORM, "qkv, gate and up are not smoothed: norms follow the blocks"
+        "Exaone 4",
+        ("Exaone4ForCausalLM",),
+        _POST_NORM,
+        "qkv, gate and up are not smoothed: norms follow the blocks",
+        tested=("exaone4",),
     ),
-    Family("Phi-3", ("Phi3ForCausalLM",), _PHI3),
-    Family("Gemma", ("GemmaForCausalLM",), _LLAMA),
-    Family("Gemma 2", ("Gemma2ForCausalLM",), _GEMMA2),
+    Family("Phi-3", ("Phi3ForCausalLM",), _PHI3, tested=("phi3",)),
+    Family("Gemma", ("GemmaForCausalLM",), _LLAMA, tested=("gemma",)),
+    Family("Gemma 2", ("Gemma2ForCausalLM",), _GEMMA2, tested=("gemma2",)),
     Family(
         "Gemma 3",
         ("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"),
         _GEMMA2,
-        "vision tower: text is what it is calibrated on",
+        _VISION,
+        tested=("gemma3", "gemma3-vision"),
     ),
-    Family(
-        "Cohere",
-        ("CohereForCausalLM", "Cohere2ForCausalLM"),
-        _COHERE,
-    ),
+    Family("Cohere", ("CohereForCausalLM", "Cohere2ForCausalLM"), _COHERE, tested=("cohere", "cohere2")),
     Family(
         "StarCoder2",
         ("Starcoder2ForCausalLM",),
         _STARCODER2,
         "c_proj is not smoothed: GELU is no multiple of its input",
+        tested=("starcoder2",),
     ),
-    Family(
-        "GLM-4",
-        ("GlmForCausalLM", "Glm4ForCausalLM"),
-        _GLM,
-    ),
-    Family("OPT", ("OPTForCausalLM",), OPT, "fc2 is not smoothed where the activation is not ReLU"),
+    Family("GLM-4", ("GlmForCausalLM", "Glm4ForCausalLM"), _GLM, tested=("glm", "glm4")),
+    Family("OPT", ("OPTForCausalLM",), OPT, "fc2 is not smoothed where the activation is not ReLU", tested=("opt",)),
     Family(
         "GPT-NeoX",
         ("GPTNeoXForCausalLM",),
         _GPT_NEOX,
         "dense and dense_4h_to_h are not smoothed: fused rows lie interleaved, GELU is no multiple of its input",
+        tested=("gpt-neox",),
     ),
-    Family("Mixtral", ("MixtralForCausalLM",), _MIXTRAL, "routers: they decide on experts"),
-    Family("Qwen2-MoE", ("Qwen2MoeForCausalLM",), _LLAMA, "routers, gates of shared experts"),
-    Family("Qwen3-MoE", ("Qwen3MoeForCausalLM",), _LLAMA, "routers: they decide on experts"),
-    Family("OLMoE", ("OlmoeForCausalLM",), _LLAMA, "routers: they decide on experts"),
-    Family("GLM-4.5", ("Glm4MoeForCausalLM",), _LLAMA, "routers: they decide on experts"),
-    Family("GLM-4.7-Flash", ("Glm4MoeLiteForCausalLM",), _DEEPSEEK, "routers: they decide on experts"),
-    Family("DeepSeek-V2", ("DeepseekV2ForCausalLM",), _DEEPSEEK, "routers: they decide on experts"),
+    Family("Mixtral", ("MixtralForCausalLM",), _MIXTRAL, "routers: they decide on experts", tested=("mixtral",)),
+    Family("Qwen2-MoE", ("Qwen2MoeForCausalLM",), _LLAMA, "routers, gates of shared experts", tested=("qwen2-moe",)),
+    Family("Qwen3-MoE", ("Qwen3MoeForCausalLM",), _LLAMA, "routers: they decide on experts", tested=("qwen3-moe",)),
+    Family("OLMoE", ("OlmoeForCausalLM",), _LLAMA, "routers: they decide on experts", tested=("olmoe",)),
+    Family("GLM-4.5", ("Glm4MoeForCausalLM",), _LLAMA, "routers: they decide on experts", tested=("glm4-moe",)),
+    Family(
+        "GLM-4.7-Flash",
+        ("Glm4MoeLiteForCausalLM",),
+        _DEEPSEEK,
+        "routers: they decide on experts",
+        tested=("glm4.7-flash",),
+    ),
+    Family(
+        "DeepSeek-V2", ("DeepseekV2ForCausalLM",), _DEEPSEEK, "routers: they decide on experts", tested=("deepseek-v2",)
+    ),
     Family(
         "DeepSeek-V3, R1",
         ("DeepseekV3ForCausalLM",),
         _DEEPSEEK,
         "routers: they decide on experts; layers for multi-token prediction are copied",
+        tested=("deepseek-v3", "deepseek-v3-no-q-lora"),
     ),
-    Family("PhiMoE", ("PhimoeForCausalLM",), _MIXTRAL, "routers: they decide on experts"),
-    Family("MiniMax-M2", ("MiniMaxM2ForCausalLM",), _MIXTRAL, "routers: they decide on experts"),
-    Family("Ernie 4.5 MoE", ("Ernie4_5_MoeForCausalLM",), _LLAMA, "routers: they decide on experts"),
-    Family("HunYuan MoE", ("HunYuanMoEV1ForCausalLM",), _LLAMA, "routers: they decide on experts"),
-    Family("AFMoE", ("AfmoeForCausalLM",), _AFMOE, "routers: they decide on experts"),
+    Family("PhiMoE", ("PhimoeForCausalLM",), _MIXTRAL, "routers: they decide on experts", tested=("phimoe",)),
+    Family(
+        "MiniMax-M2", ("MiniMaxM2ForCausalLM",), _MIXTRAL, "routers: they decide on experts", tested=("minimax-m2",)
+    ),
+    Family(
+        "Ernie 4.5 MoE",
+        ("Ernie4_5_MoeForCausalLM",),
+        _LLAMA,
+        "routers: they decide on experts",
+        tested=("ernie4.5-moe",),
+    ),
+    Family(
+        "HunYuan MoE", ("HunYuanMoEV1ForCausalLM",), _LLAMA, "routers: they decide on experts", tested=("hunyuan-moe",)
+    ),
+    Family(
+        "GraniteMoE",
+        ("GraniteMoeForCausalLM", "GraniteMoeSharedForCausalLM"),
+        _GRANITE_MOE,
+        "routers: they decide on experts",
+        tested=("granitemoe", "granitemoe-shared"),
+    ),
+    Family(
+        "Llama 4",
+        ("Llama4ForCausalLM", "Llama4ForConditionalGeneration"),
+        _LLAMA,
+        f"routers: they decide on experts; {_VISION}",
+        tested=("llama4", "llama4-vision"),
+    ),
+    Family(
+        "gpt-oss",
+        ("GptOssForCausalLM",),
+        _GPT_OSS,
+        "routers: they decide on experts; down_proj is not smoothed: what it reads is (up + 1) · gate · σ(1.702 · gate), with up clamped",
+        tested=("gpt-oss",),
+    ),
+    Family(
+        "Qwen3-VL-MoE",
+        ("Qwen3VLMoeForConditionalGeneration",),
+        _LLAMA,
+        f"routers: they decide on experts; {_VISION}",
+        tested=("qwen3-vl-moe",),
+    ),
+    Family("AFMoE", ("AfmoeForCausalLM",), _AFMOE, "routers: they decide on experts", tested=("afmoe",)),
 )

@@ -3,8 +3,9 @@
 `record_calls` runs the model's own forward with every decoder layer replaced by a recorder: out come the first layer's input and, for every
 layer, the further arguments that the model gives it (rotary embeddings, the mask of its kind). `forward_layer` then runs one layer.
 
-Experts run by transformers' own eager code, which calls `torch.nn.functional.linear` once for each expert that a token was routed to,
-with that expert's slice of the fused parameter. Whoever watches such a parameter is told of these calls: no model code is copied.
+Experts run by transformers' own eager code, which multiplies rows by slices of a fused parameter, once for each expert that a token was
+routed to, or (Llama-4) by the whole of it, with a row of zeros wherever a token was not. Whoever watches such a parameter is told of
+these products: no model code is copied.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -20,12 +22,13 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-from awqdist.model.conversion import FusedParameter
+from awqdist.model.experts import FusedParameter
 from awqdist.model.skeleton import Skeleton
 
 Parameters = Mapping[str, Tensor]
 Watch = Callable[[Tensor], None]
 ExpertWatch = Callable[[int, Tensor], None]  # expert, its rows (n, I)
+_PRODUCTS = (torch.nn.functional.linear, torch.bmm, torch.matmul, Tensor.matmul, Tensor.__matmul__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,16 +126,25 @@ def run_all_experts(
     The module's own forward does it, under a routing of every row to every expert.
     """
     module = layer.get_submodule(experts[0].module)
-    own = {fused.name.rpartition(".")[2]: parameters[fused.name] for fused in experts}
+    own = {name.rpartition(".")[2]: parameters[name] for fused in experts for name in fused.names}
     inner = {fused.name: (parameters[fused.name], watch) for fused in experts if fused.is_inner}
     num_experts = len(experts[0].parts)
     routing = torch.arange(num_experts, device=rows.device).expand(rows.shape[0], -1)  # (m, E)
+    if takes_rows_by_expert(module):
+        arguments: tuple[Tensor, ...] = (rows.repeat(num_experts, 1),)  # (E·m, H)
+    else:
+        arguments = rows, routing, torch.ones_like(routing, dtype=rows.dtype)
     with _WatchedExperts(inner), torch.no_grad():
-        functional_call(module, own, (rows, routing, torch.ones_like(routing, dtype=rows.dtype)))
+        functional_call(module, own, arguments)
+
+
+def takes_rows_by_expert(experts: nn.Module) -> bool:
+    """Whether a module of experts is given rows of every expert, one expert after another, instead of rows and their routing."""
+    return len(signature(experts.forward).parameters) == 1
 
 
 class _WatchedExperts(TorchFunctionMode):
-    """Tells of every linear whose weight is a slice of a fused parameter. watched: name -> the parameter (E, R, I), and who is told."""
+    """Tells of every product of rows and a slice of a fused parameter. watched: name -> the parameter (E, …), and who is told."""
 
     def __init__(self, watched: Mapping[str, tuple[Tensor, ExpertWatch]]) -> None:
         super().__init__()
@@ -141,13 +153,19 @@ class _WatchedExperts(TorchFunctionMode):
         }
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.nn.functional.linear:
-            weight: Tensor = args[1] if len(args) > 1 else (kwargs or {})["weight"]
-            parameter, watch = self._watched.get(weight.untyped_storage().data_ptr(), (None, None))
-            if parameter is not None and watch is not None:
-                offset = weight.storage_offset() - parameter.storage_offset()
-                watch(offset // parameter.stride(0), args[0])
+        if func in _PRODUCTS:
+            weight = args[1] if len(args) > 1 else (kwargs or {}).get("weight")
+            if isinstance(weight, Tensor) and (told := self._watched.get(weight.untyped_storage().data_ptr())):
+                self._tell(told[1], told[0], args[0], weight)
         return func(*args, **(kwargs or {}))
+
+    @staticmethod
+    def _tell(watch: ExpertWatch, parameter: Tensor, rows: Tensor, weight: Tensor) -> None:
+        if weight.ndim == parameter.ndim:
+            for expert, own in enumerate(rows):  # rows: (E, n, I), of zeros where a token is not routed to the expert
+                watch(expert, own[own.any(-1)])
+        else:
+            watch((weight.storage_offset() - parameter.storage_offset()) // parameter.stride(0), rows)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from awqdist.model.conversion import FusedParameter
+from awqdist.model.experts import FusedParameter, fuse_experts
 from awqdist.model.forward import LayerCall, forward_layer, made_experts, with_buffers
 from awqdist.model.mapping import ResolvedMapping
 from awqdist.model.smoothed import SmoothedParameters
@@ -26,7 +26,8 @@ def change_of_output(
 ) -> float:
     """‖f_after(x) - f_before(x)‖ / ‖f_before(x) - x‖ in float32: the change of what the layer adds to its input.
 
-    before, after: parameters in any dtype, by unfused names; hidden: (B, L, H). Experts are made one at a time.
+    before, after: parameters in any dtype, by unfused names; hidden: (B, L, H). Experts that transformers computes with by rows
+    are made one at a time.
     """
     call = call.cast(hidden.device, torch.float32, hidden.shape[0])
     hidden = hidden.float()
@@ -39,12 +40,13 @@ def _output(
     layer: nn.Module, side: Mapping[str, Tensor], hidden: Tensor, call: LayerCall, experts: Sequence[FusedParameter]
 ) -> Tensor:
     """(B, L, H) float32. The float32 parameters live no longer than this."""
-    of_experts = {f"{path}.weight" for fused in experts for parts in fused.parts for path in parts}
+    made = [fused for fused in experts if fused.can_be_made]
+    of_experts = {name for fused in made for name in fused.shapes()}
     parameters = ((name, side[name]) for name in side if name not in of_experts)
     working = {name: p.float() if p.is_floating_point() else p for name, p in parameters}
-    with made_experts(experts, partial(_weight_of_expert, side), hidden.device) as stand_ins:
-        complete = with_buffers(layer, {**working, **stand_ins}, hidden.device)
-        return forward_layer(layer, complete, hidden, call)
+    working = fuse_experts([fused for fused in experts if fused not in made], working)
+    with made_experts(made, partial(_weight_of_expert, side), hidden.device) as stand_ins:
+        return forward_layer(layer, with_buffers(layer, {**working, **stand_ins}, hidden.device), hidden, call)
 
 
 def preserves_function(
@@ -71,4 +73,5 @@ def preserves_function(
 
 def _weight_of_expert(parameters: Mapping[str, Tensor], fused: FusedParameter, expert: int) -> Tensor:
     """An expert's slice (R, I) of a fused parameter, float32."""
-    return torch.cat([parameters[f"{path}.weight"].float() for path in fused.parts[expert]])
+    weight: Tensor = fused.layout.fuse([[parameters[f"{path}.weight"].float() for path in fused.parts[expert]]])[0]
+    return weight

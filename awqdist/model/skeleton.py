@@ -22,7 +22,8 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from awqdist.errors import CheckpointError, ModelError
-from awqdist.model.conversion import FusedParameter, float32_names, match_names
+from awqdist.model.conversion import float32_names, match_names
+from awqdist.model.experts import FusedParameter
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +64,7 @@ class Skeleton:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every parameter and buffer that a checkpoint may hold, by its unfused name."""
         shapes = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
-        experts = {f"{path}.weight": f.part_shape for f in self.fused for part in f.parts for path in part}
-        return {**shapes, **experts}
+        return shapes | {name: shape for fused in self.fused for name, shape in fused.shapes().items()}
 
     def outside_names(self) -> dict[str, str]:
         """Parameter name within the decoder -> on-disk name, for everything in the decoder that is not in a layer."""
@@ -113,19 +113,19 @@ def build_skeleton(config: PretrainedConfig, disk_names: Iterable[str]) -> Skele
     Raises ModelError if the decoder layers cannot be found, and CheckpointError if the checkpoint lacks a parameter.
     """
     model = build_model(config)
-    decoder = model.get_decoder()
     num_layers = config.get_text_config(decoder=True).num_hidden_layers
-    found = [m for m in decoder.modules() if isinstance(m, nn.ModuleList) and len(m) == num_layers]
+    found = [m for m in model.get_decoder().modules() if isinstance(m, nn.ModuleList) and len(m) == num_layers]
     if not found:
         raise ModelError(f"{type(model).__name__}: no list of {num_layers} decoder layers found in its text model")
     prefix = next(name for name, module in model.named_modules() if module is found[0])
+    decoder = model.get_submodule(prefix.rpartition(".")[0])  # get_decoder() of Llama-4 is the whole model
     names = match_names(model, disk_names)
-    present = names.on_disk.keys() | {fused.name for fused in names.fused}
+    present = names.on_disk.keys() | {name for fused in names.fused for name in fused.names}
     missing = [n for n in _required(model) if n not in present]
     if missing:
         raise CheckpointError(f"the checkpoint lacks the tensor for {missing[0]} ({len(missing)} missing in all)")
     if names.fused:
-        model.set_experts_implementation("eager")  # one linear per expert, which `forward.py` can watch
+        model.set_experts_implementation("eager")  # one product per expert, which `forward.py` can watch
     return Skeleton(model, decoder, found[0], prefix, names.on_disk, names.unknown, names.fused, float32_names(model))
 
 
@@ -140,7 +140,7 @@ def build_model(config: PretrainedConfig) -> PreTrainedModel:
     dtype = getattr(config, "dtype", None) or config.get_text_config(decoder=True).dtype or torch.float32
     build = getattr(kind, "_from_config", None) or kind.from_config
     try:
-        with _MatricesOnMeta(), init_empty_weights(include_buffers=False), warnings.catch_warnings():
+        with init_empty_weights(include_buffers=False), _ParametersOnMeta(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return build(config, dtype=dtype).eval()  # type: ignore[no-any-return]
     except (ValueError, KeyError, AttributeError, ImportError) as error:
@@ -149,13 +149,15 @@ def build_model(config: PretrainedConfig) -> PreTrainedModel:
         ) from None
 
 
-class _MatricesOnMeta(TorchFunctionMode):
-    """Makes `torch.empty` of matrices on meta. accelerate takes parameters there only once they are made, at their full size."""
+class _ParametersOnMeta(TorchFunctionMode):
+    """Makes matrices and 3-D tensors on meta from the start: accelerate moves a parameter there once it is made, and 128 experts are 43 GB
+    of zeros."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        size = args[0] if len(args) == 1 else args
-        if func is torch.empty and isinstance(size, Sequence) and len(size) > 1:
-            kwargs = {**(kwargs or {}), "device": "meta"}
+        if func in (torch.zeros, torch.ones, torch.empty, torch.randn):
+            size = args[0] if len(args) == 1 and isinstance(args[0], Sequence) else args
+            if len(size) == 3 or (func is torch.empty and len(size) == 2):
+                return func(*args, **{**(kwargs or {}), "device": "meta"})
         return func(*args, **(kwargs or {}))
 
 

@@ -4,13 +4,14 @@ Linears that are given the same tensor form an *input site*; a norm whose output
 recognised by their storage, so views count as the same tensor.
 
 Routing depends on data, which the meta device has none of: a module of experts is passed over. The linears of its experts that read its
-input belong to that input's site, whatever tokens each of them is sent; those within the experts are a site each.
+input belong to that input's site, whatever tokens each of them is sent; those within the experts are a site each. Where the module is
+given the router's scores times its tokens (Llama-4), the site is the router's.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,9 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from awqdist.model.conversion import FusedParameter
+from awqdist.errors import ModelError
+from awqdist.model.experts import FusedParameter
 from awqdist.model.forward import LayerCall, forward_layer, record_calls, with_buffers
-from awqdist.model.skeleton import Skeleton
+from awqdist.model.skeleton import Skeleton, first_line
 
 _TRACE_TOKENS = 8
 
@@ -51,7 +53,7 @@ class LayerStructure:
 
 
 def trace_layers(skeleton: Skeleton) -> list[LayerStructure]:
-    """Structure of every layer; layers of equal shape are traced once."""
+    """Structure of every layer; layers of equal shape are traced once. Raises ModelError for one that cannot run without data."""
     calls = trial_calls(skeleton)
     known: dict[tuple[Any, ...], LayerStructure] = {}
     structures = []
@@ -60,7 +62,13 @@ def trace_layers(skeleton: Skeleton) -> list[LayerStructure]:
         signature: tuple[Any, ...] = tuple((path, type(module)) for path, module in layer.named_modules())
         signature += tuple((name, tuple(parameter.shape)) for name, parameter in layer.named_parameters())
         if signature not in known:
-            known[signature] = _trace(layer, call, hidden_size, skeleton.layer_experts(number))
+            try:
+                known[signature] = _trace(layer, call, hidden_size, skeleton.layer_experts(number))
+            except RuntimeError as error:
+                raise ModelError(
+                    f"{skeleton.architecture}: layer {number} chooses by its data what it computes, in another way than transformers'"
+                    f" modules of experts do, which is not supported yet ({first_line(error)})"
+                ) from error
         structures.append(known[signature])
     return structures
 
@@ -88,6 +96,14 @@ class _Sightings:
     def read(self, tensor: Tensor, paths: Iterable[str]) -> None:
         self.alive.append(tensor)
         self.readers.setdefault(_identity(tensor), []).extend(paths)
+
+    def input_of(self, path: str, given: Tensor) -> Tensor:
+        """What a module of experts reads: the tensor that it is given, or if no linear reads that, what those beside it read."""
+        parent = f"{path.rpartition('.')[0]}."
+        beside = [key for key, readers in self.readers.items() if any(reader.startswith(parent) for reader in readers)]
+        if _identity(given) in self.readers or not beside:
+            return given
+        return next(tensor for tensor in self.alive if _identity(tensor) == beside[-1])
 
     def made(self, tensor: Tensor, path: str) -> None:
         self.alive.append(tensor)
@@ -136,9 +152,10 @@ def _passed_over(seen: _Sightings, experts: list[FusedParameter]) -> Callable[..
     """A forward for a module of experts that computes nothing."""
 
     def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        source = seen.input_of(experts[0].module, hidden_states)
         for fused in experts:
             for part in fused.parts:
-                seen.read(torch.empty(1, device="meta") if fused.is_inner else hidden_states, part)
+                seen.read(torch.empty(1, device="meta") if fused.is_inner else source, part)
         return torch.empty_like(hidden_states)
 
     return forward
@@ -198,13 +215,3 @@ def _shape(linear: nn.Module) -> tuple[int, int]:
 
 def _identity(tensor: Tensor) -> tuple[int, int, int]:
     return tensor.untyped_storage()._cdata, int(tensor.storage_offset()), tensor.numel()
-
-
-def random_parameters(layer: nn.Module, seed: int = 0) -> Mapping[str, Tensor]:
-    """Float32 parameters of plausible size for a numerical trial of a layer whose weights are not at hand."""
-    generator = torch.Generator().manual_seed(seed)
-    parameters = {}
-    for name, parameter in layer.named_parameters():
-        scale = 0.5 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5
-        parameters[name] = torch.randn(parameter.shape, generator=generator) * scale
-    return parameters

@@ -9,6 +9,9 @@ n / (n + k)) and of the prior's. So an expert that was sent nothing is fitted to
 fitted to them, and nothing in between is singular or falls back to rounding to nearest. The prior of what reads the block's input is
 all tokens of the layer; that of an inner linear is a sample of them, sent through this expert.
 
+With `--all-experts` every expert is given all tokens of its block, and there is no prior: what reads the block's input shares its
+statistics, and those of inner linears are like any other site's.
+
 Rows are kept up to a cap, in the dtype that they came in; of more, the first stand for all. Gram matrices are made one expert at a time.
 Where an error need not be exact none is made: mostly an expert has fewer rows than inputs, and ‖X·Dᵀ‖² takes less than D·Ĝ·Dᵀ.
 """
@@ -16,7 +19,7 @@ Where an error need not be exact none is made: mostly an expert has fewer rows t
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +39,44 @@ _MIN_ROWS = 2048
 def max_rows(num_experts: int, num_inputs: int, itemsize: int) -> int:
     """How many rows (I,) are kept of each expert."""
     return max(_MIN_ROWS, _ROW_BUDGET_BYTES // (num_experts * num_inputs * itemsize))
+
+
+class SharedStatistics:
+    """Statistics of an expert that is given all tokens of its block: those of the block's input, which stay as they are."""
+
+    def __init__(self, block: InputStatistics) -> None:
+        self.num_inputs = block.num_inputs
+        self.block = block
+
+    @property
+    def num_tokens(self) -> int:
+        """Of the block."""
+        return self.block.num_tokens
+
+    @property
+    def mean_abs(self) -> Tensor:
+        """(I,) float32: mean |x| of every channel."""
+        return self.block.mean_abs
+
+    def hold(self) -> AbstractContextManager[None]:
+        """Keeps what is made for several questions."""
+        return self.block.hold()
+
+    def take_smoothed_gram(self, scales: Tensor) -> Tensor:
+        """The Gram matrix of the input divided by scales (I,), (I, I) float32, a new tensor."""
+        return (self.block.gram() / scales.unsqueeze(0)).div_(scales.unsqueeze(1))
+
+    def row_errors(self, difference: Tensor) -> Tensor:
+        """The output error of every row of difference (O, I) float32: (O,) float64."""
+        return self.block.row_errors(difference)
+
+    def rough_row_errors(self, difference: Tensor) -> Tensor:
+        """`row_errors` to about three digits."""
+        return self.block.rough_row_errors(difference)
+
+    def is_finite(self) -> bool:
+        """Whether every activation of the block was finite."""
+        return self.block.is_finite()
 
 
 class ExpertStatistics:

@@ -23,22 +23,38 @@ _REVERSED_AT_ONCE = 1 << 20
 _MAX_DAMPENING = 1.0
 
 
+def rounding_order(gram: Tensor, rounding: Rounding) -> Tensor:
+    """The order (I,) in which the inputs of a Gram matrix (I, I) are rounded."""
+    if rounding.actorder:
+        return torch.argsort(gram.diagonal(), descending=True, stable=True)
+    return torch.arange(gram.shape[0], device=gram.device)
+
+
 def inverse_factor(gram: Tensor, order: Tensor, dampening_frac: float) -> tuple[Tensor, float]:
     """Upper triangular U (I, I) with Uᵀ·U = (H + λI)⁻¹, λ = dampening · mean(diag), and the dampening that was needed.
 
-    H is `gram` with rows and columns in `order` (I,). Inputs that were never active get the mean diagonal of the others, and are thereby
-    rounded to nearest; the mean, so that neither their number nor the size of the activations decides how much dampening the others get.
-    If the factorisation fails the dampening is raised tenfold. Raises NumericalError above 1.
+    H is `gram` with rows and columns in `order` (I,). Raises NumericalError, see `factorised`.
     """
     # with J the reversal, J·H·J = L·Lᵀ gives U = J·L⁻¹·J: one factorisation and one triangular inverse
+    lower, dampening = factorised(gram, order, dampening_frac)
+    _invert_lower(lower)
+    _reverse(lower.mT)
+    return lower, dampening
+
+
+def factorised(gram: Tensor, order: Tensor, dampening_frac: float) -> tuple[Tensor, float]:
+    """Lower triangular L (I, I) with L·Lᵀ = H + λI, λ = dampening · mean(diag), and the dampening that was needed.
+
+    H is `gram` with rows and columns in `order` (I,) reversed. Inputs that were never active get the mean diagonal of the others, and are
+    thereby rounded to nearest; the mean, so that neither their number nor the size of the activations decides how much dampening the
+    others get. If the factorisation fails the dampening is raised tenfold. Raises NumericalError above 1.
+    """
     turned = order.flip(0)
     dampening = dampening_frac
     while dampening <= max(_MAX_DAMPENING, dampening_frac):
         lower = _hessian(gram, turned, dampening).mT  # column by column, so that it is factorised in its place
         failed = torch.linalg.cholesky_ex(lower, out=(lower, torch.empty((), dtype=torch.int32, device=gram.device)))[1]
         if not int(failed):
-            _invert_lower(lower)
-            _reverse(lower.mT)
             return lower, dampening
         dampening = max(dampening * 10, 1e-4)
     raise NumericalError(
@@ -91,9 +107,7 @@ def round_gptq(
     weight: (O, I) float32, smoothed; gram: (I, I) float32 of the smoothed input; weight_scale, zero_point: (O, G), the fixed grid. The
     matrix is factorised where it lies, and the factor comes to the weights block by block.
     """
-    order = torch.arange(weight.shape[1], device=gram.device)
-    if rounding.actorder:
-        order = torch.argsort(gram.diagonal(), descending=True, stable=True)
+    order = rounding_order(gram, rounding)
     factor, _ = inverse_factor(gram, order, rounding.dampening_frac)
     order = order.to(weight.device)
     groups = order // (scheme.group_size if scheme.group_size > 0 else weight.shape[1])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from awqdist.quant.grid import QuantizedWeight
-from awqdist.quant.rounding import SUB_BLOCK, inverse_factor
+from awqdist.quant.rounding import SUB_BLOCK, inverse_factor, rounding_order
 from awqdist.recipe import Rounding, WeightScheme
 
 Grid = tuple[Tensor, Tensor]  # weight_scale, zero_point: (O, G)
@@ -23,9 +23,7 @@ def round_gptq_side_by_side(
 ) -> list[QuantizedWeight]:
     """Codes of every weight under error compensation. weights: B times (O, I) float32, smoothed; grams: B times (I, I) float32."""
     num_inputs = weights[0].shape[1]
-    order = torch.arange(num_inputs, device=weights[0].device).expand(len(weights), -1)  # (B, I)
-    if rounding.actorder:
-        order = torch.stack([torch.argsort(gram.diagonal(), descending=True, stable=True) for gram in grams])
+    order = torch.stack([rounding_order(gram, rounding) for gram in grams])  # (B, I)
     factor = torch.stack([inverse_factor(g, o, rounding.dampening_frac)[0] for g, o in zip(grams, order, strict=True)])
     problems = torch.arange(len(weights), device=order.device).unsqueeze(1)  # (B, 1), to pair with rows of `order`
     groups = order // (scheme.group_size if scheme.group_size > 0 else num_inputs)

@@ -30,7 +30,7 @@ from awqdist.recipe import Smoothing
 
 _ROWS = (256, 8192)  # that rank the candidates, and the best few; used where a mapping has at least twice the former
 _ROWS_OF_GROUPS = (2048, 16384)  # the same of all groups together, where there are several
-_ROWS_OF_EXPERT = (64, 256)  # the same of a mapping within an expert
+_ROWS_OF_EXPERT = (128, 512)  # the same of a mapping within an expert
 _LEAST_ROWS = 8  # of each group
 _NUM_FINALISTS = 3
 _BLOCK_ELEMENTS = 1 << 22  # of the differences that are multiplied at a time, of several candidates

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from awqdist.quant.compensated import CompensatedStatistics, stacked_row_errors
 from awqdist.quant.experts import ExpertStatistics, StackedRows
 from awqdist.quant.lending import Lend
 from awqdist.quant.stats import Statistics
@@ -74,12 +75,14 @@ class Stack:
 
     def weight(self) -> Tensor:
         """(B, R, I) in the checkpoint's dtype, made anew."""
-        return torch.stack(
-            [torch.cat([b.at_hand() for b in group.balance if b.scheme == self.scheme]) for group in self.groups]
-        )
+        weights = [b.at_hand() for group in self.groups for b in group.balance if b.scheme == self.scheme]
+        return torch.cat(weights).view(len(self.groups), -1, weights[0].shape[1])
 
     def row_errors(self, difference: Tensor) -> Tensor:
         """The output error of every row of difference (B, r, I) float32: (B, r) float64, exact in float32."""
+        compensated = [g.statistics for g in self.groups if isinstance(g.statistics, CompensatedStatistics)]
+        if compensated:
+            return stacked_row_errors(compensated, difference)
         return torch.stack([g.statistics.row_errors(d) for g, d in zip(self.groups, difference, strict=True)])
 
     def rough_row_errors(self, difference: Tensor) -> Tensor:
@@ -87,6 +90,8 @@ class Stack:
         experts = [g.statistics for g in self.groups if isinstance(g.statistics, ExpertStatistics)]
         if experts:
             return StackedRows.of(experts).row_errors(difference)
+        if isinstance(self.groups[0].statistics, CompensatedStatistics):
+            return self.row_errors(difference)
         return torch.stack([g.statistics.rough_row_errors(d) for g, d in zip(self.groups, difference, strict=True)])
 
 
@@ -96,7 +101,7 @@ def batches(groups: Sequence[SearchGroup]) -> Iterator[list[SearchGroup]]:
     for group in (group for group in groups if any(b.scheme is not None for b in group.balance)):
         weight = group.balance[0].weight
         room = BATCH_BYTES.get(weight.device.type, 0) // (4 * sum(b.weight.numel() for b in group.balance))
-        alone = not isinstance(group.statistics, ExpertStatistics)
+        alone = not isinstance(group.statistics, ExpertStatistics | CompensatedStatistics)
         if batch and (alone or len(batch) >= room or group.kind != batch[0].kind):
             yield batch
             batch = []

@@ -93,12 +93,16 @@ class InputStatistics:
         """(I,) float32: mean |x| of every channel."""
         return self._sum_abs / max(self.num_tokens, 1)
 
+    def gram(self) -> Tensor:
+        """XᵀX, (I, I) float32, on the device, or in host memory if it does not fit there whole. Not to be written to."""
+        whole = self._host is None or self._host.whole_matrices
+        return self.gram_at_hand() if whole else self._resting_gram()
+
     def gram_at_hand(self) -> Tensor:
         """XᵀX, (I, I) float32, on the device. Not to be written to."""
-        return self._lent(self.gram())
+        return self._lent(self._resting_gram())
 
-    def gram(self) -> Tensor:
-        """XᵀX, (I, I) float32, where it lies. Not to be written to."""
+    def _resting_gram(self) -> Tensor:
         if self._gram is not None:
             self._mirror(self._gram)
             return self._gram
@@ -131,8 +135,6 @@ class InputStatistics:
         gram = self.gram()
         self._gram = self._sketch = self._rough = None
         self._rows = []
-        if self._host is not None and self._host.whole_matrices:
-            gram = self._host.lend(gram)
         scales = scales.to(gram.device)
         return gram.div_(scales.unsqueeze(0)).div_(scales.unsqueeze(1))
 

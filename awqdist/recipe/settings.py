@@ -1,5 +1,6 @@
 """How a run is carried out, as opposed to what is done to the weights (the recipe). No setting here changes the result, except
-`format`, the calibration samples and their chunks, and, on a CPU, `threads`: libraries sum in another order when there are more."""
+`format`, the calibration samples and their chunks, `all_experts` and, on a CPU, `threads`: libraries sum in another order when there are
+more."""
 
 from __future__ import annotations
 
@@ -19,6 +20,7 @@ class RunSettings:
     sequence_length: int = 512
     seed: int = 0
     chunk_tokens: int = 2048  # how many tokens go through a layer at once
+    all_experts: bool = False  # every expert is calibrated on all tokens of its layer, not on those that are sent to it
     snapshot_every: int = 8  # layers between two snapshots of the boundary activations
     layers_per_block: int = 1  # consecutive layers that one worker does
     threads: int | None = (

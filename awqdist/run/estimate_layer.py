@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil, prod
 
+from awqdist.model.forward import takes_rows_by_expert
 from awqdist.quant.experts import max_rows
 from awqdist.quant.stacks import BATCH_BYTES
 from awqdist.recipe import WeightScheme
@@ -16,7 +17,6 @@ from awqdist.run.plan import LayerTask
 from awqdist.run.residency import LEVELS, Residency
 from awqdist.run.round_sites import SIDE_BY_SIDE_BYTES
 
-_SEARCH_BYTES = 16  # per weight that is searched
 _TILE_COLUMNS = 512  # of a Gram matrix or its factor that are lent at a time
 _FORWARD_COPIES = 5  # of a chunk at the widest place of a layer
 
@@ -56,7 +56,7 @@ def estimate_layer(job: Job, task: LayerTask) -> LayerEstimate:
         for name, e in entries.items()
     )
     budget = job.settings.gpu_memory
-    for residency in LEVELS:
+    for residency in [level for level in LEVELS if not level.experts or _can_be_lent(job, task)] or LEVELS:
         device, resting = _held_bytes(job, task, residency)
         if budget is None or device <= budget:
             break
@@ -73,7 +73,7 @@ def _held_bytes(job: Job, task: LayerTask, residency: Residency) -> tuple[int, i
     num_tokens, compute, width = _num_tokens(job), compute_bytes(job), job.skeleton.dtype.itemsize
     shared = [task.shapes[site[0]][1] for site in task.sites if site[0] not in task.routed]
     matrices = sum(4 * width_in * min(width_in, num_tokens) for width_in in shared)
-    rows = _expert_rows(job, task, num_tokens) * compute
+    rows = _expert_statistics(job, task, num_tokens)
     loaded = sum(e.num_bytes for e in entries.values())
     at_hand = 4 * 3 * largest  # an expert's slice, its parts, and these in float32
     working = (num_values if compute != width else of_experts) * compute
@@ -81,12 +81,13 @@ def _held_bytes(job: Job, task: LayerTask, residency: Residency) -> tuple[int, i
         loaded -= of_experts * width
         working = ((num_values - of_experts) * compute if compute != width else 0) + at_hand
     widest = max((sum(shape) for shape in task.shapes.values()), default=0)
-    forward = working + _FORWARD_COPIES * chunk_tokens(job) * widest * compute
+    per_token = max(_FORWARD_COPIES * widest, _experts_per_token(job, task))
+    forward = working + chunk_tokens(job) * per_token * compute
+    alike = Counter(routed.fused for routed in task.routed.values())
     batch = BATCH_BYTES[job.device.type] // 4
-    search = max((_search_bytes(task, mapping.balance, experts, batch) for mapping in task.mappings), default=0)
+    search = max((_search_bytes(task, site, alike, batch) for site in task.sites), default=0)
     check = 4 * (num_values - of_experts) + at_hand if task.mappings else 0
     codes = sum(prod(task.shapes[path]) for path in task.schemes if not (residency.experts and path in experts))
-    alike = Counter(routed.fused for routed in task.routed.values())
     rounding = codes + max((_rounding_bytes(task, site, alike, residency) for site in task.sites), default=0)
     device = loaded + max(forward, search, check, rounding)
     tiles = max((4 * width_in * min(width_in, _TILE_COLUMNS) for width_in in shared), default=0)
@@ -104,10 +105,33 @@ def _num_tokens(job: Job) -> int:
     return job.settings.num_samples * job.settings.sequence_length
 
 
+def _expert_statistics(job: Job, task: LayerTask, num_tokens: int) -> int:
+    """Bytes of what is kept of the inputs of experts."""
+    if job.settings.all_experts:
+        inner = [task.shapes[first][1] for first, routed in task.routed.items() if routed.inner]
+        return sum(4 * width_in * min(width_in, num_tokens) for width_in in inner)
+    return _expert_rows(job, task, num_tokens) * compute_bytes(job)
+
+
+def _can_be_lent(job: Job, task: LayerTask) -> bool:
+    """Whether there are experts, all of which can come to the device one at a time."""
+    experts = job.skeleton.layer_experts(task.layer) if task.layer < job.skeleton.num_layers else ()
+    return bool(experts) and all(fused.can_be_made for fused in experts)
+
+
 def _experts(job: Job, task: LayerTask) -> list[str]:
     """Paths of the linears of which the forward pass holds a fused copy."""
     experts = job.skeleton.layer_experts(task.layer) if task.layer < job.skeleton.num_layers else ()
     return [path for fused in experts for part in fused.parts for path in part]
+
+
+def _experts_per_token(job: Job, task: LayerTask) -> int:
+    """Elements that a token takes in experts that are each given every token (Llama-4)."""
+    if task.layer == job.skeleton.num_layers:
+        return 0
+    layer, experts = job.skeleton.layers[task.layer], job.skeleton.layer_experts(task.layer)
+    batched = [fused for fused in experts if takes_rows_by_expert(layer.get_submodule(fused.module))]
+    return sum(sum(task.shapes[path]) for fused in batched for part in fused.parts for path in part)
 
 
 def _expert_rows(job: Job, task: LayerTask, num_tokens: int) -> int:
@@ -129,12 +153,13 @@ def routed_tokens(job: Job, num_tokens: int) -> int:
     return num_tokens * next((count for count in counts if isinstance(count, int)), 1)
 
 
-def _search_bytes(task: LayerTask, balance: tuple[str, ...], experts: Collection[str], batch: int) -> int:
-    """The weights as they are, stacked, in float32, and two matrices of their size: magnitudes, then errors of candidates. Experts are
-    searched in batches of so many weights, or one at a time."""
-    shared = sum(prod(task.shapes[path]) for path in balance if path not in experts)
-    sizes = [prod(task.shapes[path]) for path in balance if path in experts]
-    return _SEARCH_BYTES * max(shared, min(sum(sizes), max(batch, 2 * max(sizes, default=0))))
+def _search_bytes(task: LayerTask, site: tuple[str, ...], alike: Mapping[str, int], batch: int) -> int:
+    """The weights stacked, and two matrices of their size: of a site, or of a batch of experts; and a factor of the Gram matrix.
+    batch: weights of experts that are searched at a time, or those of one."""
+    values = sum(prod(task.shapes[path]) for path in site if path in task.schemes)
+    if site[0] in task.routed:
+        values = min(alike[task.routed[site[0]].fused] * values, max(values, batch))
+    return 4 * 3 * values + 4 * 2 * task.shapes[site[0]][1] ** 2
 
 
 def _rounding_bytes(task: LayerTask, site: tuple[str, ...], alike: Mapping[str, int], residency: Residency) -> int:

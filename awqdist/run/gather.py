@@ -1,8 +1,11 @@
-"""Gathers the statistics of a layer while chunks go through it: of every input site, and of every expert as tokens are routed to it."""
+"""Gathers the statistics of a layer while chunks go through it: of every input site, and of every expert as tokens are routed to it.
+
+With all experts asked for, each is given every token of its block beside what the router does; the layer's output stays the routed one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -10,101 +13,144 @@ import torch
 from torch import Tensor, nn
 
 from awqdist.errors import ModelError
-from awqdist.model.conversion import FusedParameter
+from awqdist.model.experts import FusedParameter
 from awqdist.model.forward import ExpertWatch, Watch, run_all_experts
-from awqdist.quant.experts import ExpertStatistics, max_rows
+from awqdist.quant.experts import ExpertStatistics, SharedStatistics, max_rows
 from awqdist.quant.stats import InputStatistics
-from awqdist.run.plan import LayerTask
+from awqdist.run.plan import LayerTask, RoutedSite
 from awqdist.run.residency import Bench
 
 SAMPLED_ROWS = 256  # of a block's tokens, sent through all of its experts as a prior of what their inner linears read
 
-SiteStatistics = InputStatistics | ExpertStatistics
+Filled = InputStatistics | ExpertStatistics  # by the rows that go by
+SiteStatistics = Filled | SharedStatistics
 
 
 @dataclass(slots=True)
 class _Sample:
-    """Rows of a block's input, evenly spaced over the chunks."""
+    """Rows of a block's input, evenly spaced over the chunks. rows_per_chunk: None for all."""
 
-    rows_per_chunk: int
+    rows_per_chunk: int | None
     rows: list[Tensor] = field(default_factory=list)
 
     def add(self, activations: Tensor) -> None:
         """activations: (..., H)."""
         flat = activations.detach().reshape(-1, activations.shape[-1])
-        step = max(1, flat.shape[0] // self.rows_per_chunk)
+        step = max(1, flat.shape[0] // (self.rows_per_chunk or flat.shape[0]))
         self.rows.append(flat[::step][: self.rows_per_chunk].clone())
+
+    def take(self) -> Tensor:
+        """(m, H), which are given up."""
+        rows = torch.cat(self.rows)
+        self.rows = []
+        return rows
 
 
 class Gathering:
-    """The statistics of one layer, by the first linear of a site. num_tokens: of all chunks; on: where and how the layer is run."""
+    """The statistics of one layer, by the first linear of a site.
+
+    token_chunks: what will go through, (B, L) each; on: where and how the layer is run; all_experts: whether each is given all tokens.
+    """
 
     def __init__(
-        self, task: LayerTask, experts: tuple[FusedParameter, ...], num_tokens: int, num_chunks: int, on: Bench
+        self,
+        task: LayerTask,
+        experts: tuple[FusedParameter, ...],
+        token_chunks: Sequence[Tensor],
+        on: Bench,
+        *,
+        all_experts: bool = False,
     ) -> None:
-        device, matrices, rows = on.device, on.residency.for_matrices(on.lend), on.residency.for_experts(on.lend)
-        self._task, self._experts = task, experts
-        self._samples = {r.shared: _Sample(-(-SAMPLED_ROWS // num_chunks)) for r in task.routed.values() if r.inner}
+        device, matrices, of_experts = on.device, on.residency.for_matrices(on.lend), on.residency.for_experts(on.lend)
+        num_tokens = sum(tokens.numel() for tokens in token_chunks)
+        self._task, self._experts, self._all_experts = task, experts, all_experts
+        rows = None if all_experts else -(-SAMPLED_ROWS // len(token_chunks))
+        self._samples = {routed.shared: _Sample(rows) for routed in task.routed.values() if routed.inner}
         self._priors: dict[str, InputStatistics] = {}  # of inner sites
+        self._filled: dict[str, Filled] = {}
         self.statistics: dict[str, SiteStatistics] = {}
         for first in sorted((site[0] for site in task.sites), key=lambda path: path in task.routed):  # experts' last
             width = task.shapes[first][1]
             routed = task.routed.get(first)
-            if routed is None:
-                self.statistics[first] = InputStatistics(width, num_tokens, device, matrices)
+            if routed is not None and all_experts and not routed.inner:
+                self.statistics[first] = SharedStatistics(self._shared(routed))
                 continue
-            prior = self.statistics[routed.shared]
-            if routed.inner:
-                prior = self._priors[first] = InputStatistics(width, SAMPLED_ROWS, device, rows)
-            assert isinstance(prior, InputStatistics)
-            most_rows = max_rows(self._num_experts(routed.fused), width, on.dtype.itemsize)
-            self.statistics[first] = ExpertStatistics(width, most_rows, prior, device, rows)
+            if routed is None or all_experts:
+                home = matrices if routed is None else of_experts
+                self._filled[first] = InputStatistics(width, num_tokens, device, home)
+            else:
+                prior = self._shared(routed)
+                if routed.inner:
+                    prior = self._priors[first] = InputStatistics(width, SAMPLED_ROWS, device, of_experts)
+                most_rows = max_rows(self._num_experts(routed.fused), width, on.dtype.itemsize)
+                self._filled[first] = ExpertStatistics(width, most_rows, prior, device, of_experts)
+            self.statistics[first] = self._filled[first]
 
     def watches(self) -> dict[str, Watch]:
         """Whom `forward_layer` tells of the inputs of modules."""
 
         def watch(first: str) -> Watch:
-            add, sample = self.statistics[first].add, self._samples.get(first)
+            add, sample = self._filled[first].add, self._samples.get(first)
             return add if sample is None else _both(add, sample.add)
 
-        return {first: watch(first) for first in self.statistics if first not in self._task.routed}
+        return {first: watch(first) for first in self._filled if first not in self._task.routed}
 
     def expert_watches(self) -> dict[str, ExpertWatch]:
         """Whom `forward_layer` tells of the rows of experts."""
-        return {fused: partial(_add, sites) for fused, sites in self._by_parameter(self.statistics).items()}
+        if self._all_experts:
+            return {}
+        return {fused: partial(_add, sites) for fused, sites in self._by_parameter(self._filled).items()}
+
+    def end_chunk(self, layer: nn.Module, parameters: Mapping[str, Tensor]) -> None:
+        """After each chunk: takes its tokens through all experts, where that is asked for. parameters: what the layer was run with."""
+        if self._all_experts:
+            self._through_all_experts(layer, parameters, self._by_parameter(self._filled))
 
     def finish(self, layer: nn.Module, parameters: Mapping[str, Tensor]) -> None:
         """After the last chunk: completes the priors. parameters: what the layer was run with.
 
         Raises ModelError if experts ran otherwise than they are watched.
         """
-        for fused, sites in self._by_parameter(self.statistics).items():
+        for fused, sites in self._by_parameter(self._filled).items():
             if not any(statistics.num_tokens for statistics in sites.values()):
                 raise ModelError(
                     f"layer {self._task.layer}: no token was seen on its way to the experts of {fused}; transformers computes"
-                    " them in another way than one linear for each expert, and this architecture is not supported yet"
+                    " them in another way than one product for each expert, and this architecture is not supported yet"
                 )
-        inner = self._by_parameter(self._priors)
+        if not self._all_experts:
+            self._through_all_experts(layer, parameters, self._by_parameter(self._priors))
+
+    def _through_all_experts(
+        self, layer: nn.Module, parameters: Mapping[str, Tensor], sites: dict[str, dict[int, Filled]]
+    ) -> None:
+        """Takes the rows that were sampled through every expert of their block, for the statistics of inner linears."""
         for module in dict.fromkeys(fused.module for fused in self._experts):
             own = [fused for fused in self._experts if fused.module == module]
-            for sites in (inner[fused.name] for fused in own if fused.name in inner):
+            for inner in (sites[fused.name] for fused in own if fused.is_inner and fused.name in sites):
                 shared = next(r.shared for r in self._task.routed.values() if r.fused in {f.name for f in own})
-                rows = torch.cat(self._samples.pop(shared).rows)  # (m, H)
-                run_all_experts(layer, parameters, own, rows, partial(_add, sites))
+                rows = self._samples[shared].take()  # (m, H)
+                for part in rows.split(SAMPLED_ROWS) if self._all_experts else [rows]:
+                    run_all_experts(layer, parameters, own, part, partial(_add, inner))
 
-    def _by_parameter(self, sites: Mapping[str, SiteStatistics]) -> dict[str, dict[int, SiteStatistics]]:
+    def _by_parameter(self, sites: Mapping[str, Filled]) -> dict[str, dict[int, Filled]]:
         """Statistics of routed sites by fused parameter and expert."""
-        found: dict[str, dict[int, SiteStatistics]] = {}
+        found: dict[str, dict[int, Filled]] = {}
         for first, routed in self._task.routed.items():
             if first in sites:
                 found.setdefault(routed.fused, {})[routed.expert] = sites[first]
         return found
 
+    def _shared(self, routed: RoutedSite) -> InputStatistics:
+        """Those of all tokens that come to the block."""
+        statistics = self._filled[routed.shared]
+        assert isinstance(statistics, InputStatistics)
+        return statistics
+
     def _num_experts(self, name: str) -> int:
         return next(len(fused.parts) for fused in self._experts if fused.name == name)
 
 
-def _add(sites: Mapping[int, SiteStatistics], expert: int, rows: Tensor) -> None:
+def _add(sites: Mapping[int, Filled], expert: int, rows: Tensor) -> None:
     if expert in sites:
         sites[expert].add(rows)
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 
-from awqdist.checkpoint.index import CheckpointIndex
+from awqdist.checkpoint.index import DTYPES, CheckpointIndex
 from awqdist.checkpoint.reader import sample_checksum
 from awqdist.checkpoint.source import read_source
 from awqdist.errors import AwqdistError, CheckpointError, OutputError
@@ -25,6 +27,7 @@ from awqdist.run.journal import read_journal
 from awqdist.run.plan import Plan, make_plan
 from awqdist.run.records import LayerRecord
 
+_COMPUTED = ("BF16", "F16", "F32")
 _LIBRARIES = ("awqdist", "torch", "transformers", "compressed-tensors")
 
 
@@ -51,7 +54,7 @@ def prepare(recipe: Recipe, settings: RunSettings) -> Job:
     _check_budget(settings, device)
     output_format(settings.format).check(recipe)
     index = read_source(settings.model)
-    skeleton = build_skeleton(read_config(settings.model), index.entries)
+    skeleton = build_skeleton(_with_dtype(read_config(settings.model), index), index.entries)
     _check_shapes(skeleton, index)
     skeleton, index = _without_aliases(skeleton, index)
     return _planned(skeleton, index, recipe, settings, device)
@@ -98,6 +101,7 @@ def fingerprint(job: Job, samples: Tensor) -> dict[str, str]:
         "chunk tokens": str(job.settings.chunk_tokens),
         "mappings": _hash(repr([task.mappings for task in job.plan.tasks]).encode()),
         "device": f"{job.device.type} {compute_dtype(job.device, job.skeleton.dtype)}",
+        **({"all experts": "calibrated on all tokens"} if job.settings.all_experts else {}),
         **({"threads": str(job.settings.threads or torch.get_num_threads())} if job.device.type == "cpu" else {}),
         "versions": json.dumps({name: version(name) for name in _LIBRARIES}),
     }
@@ -129,6 +133,17 @@ def other_weights(job: Job, layer: int) -> OutputError:
         f"layer {layer} of {job.settings.output} was made from other weights than {job.settings.model} holds now;"
         " use another output folder, or remove this one to begin anew"
     )
+
+
+def _with_dtype(config: PretrainedConfig, index: CheckpointIndex) -> PretrainedConfig:
+    """The configuration with the dtype of most of the checkpoint's values, where it names none (openai/gpt-oss)."""
+    if config.dtype is None and config.get_text_config(decoder=True).dtype is None:
+        sizes: Counter[str] = Counter()
+        for entry in index.entries.values():
+            sizes[entry.dtype] += entry.num_bytes
+        likely = [DTYPES[name] for name, _ in sizes.most_common() if name in _COMPUTED]
+        config.dtype = next(iter(likely), None)
+    return config
 
 
 def _check_shapes(skeleton: Skeleton, index: CheckpointIndex) -> None:

@@ -184,9 +184,10 @@ def _drop_damaged(output: Path, entries: JournalEntries) -> tuple[str, ...]:
 
 
 def _compare(output: Path, before: dict[str, str], now: dict[str, str]) -> None:
-    changed = [key for key in now if before.get(key) != now[key]]
+    changed = [key for key in {**now, **before} if before.get(key) != now.get(key)]
     if changed:
-        details = "; ".join(f"{key}: {_difference(before.get(key) or 'nothing', now[key])}" for key in changed)
+        pairs = {key: (before.get(key) or "nothing", now.get(key) or "nothing") for key in changed}
+        details = "; ".join(f"{key}: {_difference(*pair)}" for key, pair in pairs.items())
         raise OutputError(f"{output} holds an unfinished run with other settings ({details}); {_REMEDY}")
 
 

@@ -181,8 +181,8 @@ def _head_task(skeleton: Skeleton, recipe: Recipe) -> LayerTask | None:
     head = skeleton.model.get_output_embeddings()
     name = next((n for n, module in skeleton.model.named_modules() if module is head), None)
     group = _group(recipe, name, skeleton.disk_module(name)) if name else None
-    if name is None or group is None:
-        return None
+    if name is None or group is None or any(matches(pattern, name.rpartition(".")[2]) for pattern in recipe.ignore):
+        return None  # "lm_head" means Llama-4's language_model.lm_head too
     if f"{name}.weight" in skeleton.model.all_tied_weights_keys:
         raise ModelError(
             f'{name} is tied to the embeddings and cannot be quantized alone; add "{name}" to the recipe\'s ignore'

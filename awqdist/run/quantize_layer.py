@@ -12,15 +12,18 @@ from torch import Tensor, nn
 
 from awqdist.errors import NumericalError
 from awqdist.export.formats import Format
-from awqdist.model.conversion import FusedParameter
+from awqdist.model.experts import FusedParameter
 from awqdist.model.forward import LayerCall
 from awqdist.model.mapping import ResolvedMapping
 from awqdist.model.preserve import TOLERANCE, change_of_output
 from awqdist.model.smoothed import SmoothedParameters
+from awqdist.quant.compensated import CompensatedStatistics
+from awqdist.quant.experts import SharedStatistics
 from awqdist.quant.grid import QuantizedWeight
 from awqdist.quant.lending import LentTensors
 from awqdist.quant.search import ScaleChoice, search_groups, search_side_by_side
 from awqdist.quant.stacks import BalanceWeight, SearchGroup
+from awqdist.quant.stats import Statistics
 from awqdist.recipe import Recipe
 from awqdist.run.gather import SiteStatistics
 from awqdist.run.plan import LayerTask
@@ -112,7 +115,7 @@ def _search(
     assert smoothing is not None or not task.mappings
     found: dict[str, ScaleChoice] = {}
     for mappings in _searched_together(task):
-        groups = [_groups(task, mapping, parameters, statistics) for mapping in mappings]
+        groups = [_groups(task, mapping, parameters, statistics, method) for mapping in mappings]
         first = parameters[f"{mappings[0].balance[0]}.weight"]
         source = mappings[0].source_channels(first.shape[1]).to(first.device)
         dtype = method.layout.grid_dtype(first.dtype)
@@ -142,16 +145,30 @@ def _searched_together(task: LayerTask) -> list[list[ResolvedMapping]]:
 
 
 def _groups(
-    task: LayerTask, mapping: ResolvedMapping, parameters: LentTensors, statistics: Mapping[str, SiteStatistics]
+    task: LayerTask,
+    mapping: ResolvedMapping,
+    parameters: LentTensors,
+    statistics: Mapping[str, SiteStatistics],
+    method: Method,
 ) -> list[SearchGroup]:
     """The balance layers of a mapping by the rows that they read; the first layer's come first."""
+    rounding = method.recipe.rounding
     site_of = {path: site[0] for site in task.sites for path in site}
     balance: dict[str, list[BalanceWeight]] = {}
     for path in (path for path in mapping.balance if path in site_of):  # the others are experts that the recipe ignores
         name = f"{path}.weight"
         weight = BalanceWeight(parameters.resting[name], task.schemes.get(path), parameters.lend_of(name))
         balance.setdefault(site_of[path], []).append(weight)
-    return [SearchGroup(weights, statistics[site]) for site, weights in balance.items()]
+    judged: dict[int, Statistics] = {}  # one for all experts that are given all tokens of their block
+    groups = []
+    for site, weights in balance.items():
+        found = statistics[site]
+        own = found.block if isinstance(found, SharedStatistics) else found
+        if rounding.method == "gptq":
+            groups.append(SearchGroup(weights, judged.setdefault(id(own), CompensatedStatistics(own, rounding))))
+        else:
+            groups.append(SearchGroup(weights, found))
+    return groups
 
 
 def _check_function(

@@ -13,7 +13,8 @@ STAGES = ("read", "forward", "search", "round", "check", "write")
 
 @dataclass(frozen=True, slots=True)
 class MappingRecord:
-    """The outcome of one scale search. Errors are ‖X·Dᵀ‖²_F over the calibration tokens, summed over `balance_layers`."""
+    """The outcome of one scale search. Errors are ‖X·Dᵀ‖²_F over the calibration tokens, summed over `balance_layers`; under GPTQ what
+    its compensation is expected to leave of them."""
 
     smooth_layer: str
     balance_layers: tuple[str, ...]

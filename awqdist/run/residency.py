@@ -35,6 +35,7 @@ LEVELS = (
     Residency(matrices=True),
     Residency(experts=True),
     Residency(experts=True, matrices=True),
+    Residency(matrices=True, factors=True),
     Residency(experts=True, matrices=True, factors=True),
 )  # of more and more moved down, at more and more cost
 

@@ -17,7 +17,7 @@ from awqdist.quant.experts import ExpertStatistics
 from awqdist.quant.grid import QuantizedWeight, grid_parameters, group_range, round_to_nearest, rounding_difference
 from awqdist.quant.rounding import round_gptq
 from awqdist.quant.rounding_experts import round_gptq_side_by_side
-from awqdist.quant.stats import InputStatistics, quadratic_form_rows, rough_form
+from awqdist.quant.stats import quadratic_form_rows, rough_form
 from awqdist.recipe import Recipe, WeightScheme
 from awqdist.run.device import release_host_memory
 from awqdist.run.gather import SiteStatistics
@@ -127,7 +127,7 @@ def _site(task: LayerTask, paths: tuple[str, ...], sites: SmoothedSites, recipe:
         scales = torch.ones_like(statistics.mean_abs)
     num_dead_inputs = int((statistics.mean_abs == 0).sum())
     grid_dtype = next(sites.grid_dtypes[path] for path in paths if path in task.schemes)
-    fitted = recipe.clip or recipe.rounding.method == "gptq" or isinstance(statistics, InputStatistics)
+    fitted = recipe.clip or recipe.rounding.method == "gptq" or not isinstance(statistics, ExpertStatistics)
     gram = statistics.take_smoothed_gram(scales) if fitted else None
     return _Site(statistics, gram, scales, num_dead_inputs, grid_dtype)
 

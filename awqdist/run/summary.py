@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from torch import Tensor
 
+from awqdist.run.expert_tokens import FEW_TOKENS, BlockTokens, tokens_of_experts
 from awqdist.run.job import Job
 from awqdist.run.journal import JournalEntries
 from awqdist.run.records import LayerRecord, RunSummary
-
-FEW_TOKENS = 64
 
 
 def summarize(
@@ -46,13 +43,16 @@ def warnings_of(job: Job, layers: tuple[LayerRecord, ...]) -> tuple[str, ...]:
     found = []
     if job.plan.inferred:
         found.append(
-            f"{job.plan.architecture} is not in the registry: its mappings were inferred from its structure and verified"
+            f"{job.plan.architecture} is not in the registry: its mappings were inferred from its structure and verified;"
+            " `awqdist mappings MODEL --as-recipe` prints them as a recipe to keep"
         )
+    if job.settings.all_experts and not job.skeleton.fused:
+        found.append("all experts were asked for, and the model has none")
     found += _source_warnings(job)
     nonfinite = sum(mapping.num_nonfinite_candidates for record in layers for mapping in record.mappings)
     if nonfinite:
         found.append(f"{nonfinite} candidates of the scale searches were not finite and were left out")
-    found += [warning for record in layers for warning in _starved(record)]
+    found += [_starved(block) for block in tokens_of_experts(layers) if block.starved]
     for record in layers:
         for linear in record.linears:
             if linear.num_dead_inputs:
@@ -66,15 +66,18 @@ def _source_warnings(job: Job) -> list[str]:
     """What is in the output otherwise than in the source, and what is in it although the model knows nothing of it."""
     found = []
     entries, unknown = job.index.entries, job.skeleton.unknown
-    packed = [entry for entry in entries.values() if entry.packing]
-    if packed:
-        dtypes = ", ".join(sorted({entry.dtype for entry in packed}))
-        found.append(f"{len(packed)} FP8 weights of the source were dequantized to {dtypes} as they were read")
+    packed: dict[str, list[str]] = {}  # kind -> dtypes
+    for entry in entries.values():
+        if entry.quantized:
+            packed.setdefault(entry.quantized.kind, []).append(entry.dtype)
+    for kind, became in packed.items():
+        dtypes = ", ".join(sorted(set(became)))
+        found.append(f"{len(became)} {kind} weights of the source were dequantized to {dtypes} as they were read")
     if job.index.left_out:
         names = _some(job.index.left_out)
         found.append(f"{len(job.index.left_out)} scales of the source's activations and caches were left out: {names}")
     if unknown:
-        widened = sum(entries[name].packing is not None for name in unknown)
+        widened = sum(entries[name].quantized is not None for name in unknown)
         how = f"were copied, {widened} of them dequantized" if widened else "were copied unchanged"
         found.append(f"{len(unknown)} tensors that the model does not have {how}: {_some(unknown)}")
     return found
@@ -84,19 +87,10 @@ def _some(names: tuple[str, ...]) -> str:
     return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
 
 
-def _starved(record: LayerRecord) -> Iterator[str]:
-    """Names the experts that the calibration text hardly reached: what they are fitted to is mostly the prior."""
-    tokens: dict[str, dict[int, int]] = {}  # by the block's module, then by expert
-    for site in record.sites:
-        if site.expert is not None:
-            block = site.linears[0].rpartition(f".{site.expert}.")[0]
-            tokens.setdefault(block, {})[site.expert] = site.num_tokens
-    for block, by_expert in tokens.items():
-        few = {expert: count for expert, count in sorted(by_expert.items()) if count < FEW_TOKENS}
-        if few:
-            named = ", ".join(f"{expert} ({count})" for expert, count in list(few.items())[:8])
-            more = f" and {len(few) - 8} more" if len(few) > 8 else ""
-            yield (
-                f"{block}: {len(few)} of {len(by_expert)} experts were sent fewer than {FEW_TOKENS} tokens: {named}{more}; they are"
-                " fitted to all tokens of the layer instead; calibrate on more text, or on text like that which they are for"
-            )
+def _starved(block: BlockTokens) -> str:
+    """Names the experts that the calibration text hardly reached."""
+    return (
+        f"{block.block}: {len(block.starved)} of {len(block.tokens)} experts were sent fewer than {FEW_TOKENS} tokens:"
+        f" {block.named_starved(8)}; they are fitted to all tokens of the layer instead; calibrate on more text, or on text like that"
+        " which they are for"
+    )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from awqdist.errors import NumericalError
-from awqdist.model.conversion import FusedParameter, fuse_experts
+from awqdist.model.experts import FusedParameter, fuse_experts
 from awqdist.model.forward import (
     LayerCall,
     forward_layer,
@@ -92,7 +92,7 @@ class Worker:
             check_named(loaded.parameters, task.disk_names, "lm_head" if is_head else f"layer {task.layer}")
             on = Bench(job.device, self._dtype, estimate_layer(job, task).residency)
             parameters = _placed(loaded.parameters, self._experts(task), on)
-            working = self._final if is_head else self._working(task, parameters)
+            working = self._final if is_head else self._working(task, parameters, on)
         gathering = None if forward_only else self._gathering(task, on)
         self._layer = _Layer(task, loaded.watch, on, parameters, loaded.source, working, gathering)
 
@@ -111,14 +111,15 @@ class Worker:
                 module, call = job.skeleton.layers[layer.task.layer], self._calls[index][layer.task.layer]
                 if layer.trial is None:
                     layer.trial = Trial(module, self._experts(layer.task), chunk[:1].to(job.device), call)
-                experts_seen = layer.gathering.expert_watches() if layer.gathering else {}
+                routed = layer.gathering.expert_watches() if layer.gathering else {}
                 call = call.cast(job.device, self._dtype)
                 with self._complete(layer) as working:
-                    output = forward_layer(module, working, hidden, call, watches, experts_seen)
+                    output = forward_layer(module, working, hidden, call, watches, routed)
+                    if layer.gathering:
+                        layer.gathering.end_chunk(module, working)
             output = output.to("cpu", job.skeleton.dtype)
-        seconds = layer.watch.seconds["forward"] - before
-        num_chunks = len(self._token_chunks)
-        self._emit(ChunkForwarded(layer.task.layer, index, num_chunks, chunk[..., 0].numel(), seconds))
+        seconds, num_tokens = layer.watch.seconds["forward"] - before, chunk[..., 0].numel()
+        self._emit(ChunkForwarded(layer.task.layer, index, len(self._token_chunks), num_tokens, seconds))
         return output
 
     def search(self) -> SearchedLayer:
@@ -160,14 +161,14 @@ class Worker:
         return {name: tensor.cpu() for name, tensor in tensors.items()}
 
     def _gathering(self, task: LayerTask, on: Bench) -> Gathering:
-        num_tokens = sum(tokens.numel() for tokens in self._token_chunks)
-        return Gathering(task, self._experts(task), num_tokens, len(self._token_chunks), on)
+        all_experts = self._job.settings.all_experts
+        return Gathering(task, self._experts(task), self._token_chunks, on, all_experts=all_experts)
 
     def _experts(self, task: LayerTask) -> tuple[FusedParameter, ...]:
         skeleton = self._job.skeleton
         return skeleton.layer_experts(task.layer) if task.layer < skeleton.num_layers else ()
 
-    def _working(self, task: LayerTask, parameters: LentTensors) -> dict[str, Tensor]:
+    def _working(self, task: LayerTask, parameters: LentTensors, on: Bench) -> dict[str, Tensor]:
         """Parameters in the dtype that they are computed with, experts fused, and buffers; without experts that are lent."""
         skeleton, prefix = self._job.skeleton, f"{self._job.skeleton.prefix}.{task.layer}."
         converted = {
@@ -175,7 +176,7 @@ class Worker:
             for name in parameters
             if parameters.lend_of(name) is None
         }
-        fused = fuse_experts([f for f in self._experts(task) if f"{f.parts[0][0]}.weight" in converted], converted)
+        fused = fuse_experts(() if on.residency.experts else self._experts(task), converted)
         return with_buffers(skeleton.layers[task.layer], fused, self._job.device)
 
     @contextmanager

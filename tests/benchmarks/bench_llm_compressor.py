@@ -13,6 +13,7 @@ Both take turns, so that a machine that warms up or gets busy hurts both, and wr
 - quantization alone: the peer's `oneshot` call; ours the whole run, reading and writing included.
 - over the floor: quantization alone / (one read of the weights + one forward pass of the tokens + one write), the floor
   as awqdist measured it in the same run.
+- one forward pass: a process that imports torch and transformers, loads the model and runs the tokens through it, and no more.
 
 Run it on an idle machine: two processes of two threads on two cores slow each other down tenfold.
 """
@@ -32,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 DRIVER = Path(__file__).with_name("llm_compressor_driver.py")
+FORWARD_DRIVER = Path(__file__).with_name("forward_driver.py")
 PEER_VERSION = "0.14"
 
 
@@ -56,6 +58,7 @@ class Times:
     process_s: list[float] = field(default_factory=list)
     quantize_s: list[float] = field(default_factory=list)
     floor_s: list[float] = field(default_factory=list)  # ours only
+    forward_s: list[float] = field(default_factory=list)  # the process of one forward pass, with our Python
 
 
 def main() -> int:
@@ -75,6 +78,8 @@ def main() -> int:
         for repeat in range(options.repeats):
             run_peer(job, tokens, scratch / f"peer-{repeat}", peer)
             run_ours(job, scratch / f"ours-{repeat}", ours)
+            command = [sys.executable, str(FORWARD_DRIVER), str(job.model), str(tokens)]
+            ours.forward_s.append(run(command, job.threads)[0])
         rows = time_rows(ours, peer)
         if options.eval:
             rows += quality_rows(job, options.eval, scratch / "ours-0", scratch / "peer-0")
@@ -204,6 +209,7 @@ def time_rows(ours: Times, peer: Times) -> list[tuple[str, str, str, str]]:
     for name, own, other in (
         ("whole process, s", ours.process_s, peer.process_s),
         ("quantization alone, s", ours.quantize_s, peer.quantize_s),
+        ("one forward pass | the peer's process, s", ours.forward_s, peer.process_s),
     ):
         a, b = statistics.median(own), statistics.median(other)
         rows.append((name, f"{a:.2f}", f"{b:.2f}", f"{b / a:.1f}x"))

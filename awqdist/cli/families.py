@@ -1,0 +1,60 @@
+"""`awqdist families`: the families of models that are known by name, as a table on a terminal or in markdown.
+
+The README's table is what `--markdown` prints, and a test holds the two together.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from awqdist.model.families import FAMILIES, Family
+from awqdist.recipe import MappingPattern
+
+COLUMNS = ("family", "classes", "smoothed", "tested with", "left as it is")
+_PLACES = (
+    r"(input|pre|post|pre_feedforward|post_attention|pre_mlp|self_attn|final)_"  # of norms: the balance layers tell
+)
+
+
+def show_families(*, markdown: bool) -> None:
+    """Prints the table."""
+    if markdown:
+        print(families_markdown())
+        return
+    table = Table(title="Families known by name", title_justify="left")
+    for column in COLUMNS:
+        table.add_column(column, overflow="fold")
+    for family in FAMILIES:
+        table.add_row(*_row(family))
+    Console().print(table)
+
+
+def families_markdown() -> str:
+    """The table with one line for each family."""
+    rows = [COLUMNS, tuple("---" for _ in COLUMNS), *map(_row, FAMILIES)]
+    return "\n".join(f"| {' | '.join(cell or '–' for cell in row)} |" for row in rows)
+
+
+def smoothed(mappings: Sequence[MappingPattern]) -> str:
+    """Mappings in short: `norm→qkv, v→o, norm→gate/up, up→down`."""
+    return ", ".join(f"{_short(m.smooth_layer)}→{_joined(m.balance_layers)}" for m in mappings)
+
+
+def _row(family: Family) -> tuple[str, ...]:
+    architectures = ", ".join(family.architectures)
+    return family.name, architectures, smoothed(family.mappings), ", ".join(family.tested), family.left
+
+
+def _joined(patterns: Sequence[str]) -> str:
+    return re.sub("^q/k/v", "qkv", "/".join(map(_short, patterns)))
+
+
+def _short(pattern: str) -> str:
+    """A module's own name without what is common to most: `re:.*self_attn\\.gate_proj$` is `gate`."""
+    name = re.split(r"\\\.|\.\*", pattern.removeprefix("re:").removesuffix("$"))[-1]
+    name = re.sub(f"^{_PLACES}(?=layer_?norm)", "", re.sub("_proj(_with_mqa)?$", "", name))
+    return re.sub("_?layer_?norm$", " norm", name).strip()

@@ -1,0 +1,56 @@
+"""How many calibration tokens the experts of a block were given, from the record of its layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from statistics import median
+
+from awqdist.run.records import LayerRecord
+
+FEW_TOKENS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class BlockTokens:
+    """block: on-disk name of the module that holds the experts; tokens: by expert."""
+
+    layer: int
+    block: str
+    tokens: dict[int, int]
+
+    @property
+    def fewest(self) -> int:
+        return min(self.tokens.values())
+
+    @property
+    def median(self) -> float:
+        return median(self.tokens.values())
+
+    @property
+    def most(self) -> int:
+        return max(self.tokens.values())
+
+    @property
+    def starved(self) -> dict[int, int]:
+        """The experts with fewer than FEW_TOKENS, and how many: what they are fitted to is mostly the prior."""
+        return {expert: count for expert, count in sorted(self.tokens.items()) if count < FEW_TOKENS}
+
+    def named_starved(self, at_most: int) -> str:
+        """`2 (0), 3 (17) and 4 more`."""
+        few = self.starved
+        named = ", ".join(f"{expert} ({count})" for expert, count in list(few.items())[:at_most])
+        return named + (f" and {len(few) - at_most} more" if len(few) > at_most else "")
+
+
+def tokens_of_experts(layers: Iterable[LayerRecord]) -> list[BlockTokens]:
+    """Of every block with experts, in the order of the layers. The linears of one expert are given the same tokens."""
+    found = []
+    for record in layers:
+        blocks: dict[str, dict[int, int]] = {}
+        for site in record.sites:
+            if site.expert is not None:
+                block = site.linears[0].rpartition(f".{site.expert}.")[0]
+                blocks.setdefault(block, {})[site.expert] = site.num_tokens
+        found += [BlockTokens(record.layer, block, tokens) for block, tokens in blocks.items()]
+    return found

@@ -1,0 +1,70 @@
+"""The mappings of a plan as patterns that a recipe can hold, and that resolve to the same mappings again.
+
+The number of an expert becomes `\\d+`, and so does that of the layer, unless another layer has modules of these names without having the
+mapping: then the layers are listed.
+"""
+
+from __future__ import annotations
+
+import re
+
+from awqdist.recipe import MappingPattern
+from awqdist.run.plan import LayerTask, Plan
+
+_NUMBER = r"\d+"
+
+Key = tuple[str, tuple[str, ...]]  # patterns of the smooth layer and of the balance layers within a layer
+
+
+def mapping_patterns(plan: Plan) -> tuple[MappingPattern, ...]:
+    """In an order in which every layer's mappings come in their own order."""
+    having: dict[Key, list[int]] = {}
+    order: list[Key] = []
+    for task in plan.layers:
+        place = 0
+        for key in _keys(task):
+            if key not in having:
+                order.insert(place, key)
+            place = order.index(key) + 1
+            having.setdefault(key, []).append(task.layer)
+    modules = {task.layer: _modules(task) for task in plan.layers}
+    start = re.escape(_start(plan.layers[0]))
+    patterns = []
+    for smooth, balance in order:
+        could = [layer for layer, found in modules.items() if smooth in found and found.intersection(balance)]
+        has = having[smooth, balance]
+        number = _NUMBER if could == has else f"({'|'.join(map(str, has))})"
+        names = [f"re:{start}{number}\\.{name}$" for name in (smooth, *balance)]
+        patterns.append(MappingPattern(names[0], tuple(names[1:])))
+    return tuple(patterns)
+
+
+def _keys(task: LayerTask) -> dict[Key, None]:
+    """The mappings of a layer in their order, those of experts once."""
+    keys: dict[Key, None] = {}
+    for mapping in task.mappings:
+        balance = dict.fromkeys(_pattern(task, path) for path in mapping.balance)
+        keys[_pattern(task, mapping.smooth), tuple(balance)] = None
+    return keys
+
+
+def _modules(task: LayerTask) -> set[str]:
+    return {_pattern(task, name.removesuffix(".weight")) for name in task.disk_names if name.endswith(".weight")}
+
+
+def _start(task: LayerTask) -> str:
+    """What on-disk names of the layer begin with, up to its number."""
+    path = next(name.removesuffix(".weight") for name in task.disk_names if name.endswith(".weight"))
+    return task.disk_module(path).partition(f".{task.layer}.")[0] + "."
+
+
+def _pattern(task: LayerTask, path: str) -> str:
+    """A pattern of the on-disk name within the layer, which leaves open what number an expert has."""
+    name = task.disk_module(path).partition(f".{task.layer}.")[2]
+    blocks = {routed.fused.rpartition(".")[0] for routed in task.routed.values()}
+    block = next((block for block in blocks if path.startswith(f"{block}.")), None)
+    if block is None:
+        return re.escape(name)
+    expert = path.removeprefix(f"{block}.").partition(".")[0]
+    before, _, after = name.rpartition(f".{expert}.")
+    return rf"{re.escape(before)}\.{_NUMBER}\.{re.escape(after)}"
