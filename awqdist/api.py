@@ -16,7 +16,7 @@ from awqdist.backends.room import choose_backend
 from awqdist.calibration.text import is_text, load_calibration
 from awqdist.checkpoint.hub import model_folder
 from awqdist.errors import CalibrationError, CheckpointError
-from awqdist.model import registry
+from awqdist.model import config, registry
 from awqdist.recipe import AWQMapping, MappingPattern, Recipe, load_recipe
 from awqdist.recipe.settings import Placement, RunSettings
 from awqdist.run.estimate import chunk_budget
@@ -119,10 +119,8 @@ def register_mappings(architecture: str, mappings: Sequence[AWQMapping]) -> None
 
 def load_tokenizer(model: str | Path) -> Any:
     """The tokenizer of a folder or hub id. Raises CheckpointError."""
-    from transformers import AutoTokenizer
-
     try:
-        return AutoTokenizer.from_pretrained(model)
+        return config.load_tokenizer(model)
     except Exception as error:  # transformers raises many kinds for a missing or broken tokenizer
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(

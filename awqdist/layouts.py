@@ -127,6 +127,10 @@ _QWEN3_VL_MOE = (
     ),
     FusedExperts("mlp.experts.down_proj", "mlp.experts", ("down_proj",), Layout(transposed=True), computed=ROWS),
 )
+_QWEN3_5_MOE = (
+    FusedExperts("mlp.experts.gate_up_proj", "mlp.experts", ("gate_proj", "up_proj")),
+    FusedExperts("mlp.experts.down_proj", "mlp.experts", ("down_proj",)),
+)
 _BY_MODEL_TYPE = {
     "granitemoe": _GRANITE,
     "granitemoeshared": _GRANITE,
@@ -134,6 +138,8 @@ _BY_MODEL_TYPE = {
     "llama4_text": _LLAMA4,
     "gpt_oss": _GPT_OSS,
     "qwen3_vl_moe": _QWEN3_VL_MOE,
+    "qwen3_5_moe": _QWEN3_5_MOE,
+    "qwen3_5_moe_text": _QWEN3_5_MOE,
 }
 
 

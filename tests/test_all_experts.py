@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from awqdist import oneshot
+from awqdist.checkpoint.index import INDEX_FILE
 from awqdist.errors import OutputError
 from awqdist.run.records import RunSummary
 
@@ -26,7 +28,7 @@ def quantized(source: Path, output: Path, **options: Any) -> RunSummary:
     return oneshot(
         model=str(source),
         dataset=SAMPLES.tolist(),
-        recipe=recipe(symmetric=False),
+        recipe=recipe(),
         output_dir=output,
         num_calibration_samples=SAMPLES.shape[0],
         max_seq_length=SAMPLES.shape[1],
@@ -55,69 +57,73 @@ def error_of_nearest(x: Tensor, weight: Tensor) -> float:
     return float((x @ (nearest - weight).T).square().sum())
 
 
+@dataclass(frozen=True)
+class Case:
+    """A checkpoint, quantized with all experts on all tokens."""
+
+    source: Path
+    output: Path
+    summary: RunSummary
+
+
 @pytest.fixture(scope="module", params=["deepseek-v3", "qwen2-moe"])
-def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_checkpoint(request.param, tmp_path_factory.mktemp(request.param) / "source")
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    folder = tmp_path_factory.mktemp(request.param)
+    source = tiny_checkpoint(request.param, folder / "source")
+    return Case(source, folder / "output", quantized(source, folder / "output", moe_calibrate_all_experts=True))
 
 
-def test_errors_are_those_of_every_expert_on_every_token(source: Path, tmp_path: Path) -> None:
-    summary = quantized(source, tmp_path / "output", all_experts=True)
+def test_errors_are_those_of_every_expert_on_every_token(case: Case) -> None:
+    layer, x, weights = case.summary.layers[1], block_inputs(case.source), read_all(case.source)
 
-    x, weights = block_inputs(source), read_all(source)
-    found = {m.balance_layers[0]: m.error_before for m in summary.layers[1].mappings}
+    found = {m.balance_layers[0]: m.error_before for m in layer.mappings}
     for expert in range(8):
         gate, up, down = (weights[f"{BLOCK}.experts.{expert}.{name}_proj.weight"] for name in ("gate", "up", "down"))
         expected = error_of_nearest(silu(x @ gate.T) * (x @ up.T), down)
         assert found[f"{BLOCK}.experts.{expert}.down_proj"] == pytest.approx(expected, rel=1e-3)
-    readers = [m for m in summary.layers[1].mappings if m.smooth_layer.endswith("post_attention_layernorm")]
-    outer = [name for m in readers for name in m.balance_layers if name.endswith(("gate_proj", "up_proj"))]
+    reading = next(m for m in layer.mappings if m.smooth_layer.endswith("post_attention_layernorm"))
+    outer = [name for name in reading.balance_layers if name.endswith(("gate_proj", "up_proj"))]
     assert len(outer) == 2 * 9
     expected = sum(error_of_nearest(x, weights[f"{name}.weight"]) for name in outer)
-    assert readers[0].error_before == pytest.approx(expected, rel=1e-3)
-    assert {site.num_tokens for site in summary.layers[1].sites} == {SAMPLES.numel()}
-    assert not any("were sent fewer than" in warning for warning in summary.warnings)
+    assert reading.error_before == pytest.approx(expected, rel=1e-3)
+    assert {site.num_tokens for site in layer.sites} == {SAMPLES.numel()}
+    assert not any("were sent fewer than" in warning for warning in case.summary.warnings)
 
 
-def test_what_is_written_is_as_good_on_all_tokens_as_its_record_says(source: Path, tmp_path: Path) -> None:
-    summary = quantized(source, tmp_path / "output", moe_calibrate_all_experts=True)
-
-    x, weights = block_inputs(source), read_all(source)
-    plain = read_all(dequantized_checkpoint(tmp_path / "output", tmp_path / "plain"))
+def test_what_is_written_is_as_good_on_all_tokens_as_its_record_says(case: Case, tmp_path: Path) -> None:
+    x, weights = block_inputs(case.source), read_all(case.source)
+    plain = read_all(dequantized_checkpoint(case.output, tmp_path / "plain"))
     norm = "model.layers.1.post_attention_layernorm.weight"
     scales = weights[norm] / plain[norm]
-    records = {linear.name: linear.relative_error for linear in summary.layers[1].linears}
+
+    records = {linear.name: linear.relative_error for linear in case.summary.layers[1].linears}
     for expert in range(8):
         name = f"{BLOCK}.experts.{expert}.gate_proj"
         weight = weights[f"{name}.weight"]
         error = (x @ (plain[f"{name}.weight"] / scales - weight).T).square().sum() / (x @ weight.T).square().sum()
         assert records[name] == pytest.approx(float(error), rel=1e-3)
-    assert distance(logits(load(tmp_path / "plain"), PROBE), logits(load(source), PROBE)) < 0.6
+    assert distance(logits(load(tmp_path / "plain"), PROBE), logits(load(case.source), PROBE)) < 0.6
 
 
-def test_without_it_an_expert_is_calibrated_on_the_tokens_that_are_sent_to_it(source: Path, tmp_path: Path) -> None:
-    routed = quantized(source, tmp_path / "routed")
-    everything = quantized(source, tmp_path / "all", all_experts=True)
+def test_without_it_an_expert_is_calibrated_on_the_tokens_that_are_sent_to_it(case: Case, tmp_path: Path) -> None:
+    routed = quantized(case.source, tmp_path / "routed")
 
-    for layer in (routed, everything):
-        assert len(layer.layers[1].mappings) > 8
-    ours, theirs = (
-        [m.error_before for m in s.layers[1].mappings if ".experts." in m.smooth_layer] for s in (routed, everything)
-    )
-    assert all(few < 0.8 * every for few, every in zip(ours, theirs, strict=True))
-    dense = [
-        [m.error_before for m in s.layers[0].mappings if "attn" in m.balance_layers[0]] for s in (routed, everything)
-    ]
-    assert dense[0] == dense[1]
+    def errors(summary: RunSummary, layer: int, part: str) -> list[float]:
+        return [m.error_before for m in summary.layers[layer].mappings if part in m.balance_layers[0]]
+
+    few, every = (errors(summary, 1, ".experts.") for summary in (routed, case.summary))
+    assert len(few) == 8
+    assert all(a < 0.8 * b for a, b in zip(few, every, strict=True))
+    assert errors(routed, 0, "attn") == errors(case.summary, 0, "attn")
 
 
-@pytest.mark.parametrize("first", [True, False])
-def test_a_run_is_not_resumed_under_the_other_setting(first: bool, tmp_path: Path) -> None:
+def test_a_run_is_not_resumed_without_it(tmp_path: Path) -> None:
     source = tiny_checkpoint("mixtral", tmp_path / "source")
-    quantized(source, tmp_path / "output", all_experts=first)
-    (tmp_path / "output" / "model.safetensors.index.json").unlink()
+    quantized(source, tmp_path / "output", all_experts=True)
+    (tmp_path / "output" / INDEX_FILE).unlink()
 
     with pytest.raises(OutputError, match=r"other settings .*all experts"):
-        quantized(source, tmp_path / "output", all_experts=not first)
+        quantized(source, tmp_path / "output")
 
 
 def test_the_plan_tells_what_all_experts_take(tmp_path: Path) -> None:

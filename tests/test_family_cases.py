@@ -211,9 +211,8 @@ def test_a_checkpoint_with_the_names_of_transformers_own_modules_is_read_too(fam
     assert distance(logits(loaded(tmp_path / "output"), PROBE), logits(load(source), PROBE)) < 0.03
 
 
-@pytest.mark.parametrize("family", ["qwen2-vl", "qwen2.5-vl"])
-def test_a_vision_model_with_the_flat_configuration_of_the_hub_is_read_too(family: str, tmp_path: Path) -> None:
-    source = tiny_checkpoint(family, tmp_path / "nested")
+def test_a_vision_model_with_the_flat_configuration_of_the_hub_is_read_too(tmp_path: Path) -> None:
+    source = tiny_checkpoint("qwen2.5-vl", tmp_path / "nested")
     flat = write_all(tmp_path / "flat", source, read_all(source))
     fields = json.loads((flat / "config.json").read_text())
     text = fields.pop("text_config")
@@ -232,7 +231,7 @@ def test_a_vision_model_with_the_flat_configuration_of_the_hub_is_read_too(famil
     assert torch.equal(logits(loaded(tmp_path / "from-flat"), PROBE), logits(load(tmp_path / "from-nested"), PROBE))
 
 
-@pytest.mark.parametrize("family", ["qwen2-vl", "qwen2.5-vl", "qwen3-vl"])
+@pytest.mark.parametrize("family", ["qwen2.5-vl", "qwen3-vl"])
 def test_a_quantized_vision_model_sees_what_the_float_model_sees(family: str, tmp_path: Path) -> None:
     source = tiny_checkpoint(family, tmp_path / "source")
     quantized(source, tmp_path / "output", recipe(8))

@@ -18,7 +18,7 @@ from odd_models import (
     RenamedLlamaForCausalLM,
     odd_checkpoint,
 )
-from tiny_models import families, moe_families, tiny_checkpoint
+from tiny_models import alike_families, families, moe_families, tiny_checkpoint
 from torch import Tensor
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
@@ -83,7 +83,7 @@ def _on_disk(names: dict[str, str], path: str) -> str:
 
 
 def test_every_registered_architecture_is_among_the_tested_families(tmp_path: Path) -> None:
-    names = [*families(), *moe_families()]
+    names = [*families(), *moe_families(), *alike_families()]
     tested = {open_skeleton(tiny_checkpoint(family, tmp_path / family)).architecture for family in names}
 
     assert set(registered_architectures()) <= tested

@@ -60,6 +60,9 @@ def connected(family: str, smooth: str, *balance: str) -> ResolvedMapping | str:
         ("llama", "mlp.up_proj", "mlp.down_proj"),
         ("phi3", "mlp.gate_up_proj", "mlp.down_proj"),
         ("glm4", "mlp.gate_up_proj", "mlp.down_proj"),
+        ("lfm2", "conv.in_proj", "conv.out_proj"),
+        ("qwen3.5", "linear_attn.norm", "linear_attn.out_proj"),
+        ("nemotron-h", "mixer.norm", "mixer.out_proj"),
     ],
 )
 def test_each_input_channel_comes_from_the_row_that_changes_it(family: str, smooth: str, balance: str) -> None:
@@ -68,18 +71,18 @@ def test_each_input_channel_comes_from_the_row_that_changes_it(family: str, smoo
     assert isinstance(mapping, ResolvedMapping)
     model = tiny_model(family)
     layer = model.get_submodule(f"{traced(family)[0].prefix}.0")
-    linear: Any = layer.get_submodule(smooth)
+    weight: Any = layer.get_submodule(smooth).weight
     num_inputs = layer.get_submodule(balance).in_features
     source = mapping.source_channels(num_inputs)
-    first_row = linear.out_features - (int(source.max()) + 1)  # the last rows of a fused layer
+    first_row = weight.shape[0] - mapping.rows_after - (int(source.max()) + 1)  # the last rows of most fused layers
     expected = _inputs(model, layer, balance)
 
     for channel in range(0, int(source.max()) + 1, 5):
         with torch.no_grad():
-            linear.weight[first_row + channel] *= 2
+            weight[first_row + channel] *= 2
         changed = (_inputs(model, layer, balance) - expected).abs().flatten(0, -2).amax(0) > 1e-7
         with torch.no_grad():
-            linear.weight[first_row + channel] /= 2
+            weight[first_row + channel] /= 2
         assert changed.nonzero().flatten().tolist() == (source == channel).nonzero().flatten().tolist()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from family_oracles import (
     KINDS,
     dequantized_checkpoint,
     distance,
+    hidden_states,
+    layer_by_layer,
     load,
     logits,
     open_job,
@@ -23,20 +26,16 @@ from family_oracles import (
     token_ids,
     write_all,
 )
+from tiny_hybrids import FULL_PRECISION, UNSMOOTHED
 from tiny_models import fused_families, moe_families, tiny_checkpoint, tiny_text
 from torch import Tensor
 from transformers import AutoConfig
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from awqdist import oneshot
-from awqdist.checkpoint.reader import read_tensors
-from awqdist.checkpoint.source import read_source
 from awqdist.cli.dequantized import load_dequantized
 from awqdist.cli.evaluate import evaluate
-from awqdist.model.experts import fuse_experts
-from awqdist.model.forward import forward_layer, head_inputs, record_calls, with_buffers
 from awqdist.model.mapping import ResolvedMapping
-from awqdist.model.skeleton import build_skeleton, read_config
 from awqdist.run import worker
 from awqdist.run.plan import LayerTask
 from awqdist.run.quantize_layer import LayerResult, quantize_layer
@@ -111,14 +110,16 @@ def test_smoothing_with_random_scales_keeps_logits_and_routing_of_the_whole_mode
 
 
 def test_every_linear_but_routers_and_gates_is_smoothed_and_packed(case: Case) -> None:
-    """But for gpt-oss' down_proj: what it reads is no multiple of anything."""
-    job = open_job(case.source, recipe())
-    for task in job.plan.layers:
-        gates = set(task.shapes) - set(task.schemes)
-        assert all(path.rpartition(".")[2] in ("gate", "shared_expert_gate", "router", "wg") for path in gates)
+    gates = r"(^|\.)(gate|shared_expert_gate|router|wg)$"
+    full_precision = f"{gates}|{FULL_PRECISION.get(case.family, gates)}$"
+    for task in open_job(case.source, recipe()).plan.layers:
+        assert {p for p in task.shapes if p not in task.schemes} == {
+            p for p in task.shapes if re.search(full_precision, p)
+        }
         balanced = {path for mapping in task.mappings for path in mapping.balance}
-        left = {path for path in task.shapes if case.family == "gpt-oss" and path.endswith("down_proj")}
-        assert balanced == set(task.shapes) - left, set(task.shapes) - balanced
+        assert {p for p in task.shapes if p not in balanced} == {
+            p for p in task.shapes if re.search(UNSMOOTHED.get(case.family, "^none$"), p)
+        }
 
 
 def test_every_source_tensor_is_packed_or_passed_through(case: Case) -> None:
@@ -200,32 +201,15 @@ def test_eval_reads_experts_that_the_family_stores_in_one_tensor(case: Case, tmp
 
 
 def test_the_layer_by_layer_forward_gives_the_hidden_states_of_the_models_own(case: Case) -> None:
-    with torch.no_grad():
-        expected = load(case.source).eval()(input_ids=PROBE, output_hidden_states=True).hidden_states
-    index = read_source(case.source)
-    skeleton = build_skeleton(read_config(case.source), index.entries)
-
-    def read(names: dict[str, str]) -> dict[str, Tensor]:
-        tensors = read_tensors([index.entries[disk] for disk in names.values()]).tensors
-        return {name: tensors[disk] for name, disk in names.items()}
-
-    cpu = torch.device("cpu")
-    outside = with_buffers(skeleton.decoder, read(skeleton.outside_names()), cpu)
-    hidden, calls = record_calls(skeleton, outside, PROBE)
-    found = [hidden]
-    for number, layer in enumerate(skeleton.layers):
-        fused = fuse_experts(skeleton.layer_experts(number), read(skeleton.layer_names(number)))
-        found.append(forward_layer(layer, with_buffers(layer, fused, cpu), found[-1], calls[number]))
-    found[-1] = head_inputs(skeleton, outside, PROBE, found[-1])  # transformers gives the last behind the final norm
+    found, expected = layer_by_layer(case.source, PROBE), hidden_states(case.source, PROBE)
 
     assert len(found) == len(expected)
-    for ours, theirs in zip(found, expected, strict=True):
-        assert distance(ours, theirs) < 1e-6
+    assert max(distance(ours, theirs) for ours, theirs in zip(found, expected, strict=True)) < 1e-6
 
 
 def test_tokens_per_expert_are_recorded_and_add_up(case: Case) -> None:
     job = open_job(case.source, recipe())
-    config = job.skeleton.model.config.get_text_config()
+    config = job.skeleton.model.config.get_text_config(decoder=True)
     top_k = getattr(config, "num_experts_per_tok", None) or config.moe_topk
     num_blocks = 0
     for task, record in zip(job.plan.layers, case.summary.layers, strict=True):

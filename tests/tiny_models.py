@@ -6,11 +6,13 @@ channels are outliers: whatever forgets one of them shows.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import tiny_hybrids
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
@@ -35,12 +37,17 @@ def tiny_text(num_lines: int = 400) -> str:
 
 def families() -> list[str]:
     """Names of all dense families, as `tiny_checkpoint` takes them."""
-    return [name for name in _CONFIGS if name not in _MOE]
+    return [name for name in _CONFIGS if name not in (*_MOE, *tiny_hybrids.ALIKE)]
 
 
 def moe_families() -> list[str]:
     """Names of all families with mixtures of experts."""
     return list(_MOE)
+
+
+def alike_families() -> list[str]:
+    """Names of families with the layers of one among `families` or `moe_families`, under another class."""
+    return list(tiny_hybrids.ALIKE)
 
 
 def architecture(family: str) -> str:
@@ -68,6 +75,12 @@ def tiny_checkpoint(
     if family in _PUBLISHED_TRANSPOSED:
         transpose_experts(folder)
     tiny_tokenizer().save_pretrained(folder)
+    if family == "qwen3-next":
+        file = folder / "model.safetensors"
+        save_file({**load_file(file), **tiny_hybrids.multi_token_prediction()}, file)
+    if family in _PUBLISHED:
+        fields = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**fields, **_PUBLISHED[family]}))
     return folder
 
 
@@ -111,7 +124,7 @@ def randomize(model: PreTrainedModel, seed: int = 0) -> None:
             else:
                 parameter.copy_(noise * parameter[0].numel() ** -0.5)
         for name, buffer in model.named_buffers():
-            if name.endswith("e_score_correction_bias"):
+            if name.endswith(("e_score_correction_bias", "expert_bias")):
                 buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator))
 
 
@@ -149,6 +162,25 @@ def _text(config: str, **fields: Any) -> Callable[..., PretrainedConfig]:
     def make(**changes: Any) -> PretrainedConfig:
         merged = {**_TEXT, **fields, **changes}
         return getattr(transformers, config)(**{k: v for k, v in merged.items() if v is not None})
+
+    return make
+
+
+def _hybrids(found: tiny_hybrids.Hybrids) -> dict[str, tuple[str, Callable[..., PretrainedConfig]]]:
+    return {family: (kind, _text(config, **fields)) for family, (kind, config, fields) in found.items()}
+
+
+def _vision(config: str, text: dict[str, Any], vision: dict[str, Any]) -> Callable[..., PretrainedConfig]:
+    def make(**changes: Any) -> PretrainedConfig:
+        merged = {**_TEXT, **text, **changes}
+        special = {
+            f"{kind}_token_id": VOCABULARY - 1 - i
+            for i, kind in enumerate(("image", "video", "vision_start", "vision_end"))
+        }
+        tied = merged["tie_word_embeddings"]
+        return getattr(transformers, config)(
+            text_config=merged, vision_config=vision, tie_word_embeddings=tied, **special
+        )
 
     return make
 
@@ -280,6 +312,8 @@ _CONFIGS: dict[str, tuple[str, Callable[..., PretrainedConfig]]] = {
         _text("OPTConfig", ffn_dim=128, word_embed_proj_dim=64, tie_word_embeddings=True, **_NO_KV_HEADS),
     ),
     "gpt-neox": ("GPTNeoXForCausalLM", _text("GPTNeoXConfig", use_parallel_residual=True, **_NO_KV_HEADS)),
+    **_hybrids(tiny_hybrids.DENSE),
+    **{family: (kind, _vision(*rest)) for family, (kind, *rest) in tiny_hybrids.VISION.items()},
 }
 
 _EXPERTS = {"num_local_experts": 8, "num_experts_per_tok": 2}
@@ -332,6 +366,10 @@ _CLASSES = {
         _text("DeepseekV2Config", **{**_DEEPSEEK, "topk_method": "group_limited_greedy"}),
     ),
     "deepseek-v3": ("DeepseekV3ForCausalLM", _text("DeepseekV3Config", **_DEEPSEEK)),
+    "kimi-k2": (
+        "DeepseekV3ForCausalLM",
+        _text("DeepseekV3Config", **{**_DEEPSEEK, "n_group": 1, "topk_group": 1, "num_hidden_layers": 2}),
+    ),
     "deepseek-v3-no-q-lora": (
         "DeepseekV3ForCausalLM",
         lambda **changes: _without_q_lora(_text("DeepseekV3Config", **_DEEPSEEK)(**changes)),
@@ -361,6 +399,8 @@ _CLASSES = {
         "Glm4MoeLiteForCausalLM",
         _text("Glm4MoeLiteConfig", **{k: v for k, v in _DEEPSEEK.items() if k != "first_k_dense_replace"}),
     ),
+    **_hybrids(tiny_hybrids.MOE),
+    **{family: (kind, _vision(*rest)) for family, (kind, *rest) in tiny_hybrids.VISION_MOE.items()},
     "granitemoe": ("GraniteMoeForCausalLM", _text("GraniteMoeConfig", residual_multiplier=0.7, **_EXPERTS)),
     "granitemoe-shared": (
         "GraniteMoeSharedForCausalLM",
@@ -376,7 +416,17 @@ _CLASSES = {
     ),
     "gpt-oss": ("GptOssForCausalLM", _text("GptOssConfig", sliding_window=WINDOW, **_EXPERTS, **_HEADS, **_YARN)),
 }
+# family -> what its publisher's config.json has beside, or in place of, what transformers writes
+_PUBLISHED: dict[str, dict[str, Any]] = {
+    "kimi-k2": {
+        "model_type": "kimi_k2",
+        "auto_map": {
+            "AutoConfig": "configuration_deepseek.DeepseekV3Config",
+            "AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM",
+        },
+    }
+}
 _FUSED = ("granitemoe", "granitemoe-shared", "llama4", "llama4-vision", "gpt-oss", "qwen3-vl-moe")
 _PUBLISHED_TRANSPOSED = ("qwen3-vl-moe",)  # transformers reads them so, and writes them as it computes with them
 _MOE = tuple(_CLASSES)
-_CONFIGS |= _CLASSES
+_CONFIGS |= _CLASSES | _hybrids(tiny_hybrids.ALIKE)

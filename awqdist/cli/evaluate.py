@@ -162,12 +162,12 @@ def _refuse_different_vocabularies(names: list[str], tokenizers: list[Any]) -> N
 
 
 def _load_tokenizer(name: str) -> Any:
-    from transformers import AutoTokenizer
+    from awqdist.model.config import load_tokenizer
 
     if not Path(name).is_dir() and not HUB_ID.fullmatch(name):
         raise CheckpointError(f"model {name}: no such folder")
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return load_tokenizer(name)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"model {name}: no tokenizer could be loaded: {_first_line(error)}") from None
 
@@ -176,12 +176,14 @@ def _load_model(name: str, device: str) -> Any:
     """The model in float32 on the device, ready to run. Refuses a checkpoint that leaves weights unset."""
     import torch
     from safetensors import SafetensorError
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    from awqdist.model.config import load_config
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = load_config(name)
         text_only = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING  # Mistral3 is not: it sees, but reads text all the same
         loader: Any = AutoModelForCausalLM if text_only else AutoModelForImageTextToText
         if has_packed_experts(Path(name), config):

@@ -47,7 +47,8 @@ def mapping_table(plan: Plan) -> Table:
     for task in plan.layers:
         for mapping in task.mappings:
             repeats = mapping.source[1] if mapping.source else 1
-            tied = f"one scale per key/value channel, {repeats} query heads each" if repeats > 1 else ""
+            shared = "channel of {} heads" if mapping.norm else "key/value channel, {} query heads each"
+            tied = f"one scale per {shared.format(repeats)}" if repeats > 1 else ""
             note = "(1 + w) norm" if mapping.unit_offset else tied
             balance = ", ".join(dict.fromkeys(map(pattern_of, mapping.balance)))  # experts are named once
             layers = rows.setdefault((pattern_of(mapping.smooth), balance, note), [])
@@ -64,7 +65,9 @@ def print_left_out(console: Console, job: Job) -> None:
     if job.plan.inferred:
         console.print(f"{job.plan.architecture} is not in the registry: inferred from its structure and verified.")
     for name in job.plan.ignored[:10]:
-        console.print(f"left in full precision: {name} (not targeted, or ignored by the recipe)", soft_wrap=True)
+        console.print(
+            f"left in full precision: {name} (not targeted, ignored by the recipe, or one that decides)", soft_wrap=True
+        )
     if len(job.plan.ignored) > 10:
         console.print(f"… and {len(job.plan.ignored) - 10} more; --json lists all")
 

@@ -40,14 +40,14 @@ class FusedParameter:
         return "down" in self.name.rpartition(".")[2]
 
     @property
-    def can_be_made(self) -> bool:
-        """Whether it can be made expert by expert, by `forward.made_experts`."""
-        return self.layout == ROWS and not self.bias
-
-    @property
     def names(self) -> tuple[str, ...]:
         """The parameters of the model that the linears make up."""
         return (self.name, self.bias) if self.bias else (self.name,)
+
+    @property
+    def is_sliced(self) -> bool:
+        """Whether an expert's slice is its linears' weights below one another, and all that it is multiplied by."""
+        return self.layout == ROWS and self.bias is None
 
     def within(self, prefix: str) -> FusedParameter:
         """The same by names without `prefix`."""

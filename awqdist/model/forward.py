@@ -10,6 +10,7 @@ these products: no model code is copied.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -22,7 +23,9 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
+from awqdist.errors import CalibrationError
 from awqdist.model.experts import FusedParameter
+from awqdist.model.kernels import reference_kernels
 from awqdist.model.skeleton import Skeleton
 
 Parameters = Mapping[str, Tensor]
@@ -75,23 +78,42 @@ def record_calls(skeleton: Skeleton, outside: Parameters, input_ids: Tensor) -> 
     """
     calls: list[LayerCall] = []
     first: list[Tensor] = []
-    unpacks: list[
-        bool
-    ] = []  # some models take output[0] of what a layer returns: then a bare tensor loses its batch dimension
+    beside = _beside_states(skeleton, input_ids)
+    as_tuple = bool(beside)
 
     def recorder(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        nonlocal as_tuple
         if not calls:
             first.append(hidden_states)
         calls.append(LayerCall(args, kwargs, input_ids.shape[0]))
         if len(calls) == skeleton.num_layers:
             raise _AllLayersSeen
-        if hidden_states.ndim < first[0].ndim:
-            unpacks.append(True)
-        return (first[0],) if unpacks else first[0]
+        # some models take output[0] of what a layer returns: then a bare tensor has lost its batch dimension
+        as_tuple = as_tuple or hidden_states.ndim < first[0].ndim
+        return (first[0], *beside) if as_tuple else first[0]
 
     with _layers_replaced(skeleton, recorder), torch.no_grad(), suppress(_AllLayersSeen):
         functional_call(skeleton.decoder, dict(outside), (input_ids,), {"use_cache": False})
     return first[0], calls
+
+
+def _beside_states(skeleton: Skeleton, input_ids: Tensor) -> tuple[Tensor, ...]:
+    """What a layer returns beside its hidden states: under sparse attention, the tokens that are attended to, which a layer without an
+    indexer takes from the one before. A layer run by itself cannot know them, but while no sample is longer than what an
+    indexer chooses they are all tokens.
+
+    Raises CalibrationError for longer samples of a model with such layers.
+    """
+    if "prev_topk_indices" not in inspect.signature(type(skeleton.layers[0]).forward).parameters:
+        return ()
+    config, (num_sequences, length) = skeleton.model.config.get_text_config(decoder=True), input_ids.shape
+    if length > config.index_topk and "shared" in config.indexer_types:
+        raise CalibrationError(
+            f"{skeleton.architecture}: some layers attend to the {config.index_topk} tokens that the layer before has chosen, which is"
+            f" not supported for samples of {length} tokens; lower --seq-len to {config.index_topk}"
+        )
+    positions = torch.arange(length, dtype=torch.int32, device=input_ids.device)
+    return (positions.expand(num_sequences, length, -1),)
 
 
 def forward_layer(
@@ -108,6 +130,7 @@ def forward_layer(
     function that is given the input of that module; expert_watches: the same for fused parameters, expert by expert.
     """
     with ExitStack() as stack, torch.no_grad():
+        stack.enter_context(reference_kernels(hidden.device))
         if expert_watches:
             watched = {name: (parameters[name], watch) for name, watch in expert_watches.items()}
             stack.enter_context(_WatchedExperts(watched))
@@ -229,12 +252,14 @@ def without_embeddings(skeleton: Skeleton, outside: Parameters) -> dict[str, Ten
 def head_inputs(skeleton: Skeleton, outside: Parameters, input_ids: Tensor, hidden: Tensor) -> Tensor:
     """What lm_head reads: the decoder's own forward with all layers passed over and `hidden` (B, L, H) as the output of the last."""
 
+    beside = _beside_states(skeleton, input_ids)
+
     def final(output: Any) -> Tensor:
         with _layers_replaced(skeleton, lambda *args, **kwargs: output), torch.no_grad():
             result = functional_call(skeleton.decoder, dict(outside), (input_ids,), {"use_cache": False})
         return result[0]  # type: ignore[no-any-return]
 
-    states = final(hidden)
+    states = final((hidden, *beside) if beside else hidden)
     return states if states.ndim == hidden.ndim else final((hidden,))  # a decoder that takes output[0] of its layers
 
 

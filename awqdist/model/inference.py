@@ -117,6 +117,10 @@ class _OneForAll(FusedParameter):
 
     num_experts: int = 0
 
+    @property
+    def is_sliced(self) -> bool:
+        return False
+
     def fuse(self, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
         fused = FusedParameter.fuse(self, parameters)
         copies = {name: tensor.as_subclass(_ScaledCopies) for name, tensor in fused.items()}

@@ -22,7 +22,7 @@ class HeadShape:
     """How attention reads its projections: numbers of query heads and of key/value heads, and the values per head.
 
     clipped: queries, keys and values are clamped (`clip_qkv` of Olmo and DBRX), so that they cannot be scaled; latent: rows of keys
-    and of values per head in the up-projection of multi-head latent attention.
+    and of values per head in the up-projection of multi-head latent attention; squared: MLPs without a gate square what ReLU lets pass.
     """
 
     num_heads: int
@@ -30,6 +30,7 @@ class HeadShape:
     head_dim: int
     clipped: bool = False
     latent: tuple[int, int] | None = None
+    squared: bool = False
 
     @classmethod
     def of(cls, config: object) -> HeadShape:
@@ -39,7 +40,9 @@ class HeadShape:
         head_dim = getattr(config, "head_dim", None) or int(getattr(config, "hidden_size", heads)) // heads
         latent = tuple(int(getattr(config, name, None) or 0) for name in ("qk_nope_head_dim", "v_head_dim"))
         clipped = getattr(config, "clip_qkv", None) is not None
-        return cls(heads, int(kv_heads or heads), int(head_dim), clipped, (latent[0], latent[1]) if latent[1] else None)
+        squared = "relu2" in (getattr(config, "mlp_hidden_act", None), getattr(config, "hidden_act", None))
+        per_head = (latent[0], latent[1]) if latent[1] else None
+        return cls(heads, int(kv_heads or heads), int(head_dim), clipped, per_head, squared)
 
     def is_latent(self, num_outputs: int, num_inputs: int) -> bool:
         """Whether a linear (num_outputs, ·) holds each head's keys and values, and one (·, num_inputs) reads the values."""
@@ -59,6 +62,8 @@ class ResolvedMapping:
         tuple[int, int, int] | None
     )  # (kv heads, query heads per kv head, head_dim); None: channel i comes from row i
     rows_before: int = 0  # of each head in the smooth linear, in front of the rows that the channels come from
+    rows_after: int = 0  # of the whole smooth linear, behind those rows
+    power: int = 1  # that the smooth linear's outputs are raised to on their way to the balance layers
 
     def source_channels(self, num_inputs: int) -> Tensor:
         """(I,) int64: the smooth layer's output channel that each input channel of the balance layers comes from."""
@@ -68,12 +73,13 @@ class ResolvedMapping:
         return torch.arange(kv_heads * head_dim).view(kv_heads, 1, head_dim).expand(-1, repeats, -1).reshape(-1)
 
     def over_rows(self, scales: Tensor) -> Tensor:
-        """Scales of the smooth layer's last rows from those of its output channels (S,): 1 for rows that nobody scales."""
-        if not self.rows_before:
-            return scales
-        assert self.source is not None
-        heads = scales.view(-1, self.source[2])  # (heads, head_dim)
-        return torch.cat([heads.new_ones(heads.shape[0], self.rows_before), heads], 1).flatten()
+        """What the smooth layer's last rows are divided by, from the scales of its output channels (S,): 1 for rows that nobody scales."""
+        scales = scales ** (1 / self.power)
+        if self.rows_before:
+            assert self.source is not None
+            heads = scales.view(-1, self.source[2])  # (heads, head_dim)
+            scales = torch.cat([heads.new_ones(heads.shape[0], self.rows_before), heads], 1).flatten()
+        return torch.cat([scales, scales.new_ones(self.rows_after)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +151,7 @@ def connect(
     if smooth in structure.norms:
         if structure.site_norms.get(site[0]) != smooth:
             return f"{balance[0]} does not read the output of {smooth}"
-        return ResolvedMapping(smooth, site, True, structure.norms[smooth], None)
+        return _from_norm(structure, smooth, site)
     if site[0] in structure.site_norms:
         return f"{balance[0]} reads the output of {structure.site_norms[site[0]]}, not of {smooth}"
     num_outputs, num_inputs = structure.linears[smooth][0], structure.linears[site[0]][1]
@@ -157,10 +163,28 @@ def connect(
     if siblings and heads.latent and heads.is_latent(num_outputs, num_inputs):
         return ResolvedMapping(smooth, site, False, False, (heads.num_heads, 1, heads.latent[1]), heads.latent[0])
     if num_outputs == num_inputs:
-        return ResolvedMapping(smooth, site, False, False, None)
+        power = 2 if heads.squared and siblings and _reads_alone(structure, smooth) else 1
+        return ResolvedMapping(smooth, site, False, False, None, power=power)
     tied = (heads.num_kv_heads, heads.num_heads // heads.num_kv_heads, heads.head_dim)
     if attention and num_outputs in (value_rows, num_inputs + 2 * value_rows):
         return ResolvedMapping(smooth, site, False, False, tied if tied[1] > 1 else None)
     if siblings and num_outputs == 2 * num_inputs:  # fused gate and up: the last half is up
         return ResolvedMapping(smooth, site, False, False, None)
+    if (
+        siblings and num_outputs == 3 * num_inputs
+    ):  # a short convolution: the second third multiplies what was convolved
+        return ResolvedMapping(smooth, site, False, False, None, rows_after=num_inputs)
     return f"{smooth} has {num_outputs} outputs, {balance[0]} reads {num_inputs} inputs"
+
+
+def _from_norm(structure: LayerStructure, norm: str, site: tuple[str, ...]) -> ResolvedMapping:
+    """A norm over each head by itself has one weight for all heads."""
+    width, num_inputs = structure.norm_widths[norm], structure.linears[site[0]][1]
+    source = (1, num_inputs // width, width) if width < num_inputs else None
+    return ResolvedMapping(norm, site, True, structure.norms[norm], source)
+
+
+def _reads_alone(structure: LayerStructure, linear: str) -> bool:
+    """Whether no other linear of its module reads what a linear does, as in an MLP without a gate."""
+    parent = linear.rpartition(".")[0]
+    return [path for path in structure.site_of(linear) if path.rpartition(".")[0] == parent] == [linear]

@@ -26,8 +26,8 @@ def change_of_output(
 ) -> float:
     """‖f_after(x) - f_before(x)‖ / ‖f_before(x) - x‖ in float32: the change of what the layer adds to its input.
 
-    before, after: parameters in any dtype, by unfused names; hidden: (B, L, H). Experts that transformers computes with by rows
-    are made one at a time.
+    before, after: parameters in any dtype, by unfused names; hidden: (B, L, H). Experts are made one at a time
+    where their parameter is sliced.
     """
     call = call.cast(hidden.device, torch.float32, hidden.shape[0])
     hidden = hidden.float()
@@ -40,7 +40,7 @@ def _output(
     layer: nn.Module, side: Mapping[str, Tensor], hidden: Tensor, call: LayerCall, experts: Sequence[FusedParameter]
 ) -> Tensor:
     """(B, L, H) float32. The float32 parameters live no longer than this."""
-    made = [fused for fused in experts if fused.can_be_made]
+    made = [fused for fused in experts if fused.is_sliced]
     of_experts = {name for fused in made for name in fused.shapes()}
     parameters = ((name, side[name]) for name in side if name not in of_experts)
     working = {name: p.float() if p.is_floating_point() else p for name, p in parameters}
@@ -73,5 +73,4 @@ def preserves_function(
 
 def _weight_of_expert(parameters: Mapping[str, Tensor], fused: FusedParameter, expert: int) -> Tensor:
     """An expert's slice (R, I) of a fused parameter, float32."""
-    weight: Tensor = fused.layout.fuse([[parameters[f"{path}.weight"].float() for path in fused.parts[expert]]])[0]
-    return weight
+    return torch.cat([parameters[f"{path}.weight"].float() for path in fused.parts[expert]])

@@ -19,9 +19,10 @@ import transformers
 from accelerate import init_empty_weights
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from awqdist.errors import CheckpointError, ModelError
+from awqdist.model.config import load_config
 from awqdist.model.conversion import float32_names, match_names
 from awqdist.model.experts import FusedParameter
 
@@ -98,7 +99,7 @@ def read_config(place: Path) -> PretrainedConfig:
     if not file.is_file():
         raise CheckpointError(f"{place} has no config.json; give the folder of a model")
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(file, local_files_only=True)
+        config = load_config(file, local_files_only=True)
     except Exception as error:  # transformers raises many kinds for a broken or unknown configuration
         raise CheckpointError(f"{file}: transformers cannot read it: {first_line(error)}") from None
     for fields in (config, config.get_text_config(decoder=True)):

@@ -10,6 +10,7 @@ given the router's scores times its tokens (Llama-4), the site is the router's.
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
@@ -45,6 +46,7 @@ class LayerStructure:
     sites: tuple[tuple[str, ...], ...]  # linears that read one tensor
     site_norms: dict[str, str]  # first linear of a site -> path of the norm whose output the site reads
     norms: dict[str, bool]  # every norm with a weight -> whether it multiplies by (1 + weight)
+    norm_widths: dict[str, int]  # the same norms -> how many weights they have
     routed: tuple[RoutedLinears, ...] = ()
     gates: frozenset[str] = frozenset()  # linears that decide on experts: routers and gates of shared experts
 
@@ -127,7 +129,7 @@ def _trace(
             module = layer.get_submodule(path)
             module.forward = _passed_over(seen, [fused for fused in experts if fused.module == path])
             stack.callback(delattr, module, "forward")
-        _run_on_meta(layer, call, hidden_size, torch.float32 if experts else None)
+        _run_on_meta(layer, call, hidden_size)
     sites = tuple(tuple(site) for site in seen.readers.values())
     routed = tuple(RoutedLinears(part, f.name, e) for f in experts for e, part in enumerate(f.parts))
     return LayerStructure(
@@ -135,6 +137,7 @@ def _trace(
         sites=sites,
         site_norms={site[0]: seen.produced[key] for key, site in seen.readers.items() if key in seen.produced},
         norms={path: has_unit_offset(norm) for path, norm in norms.items()},
+        norm_widths={path: _weight(norm).shape[0] for path, norm in norms.items()},
         routed=routed,
         gates=_gates(sites, shapes, experts),
     )
@@ -153,6 +156,11 @@ def _passed_over(seen: _Sightings, experts: list[FusedParameter]) -> Callable[..
 
     def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         source = seen.input_of(experts[0].module, hidden_states)
+        if source.shape[-1] != hidden_states.shape[-1]:
+            raise ModelError(
+                f"the experts of {experts[0].module} read a projection of their own of {hidden_states.shape[-1]} channels"
+                " (moe_latent_size), which is not supported yet"
+            )
         for fused in experts:
             for part in fused.parts:
                 seen.read(torch.empty(1, device="meta") if fused.is_inner else source, part)
@@ -181,11 +189,10 @@ def _gates(
     return frozenset(path for path in gates if not path.endswith("gate_proj"))
 
 
-def _run_on_meta(layer: nn.Module, call: LayerCall, hidden_size: int, dtype: torch.dtype | None) -> None:
-    """dtype: of all tensors; float32 where routers cast to it, so that a cast is no new tensor. None: the layer's own."""
-    meta = torch.device("meta")
+def _run_on_meta(layer: nn.Module, call: LayerCall, hidden_size: int) -> None:
+    """All in float32, so that a cast to it, as in routers, is no new tensor."""
+    meta, dtype = torch.device("meta"), torch.float32
     parameters: dict[str, Tensor] = {n: p.detach().to(meta, dtype) for n, p in layer.named_parameters()}
-    dtype = dtype or next(iter(parameters.values())).dtype
     buffers = {name: buffer.to(meta) for name, buffer in layer.named_buffers()}
     hidden = torch.empty(1, _TRACE_TOKENS, hidden_size, dtype=dtype, device=meta)
     forward_layer(layer, {**parameters, **buffers}, hidden, call.cast(meta, dtype))
@@ -202,15 +209,25 @@ def has_unit_offset(norm: nn.Module) -> bool:
     """Whether a norm multiplies by (1 + weight), as Gemma's and Qwen3-Next's do: with a weight of zero it still lets something through."""
     zeros = {name: torch.zeros(parameter.shape) for name, parameter in norm.named_parameters()}
     trial = torch.linspace(-1.0, 2.0, zeros["weight"].shape[0]).unsqueeze(0)
+    required = [
+        p for p in inspect.signature(norm.forward).parameters.values() if p.default is p.empty
+    ]  # gated norms read a gate too
     with torch.no_grad():
-        output: Tensor = functional_call(norm, zeros, (trial,))
+        output: Tensor = functional_call(
+            norm, zeros, (trial,) * sum(p.kind is p.POSITIONAL_OR_KEYWORD for p in required)
+        )
     return bool(output.abs().max() > 0)
 
 
 def _shape(linear: nn.Module) -> tuple[int, int]:
-    weight = linear.weight
-    assert isinstance(weight, Tensor)
+    weight = _weight(linear)
     return weight.shape[0], weight.shape[1]
+
+
+def _weight(module: nn.Module) -> Tensor:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight
 
 
 def _identity(tensor: Tensor) -> tuple[int, int, int]:

@@ -33,7 +33,7 @@ from awqdist.quant.stats import InputStatistics, quadratic_form_rows
 PRIOR_TOKENS = 32.0
 _ROUGH_ROWS = 1024  # of an expert that are multiplied for a rough error, or as many as there are inputs
 _ROW_BUDGET_BYTES = 4 << 30  # of all experts' rows of one kind, unless that were less than _MIN_ROWS each
-_MIN_ROWS = 2048
+_MIN_ROWS = 512
 
 
 def max_rows(num_experts: int, num_inputs: int, itemsize: int) -> int:

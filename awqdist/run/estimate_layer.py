@@ -116,7 +116,7 @@ def _expert_statistics(job: Job, task: LayerTask, num_tokens: int) -> int:
 def _can_be_lent(job: Job, task: LayerTask) -> bool:
     """Whether there are experts, all of which can come to the device one at a time."""
     experts = job.skeleton.layer_experts(task.layer) if task.layer < job.skeleton.num_layers else ()
-    return bool(experts) and all(fused.can_be_made for fused in experts)
+    return bool(experts) and all(fused.is_sliced for fused in experts)
 
 
 def _experts(job: Job, task: LayerTask) -> list[str]:

@@ -10,7 +10,7 @@ from awqdist.checkpoint.index import CheckpointIndex
 from awqdist.errors import ModelError, RecipeError
 from awqdist.model.inference import infer_mappings
 from awqdist.model.mapping import HeadShape, Resolution, ResolvedMapping, resolve
-from awqdist.model.registry import registered_mappings
+from awqdist.model.registry import kept_linears, registered_mappings
 from awqdist.model.skeleton import Skeleton
 from awqdist.model.structure import LayerStructure, trace_layers
 from awqdist.recipe import MappingPattern, Recipe, SchemeGroup, WeightScheme, check_patterns_match, matches
@@ -125,7 +125,8 @@ def _layer_task(
     disk_module: Callable[[str], str] = partial(_disk_module, names)
     schemes = {}
     for path, shape in structure.linears.items():
-        group = _group(recipe, f"{skeleton.prefix}.{layer}.{path}", disk_module(path))
+        kept = any(matches(pattern, disk_module(path)) for pattern in kept_linears(skeleton.architecture))
+        group = _group(recipe, f"{skeleton.prefix}.{layer}.{path}", disk_module(path), named=kept)
         if group is not None and path not in structure.gates:
             _check_width(disk_module(path), shape, group.weights)
             schemes[path] = group.weights
@@ -136,7 +137,7 @@ def _layer_task(
             applied.append(mapping)
         else:
             label = f"{disk_module(mapping.smooth)} -> {', '.join(mapping.balance)}"
-            skipped.append(SkippedMapping(label, "the recipe quantizes none of its balance layers"))
+            skipped.append(SkippedMapping(label, "none of its balance layers is quantized"))
     sites, routed = _sites(structure, schemes)
     return LayerTask(layer, names, sites, structure.linears, schemes, tuple(applied), tuple(skipped), routed)
 
@@ -169,11 +170,14 @@ def _linears(skeleton: Skeleton, tasks: Iterable[LayerTask]) -> Iterator[str]:
     return (f"{skeleton.prefix}.{task.layer}.{path}" for task in tasks for path in task.shapes)
 
 
-def _group(recipe: Recipe, name: str, disk: str) -> SchemeGroup | None:
-    """The scheme group of a linear. Targets mean names in transformers' model, as they do to loaders; `ignore` may mean either name."""
+def _group(recipe: Recipe, name: str, disk: str, *, named: bool = False) -> SchemeGroup | None:
+    """The scheme group of a linear. Targets mean names in transformers' model, as they do to loaders; `ignore` may mean either name.
+
+    named: only a target that is a name or a pattern counts, not "Linear".
+    """
     if any(matches(pattern, disk) for pattern in recipe.ignore):
         return None
-    return recipe.scheme_for(name)
+    return recipe.scheme_for(name, "") if named else recipe.scheme_for(name)
 
 
 def _head_task(skeleton: Skeleton, recipe: Recipe) -> LayerTask | None:
