@@ -99,8 +99,8 @@ def batches(groups: Sequence[SearchGroup]) -> Iterator[list[SearchGroup]]:
     """Groups of experts that are alike together, up to a bound; every other group alone. Those without a quantized linear are left out."""
     batch: list[SearchGroup] = []
     for group in (group for group in groups if any(b.scheme is not None for b in group.balance)):
-        weight = group.balance[0].weight
-        room = BATCH_BYTES.get(weight.device.type, 0) // (4 * sum(b.weight.numel() for b in group.balance))
+        device = group.statistics.mean_abs.device.type  # the weights may lie elsewhere
+        room = BATCH_BYTES.get(device, 0) // (4 * sum(b.weight.numel() for b in group.balance))
         alone = not isinstance(group.statistics, ExpertStatistics | CompensatedStatistics)
         if batch and (alone or len(batch) >= room or group.kind != batch[0].kind):
             yield batch
