@@ -16,8 +16,6 @@ from awqdist.cli import options
 from awqdist.cli.failures import clear_errors, interrupt
 from awqdist.cli.options import Backend, Offload, OutputFormat, Progress, Shard
 
-DEFAULT_CALIBRATION = "mit-han-lab/pile-val-backup::validation"
-
 app = typer.Typer(
     name="awqdist",
     help="Quantizes large language models to 4 bit with AWQ, layer by layer, from checkpoint to checkpoint.",
@@ -35,7 +33,7 @@ def quantize(
     recipe: options.RecipeOption = "default",
     calibration: Annotated[
         str, typer.Option(help="Text file, .jsonl with a text field, or hub dataset NAME[:CONFIG[:SPLIT]].")
-    ] = DEFAULT_CALIBRATION,
+    ] = options.DEFAULT_CALIBRATION,
     num_samples: options.NumSamples = 128,
     seq_len: options.SeqLen = 512,
     device: options.Device = "auto",
@@ -56,6 +54,7 @@ def quantize(
     offload: options.OffloadLevel = Offload.cpu,
     offload_dir: options.OffloadDir = None,
     cpu_memory: options.CpuMemory = None,
+    gpu_memory: options.GpuMemory = None,
 ) -> None:
     """Quantizes MODEL into OUTPUT. Killed or interrupted, the same command goes on where it stopped."""
     from awqdist.cli.commands import quantize_and_report
@@ -78,6 +77,7 @@ def quantize(
         offload=offload.value,
         offload_dir=offload_dir,
         cpu_memory=cpu_memory,
+        gpu_memory=gpu_memory,
     )
     placement = Placement(backend.value, num_workers, ray_address, max_restarts)
     quantize_and_report(settings, recipe, calibration, placement, progress=progress.value, report=report)
@@ -109,6 +109,7 @@ def plan(
     layers_per_block: options.LayersPerBlock = 1,
     offload: options.OffloadLevel = Offload.cpu,
     cpu_memory: options.CpuMemory = None,
+    gpu_memory: options.GpuMemory = None,
     profile: options.ProfileFile = None,
     workers_per_machine: options.WorkersPerMachine = 1,
     simulate: options.Simulate = False,
@@ -137,6 +138,7 @@ def plan(
         layers_per_block=layers_per_block,
         offload=offload.value,
         cpu_memory=cpu_memory,
+        gpu_memory=gpu_memory,
     )
     seconds = (chunk_seconds, search_seconds, read_seconds, write_seconds, transfer_seconds)
     machines = load_machines(profile, workers_per_machine)

@@ -22,8 +22,7 @@ from awqdist.run.plan import LayerTask, Plan
 
 def show_mappings(model: str, recipe: str, *, as_json: bool, as_recipe: bool) -> None:
     """Shows the resolved mappings of every layer; with `as_recipe` as a recipe that gives the same ones whatever the registry holds."""
-    built = load_recipe(recipe)
-    settings = RunSettings(described(model), Path("."))
+    built, settings = load_recipe(recipe), RunSettings(described(model), Path("."))
     job = foresee(built, settings, choose_device(settings.device))
     if as_recipe:
         print(_with_mappings(built, job.plan).to_yaml(), end="")

@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+DEFAULT_CALIBRATION = "mit-han-lab/pile-val-backup::validation"
+
 
 class Progress(StrEnum):
     auto = "auto"
@@ -130,5 +132,13 @@ CpuMemory = Annotated[
         parser=parse_bytes,
         metavar="BYTES",
         help="Host memory of a worker, such as 1.5GB; without it all or, offloaded, none of it is for activations.",
+    ),
+]
+GpuMemory = Annotated[
+    int | None,
+    typer.Option(
+        parser=parse_bytes,
+        metavar="BYTES",
+        help="Memory of the GPU for a worker, such as 40GB; what has no room in it lies in host memory. All has room if not given.",
     ),
 ]

@@ -241,6 +241,14 @@ def _tell(watch: Watch) -> Callable[[nn.Module, tuple[Any, ...]], None]:
     return hook
 
 
+def without_embeddings(skeleton: Skeleton, outside: Parameters) -> dict[str, Tensor]:
+    """What `head_inputs` is run with: `outside` with zeros for the token embeddings, which take no memory; nobody looks at what they
+    embed."""
+    embeddings = skeleton.decoder.get_input_embeddings().weight  # type: ignore[operator]
+    names = {name for name, parameter in skeleton.decoder.named_parameters() if parameter is embeddings}
+    return {n: tensor.new_zeros(()).expand(tensor.shape) if n in names else tensor for n, tensor in outside.items()}
+
+
 def head_inputs(skeleton: Skeleton, outside: Parameters, input_ids: Tensor, hidden: Tensor) -> Tensor:
     """What lm_head reads: the decoder's own forward with all layers passed over and `hidden` (B, L, H) as the output of the last."""
 

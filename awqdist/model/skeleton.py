@@ -141,7 +141,7 @@ def build_model(config: PretrainedConfig) -> PreTrainedModel:
     dtype = getattr(config, "dtype", None) or config.get_text_config(decoder=True).dtype or torch.float32
     build = getattr(kind, "_from_config", None) or kind.from_config
     try:
-        with init_empty_weights(include_buffers=False), _ExpertsOnMeta(), warnings.catch_warnings():
+        with init_empty_weights(include_buffers=False), _ParametersOnMeta(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return build(config, dtype=dtype).eval()  # type: ignore[no-any-return]
     except (ValueError, KeyError, AttributeError, ImportError) as error:
@@ -150,13 +150,14 @@ def build_model(config: PretrainedConfig) -> PreTrainedModel:
         ) from None
 
 
-class _ExpertsOnMeta(TorchFunctionMode):
-    """Makes 3-D tensors on meta from the start: accelerate moves a parameter there once it is made, and 128 experts are 43 GB of zeros."""
+class _ParametersOnMeta(TorchFunctionMode):
+    """Makes matrices and 3-D tensors on meta from the start: accelerate moves a parameter there once it is made, and 128 experts are 43 GB
+    of zeros."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (torch.zeros, torch.ones, torch.empty, torch.randn):
             size = args[0] if len(args) == 1 and isinstance(args[0], Sequence) else args
-            if len(size) == 3:
+            if len(size) == 3 or (func is torch.empty and len(size) == 2):
                 return func(*args, **{**(kwargs or {}), "device": "meta"})
         return func(*args, **(kwargs or {}))
 

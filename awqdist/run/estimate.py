@@ -9,6 +9,7 @@ from typing import Any
 from awqdist.errors import OffloadError
 from awqdist.run.estimate_layer import LayerEstimate, chunk_tokens, compute_bytes, estimate_layer, token_bytes
 from awqdist.run.job import Job
+from awqdist.run.residency import Residency
 from awqdist.run.schedule import Schedule
 
 _PROCESS_BYTES = 450_000_000  # Python, torch and transformers themselves, resident
@@ -75,7 +76,7 @@ class Placement:
 
 def estimate(job: Job) -> Estimate:
     """The estimate of a prepared job, for one worker. Raises OffloadError if its memory is too small."""
-    layers = tuple(estimate_layer(job, task) for task in job.plan.tasks)
+    layers = _layers(job)
     outside_bytes = sum(job.index.entries[name].num_bytes for name in job.plan.outside)
     embeddings = job.skeleton.outside_names().values()
     embedding_read = sum(job.index.entries[name].stored_bytes for name in embeddings)
@@ -101,9 +102,22 @@ def estimate(job: Job) -> Estimate:
 def chunk_budget(job: Job) -> int | None:
     """Bytes of host memory that a worker has for waiting chunks; None for as many as there are.
 
-    Raises OffloadError if --cpu-memory is too small for one layer, or, without a disk to offload to, for all chunks.
+    Raises OffloadError if --gpu-memory or --cpu-memory is too small for one layer, or the latter, without a disk to offload to, for all
+    chunks.
     """
-    return _budget(job, tuple(estimate_layer(job, task) for task in job.plan.tasks))
+    return _budget(job, _layers(job))
+
+
+def _layers(job: Job) -> tuple[LayerEstimate, ...]:
+    layers = tuple(estimate_layer(job, task) for task in job.plan.tasks)
+    given = job.settings.gpu_memory
+    needed = max(_embedding_bytes(job), *(layer.device_bytes for layer in layers))
+    if given is not None and given < needed:
+        raise OffloadError(
+            f"--gpu-memory {given / 1e6:.1f} MB is too little: with all in host memory that can lie there, one layer needs about"
+            f" {needed / 1e6:.1f} MB of the device; a smaller --chunk-tokens may take less"
+        )
+    return layers
 
 
 def _budget(job: Job, layers: Sequence[LayerEstimate]) -> int | None:
@@ -142,7 +156,9 @@ def _host_bytes(job: Job, layers: Sequence[LayerEstimate]) -> int:
     for i, layer in enumerate(layers):
         following = layers[i + 1].loaded_bytes if i + 1 < len(layers) else 0
         before = layers[i - 1].written_bytes if i else 0
-        held.append((layer.loaded_bytes if on_device else layer.device_bytes) + following + before)
+        held.append(
+            (layer.loaded_bytes if on_device else layer.device_bytes) + layer.resting_bytes + following + before
+        )
     largest_outside = max((job.index.entries[name].num_bytes for name in job.plan.outside), default=0)
     under_way = 0
     if job.settings.offload != "cpu":
@@ -202,6 +218,7 @@ def placement(job: Job, expected: Estimate) -> tuple[Placement, ...]:
             "gpu" if job.device.type == "cuda" else "host",
             _most(layers, "device_bytes"),
         ),
+        *_resting(layers),
         Placement("next layer, read ahead", "host", _most(layers, "loaded_bytes")),
         Placement("layer before, being written", "host", _most(layers, "written_bytes")),
         Placement("activations", "host", chunks.memory_bytes),
@@ -209,6 +226,15 @@ def placement(job: Job, expected: Estimate) -> tuple[Placement, ...]:
         Placement("snapshots of activations", "output folder", expected.snapshot_bytes),
     ]
     return tuple(place for place in kept if place.num_bytes)
+
+
+def _resting(layers: Sequence[LayerEstimate]) -> list[Placement]:
+    """What of the layer at work lies in host memory, since the device has no room for it."""
+    moved = [layer for layer in layers if layer.residency != Residency()]
+    if not moved:
+        return []
+    most = max(moved, key=lambda layer: layer.resting_bytes)
+    return [Placement(f"of the layer at work: {most.residency}", "host", most.resting_bytes)]
 
 
 def _most(layers: Sequence[LayerEstimate], name: str) -> int:

@@ -16,7 +16,7 @@ from transformers import PretrainedConfig
 from awqdist.checkpoint.index import DTYPES, CheckpointIndex
 from awqdist.checkpoint.reader import sample_checksum
 from awqdist.checkpoint.source import read_source
-from awqdist.errors import CheckpointError, OutputError
+from awqdist.errors import AwqdistError, CheckpointError, OutputError
 from awqdist.export.formats import Format, output_format
 from awqdist.model.skeleton import Skeleton, build_skeleton, read_config
 from awqdist.recipe import Recipe
@@ -51,6 +51,7 @@ class Job:
 def prepare(recipe: Recipe, settings: RunSettings) -> Job:
     """Opens the source and plans the run. Raises AwqdistError for whatever is wrong with either; reads headers only."""
     device = choose_device(settings.device)
+    _check_budget(settings, device)
     output_format(settings.format).check(recipe)
     index = read_source(settings.model)
     skeleton = build_skeleton(_with_dtype(read_config(settings.model), index), index.entries)
@@ -64,12 +65,19 @@ def foresee(recipe: Recipe, settings: RunSettings, device: torch.device) -> Job:
 
     Raises AwqdistError as `prepare` does.
     """
+    _check_budget(settings, device)
     if settings.model.is_dir():
-        return replace(prepare(recipe, replace(settings, device="cpu")), settings=settings, device=device)
+        prepared = prepare(recipe, replace(settings, device="cpu", gpu_memory=None))
+        return replace(prepared, settings=settings, device=device)
     output_format(settings.format).check(recipe)
     config = read_config(settings.model)
     index = index_of_config(settings.model, config)
     return _planned(build_skeleton(config, index.entries), index, recipe, settings, device)
+
+
+def _check_budget(settings: RunSettings, device: torch.device) -> None:
+    if settings.gpu_memory is not None and device.type == "cpu":
+        raise AwqdistError("--gpu-memory is given, but the layers are worked on by the CPU; give --cpu-memory instead")
 
 
 def _planned(

@@ -18,7 +18,7 @@ import torch
 from awqdist.checkpoint.dequantize import dequantize
 from awqdist.checkpoint.writer import write_json
 from awqdist.errors import AwqdistError
-from awqdist.quant.stats import exact_for
+from awqdist.quant.precision import exact_for
 
 _KIND = "awqdist machine profile 2"
 _FILE_BYTES = 1 << 28
