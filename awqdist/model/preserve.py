@@ -8,8 +8,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from awqdist.model.expert_products import made_experts
 from awqdist.model.experts import FusedParameter, fuse_experts
-from awqdist.model.forward import LayerCall, forward_layer, made_experts, with_buffers
+from awqdist.model.forward import LayerCall, forward_layer, with_buffers
 from awqdist.model.mapping import ResolvedMapping
 from awqdist.model.smoothed import SmoothedParameters
 

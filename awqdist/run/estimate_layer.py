@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil, prod
 
-from awqdist.model.forward import takes_rows_by_expert
+from awqdist.model.expert_products import takes_rows_by_expert
 from awqdist.quant.experts import max_rows
 from awqdist.quant.stacks import BATCH_BYTES
 from awqdist.recipe import WeightScheme

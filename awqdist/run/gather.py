@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from awqdist.errors import ModelError
+from awqdist.model.expert_products import ExpertWatch, run_all_experts
 from awqdist.model.experts import FusedParameter
-from awqdist.model.forward import ExpertWatch, Watch, run_all_experts
+from awqdist.model.forward import Watch
 from awqdist.quant.experts import ExpertStatistics, SharedStatistics, max_rows
 from awqdist.quant.stats import InputStatistics
 from awqdist.run.plan import LayerTask, RoutedSite

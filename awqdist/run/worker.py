@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from awqdist.errors import NumericalError
+from awqdist.model.expert_products import made_experts
 from awqdist.model.experts import FusedParameter, fuse_experts
 from awqdist.model.forward import (
     LayerCall,
     forward_layer,
     head_inputs,
-    made_experts,
     record_calls,
     with_buffers,
     without_embeddings,
