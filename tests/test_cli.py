@@ -44,6 +44,7 @@ OPTIONS = {
         "--offload": "cpu",
         "--offload-dir": None,
         "--cpu-memory": None,
+        "--gpu-memory": None,
     },
     "watch": {"OUTPUT": None, "--progress": "auto", "--once": False},
     "plan": {
@@ -59,6 +60,9 @@ OPTIONS = {
         "--layers-per-block": 1,
         "--offload": "cpu",
         "--cpu-memory": None,
+        "--gpu-memory": None,
+        "--profile": None,
+        "--workers-per-machine": 1,
         "--simulate": False,
         "--times-from": None,
         "--chunk-seconds": None,
@@ -78,6 +82,7 @@ OPTIONS = {
         "--max-tokens": 16384,
         "--window": 256,
         "--device": "auto",
+        "--shard": "none",
         "--json": False,
     },
     "doctor": {

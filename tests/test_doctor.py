@@ -53,6 +53,8 @@ def test_the_profile_is_written_and_read_back(tmp_path: Path) -> None:
     assert set(profile.matmul_flops_per_s) == {"float32", "bfloat16"}
     assert min(profile.matmul_flops_per_s.values()) > 1e8
     assert profile.threads == torch.get_num_threads()
+    assert min(profile.checksum_bytes_per_s, profile.hash_bytes_per_s, profile.memory_bytes_per_s) > 1e7
+    assert profile.network_bytes_per_s is None
     assert {check["state"] for check in told["checks"]} <= {"ok", "warn"}
 
 
@@ -64,7 +66,7 @@ def test_the_rates_of_a_gpu_are_those_of_one(tmp_path: Path) -> None:
     assert profile.matmul_flops_per_s["bfloat16"] > 1e13
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"kind": "other"}', '{"kind": "awqdist machine profile 1", "host": "x"}'])
+@pytest.mark.parametrize("text", ["", "[]", '{"kind": "other"}', '{"kind": "awqdist machine profile 2", "host": "x"}'])
 def test_what_is_no_profile_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "profile.json").write_text(text)
     with pytest.raises(AwqdistError, match=r"is no machine profile .*make one with `awqdist doctor --profile "):

@@ -1,14 +1,22 @@
 """Perplexity and KL against a slow oracle, on random models of two layers."""
 
+import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from command_line import awqdist
+from family_oracles import dequantized_checkpoint, read_all, recipe, token_ids
+from tiny_models import tiny_checkpoint, tiny_text
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from awqdist import oneshot
 from awqdist.cli.evaluate import EvaluationError, evaluate
+from awqdist.cli.float_weights import FloatWeights
 from awqdist.errors import CheckpointError, NumericalError
 
 WINDOW = 16
@@ -162,3 +170,55 @@ def test_a_model_that_is_not_finite_is_named(model: str, text: Path, tmp_path: P
     damaged = change_tensors(model, tmp_path / "damaged", "spoil")
     with pytest.raises(NumericalError, match=r"damaged: its loss on .* is nan"):
         evaluate(model, text, against=damaged, window=WINDOW, device="cpu")
+
+
+def test_a_model_spread_over_all_that_there_is_gives_the_same(model: str, other_model: str, text: Path) -> None:
+    alone, spread = (
+        evaluate(model, text, against=other_model, window=WINDOW, device="cpu", shard=shard)
+        for shard in ("none", "auto")
+    )
+    assert (spread.perplexity, spread.kl) == (alone.perplexity, alone.kl)
+
+
+def test_zero3_without_a_launcher_is_refused_and_so_is_a_device_with_it(model: str, text: Path) -> None:
+    command = ("eval", model, "--text", text, "--shard", "zero3")
+    assert "torchrun --nproc-per-node N -m awqdist eval" in awqdist(*command).error_line()
+    assert "leave out --device cpu" in awqdist(*command, "--device", "cpu").error_line()
+
+
+def pack(source: Path, output: Path, *, symmetric: bool = False) -> None:
+    samples, chosen = token_ids(4).tolist(), recipe(symmetric=symmetric)
+    sizes = {"num_calibration_samples": 4, "max_seq_length": 32}
+    oneshot(model=source, dataset=samples, recipe=chosen, output_dir=output, **sizes)
+
+
+@pytest.mark.slow
+@pytest.mark.torchrun
+@pytest.mark.parametrize("family", ["llama", "deepseek-v3"])
+def test_zero3_over_two_ranks_gives_what_one_process_gives(family: str, tmp_path: Path) -> None:
+    """A packed model against its float model, with fused experts, a router's bias and windows that leave one rank without a batch."""
+    source, text = tiny_checkpoint(family, tmp_path / "source"), tmp_path / "text.txt"
+    text.write_text(tiny_text(60))
+    pack(source, tmp_path / "packed")
+    command = ["-m", "awqdist", "eval", tmp_path / "packed", "--against", source, "--text", text, "--json"]
+    command += ["--max-tokens", 32 * 24, "--window", 32]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2]
+    found = []
+    for before, after in (([sys.executable], []), (launcher, ["--shard", "zero3"])):
+        done = subprocess.run(list(map(str, [*before, *command, *after])), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        found.append(json.loads(done.stdout))
+    assert found[0]["num_tokens"] == found[1]["num_tokens"] == 32 * 24
+    for figure in ("perplexity", "against_perplexity", "kl"):
+        assert found[1][figure] == pytest.approx(found[0][figure], rel=1e-6)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_weights_are_read_as_what_a_packed_checkpoint_means(symmetric: bool, tmp_path: Path) -> None:
+    source, packed = tiny_checkpoint("llama", tmp_path / "source"), tmp_path / "packed"
+    pack(source, packed, symmetric=symmetric)
+    expected = read_all(dequantized_checkpoint(packed, tmp_path / "float"))
+    weights = FloatWeights(packed, json.loads((packed / "config.json").read_text())["quantization_config"])
+    assert sorted(weights.names) == sorted(expected)
+    for name, tensor in expected.items():
+        assert torch.equal(weights.read(name), tensor.float())

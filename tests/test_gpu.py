@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from tiny_models import GROUP_SIZE, tiny_checkpoint, tiny_text
 from awqdist import RunSettings, load_recipe, quantize
 from awqdist.checkpoint.index import read_index
 from awqdist.quant.stats import InputStatistics
+from awqdist.run.estimate import estimate
+from awqdist.run.job import prepare
 from awqdist.run.records import RunSummary
 
 pytestmark = pytest.mark.gpu
@@ -72,3 +75,15 @@ def test_offloaded_activations_come_back_through_page_locked_memory_as_they_were
     quantize(load_recipe(RECIPE), settings, [tiny_text()])
     for file in (tmp_path / "kept").glob("*.safetensors"):
         assert file.read_bytes() == (tmp_path / level / file.name).read_bytes()
+
+
+def test_a_layer_that_has_no_room_on_the_gpu_is_written_in_the_same_bytes(tmp_path: Path) -> None:
+    model = tiny_checkpoint("deepseek-v3", tmp_path / "model", torch.bfloat16)
+    run(model, tmp_path / "whole", "cuda")
+    settings = RunSettings(model, tmp_path / "lent", device="cuda", num_samples=8, sequence_length=32, chunk_tokens=64)
+    layer = estimate(prepare(load_recipe(RECIPE), settings)).layers[1]
+    settings = replace(settings, gpu_memory=layer.device_bytes * 4 // 5)
+    assert estimate(prepare(load_recipe(RECIPE), settings)).layers[1].residency.experts
+    quantize(load_recipe(RECIPE), settings, [tiny_text()])
+    for file in (tmp_path / "whole").glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "lent" / file.name).read_bytes()

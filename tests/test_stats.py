@@ -9,7 +9,8 @@ from quant_oracles import ASYMMETRIC_4, activations, output_error, random_weight
 from torch import Tensor
 
 from awqdist.quant.grid import rounding_difference
-from awqdist.quant.stats import InputStatistics, exact_for, quadratic_form_rows
+from awqdist.quant.precision import exact_for
+from awqdist.quant.stats import InputStatistics, quadratic_form_rows
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 NUM_INPUTS = 48

@@ -7,6 +7,7 @@ import os
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from awqdist.checkpoint.index import DTYPES, MXFP4, TensorEntry
 from awqdist.checkpoint.mxfp4 import dequantize_mxfp4
 from awqdist.errors import CheckpointError
 
+T = TypeVar("T")
 _BLOCK_BYTES = 1 << 26
 _MAX_SAMPLED_TENSORS = 64
 _SAMPLE_BYTES = 256
@@ -23,11 +25,17 @@ _SAMPLE_BYTES = 256
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """Tensors that were read, by name. crc32: of all bytes read, in order: which weights a layer was made from."""
+    """Tensors that were read, by name. crc32: of all bytes read, in order: which weights a layer was made from; samples: a few bytes of
+    each tensor, as `sample_checksum` reads them."""
 
     tensors: dict[str, Tensor]
     crc32: int
     num_bytes: int  # as counted while they were read
+    samples: dict[str, bytes]
+
+    def sample_checksum(self) -> int:
+        """That of the tensors by name, without reading again."""
+        return _checksum(self.samples[name] for name in _sampled(sorted(self.samples)))
 
 
 def read_tensor(entry: TensorEntry) -> Tensor:
@@ -38,8 +46,10 @@ def read_tensor(entry: TensorEntry) -> Tensor:
 def read_tensors(entries: Iterable[TensorEntry]) -> Reading:
     """The tensors of `entries` on the CPU, in the entries' dtypes. Raises CheckpointError if a file ends early."""
     tensors: dict[str, Tensor] = {}
+    samples: dict[str, bytes] = {}
     checksum = num_bytes = 0
     whole: Tensor | None = None
+    sample = b""
     last: TensorEntry | None = None  # what `whole` was read from: the views of a tensor come one after the other
     for entry in entries:
         source = entry.whole or entry
@@ -48,21 +58,40 @@ def read_tensors(entries: Iterable[TensorEntry]) -> Reading:
             for data in stored:
                 checksum = zlib.crc32(data.numpy().data, checksum)
                 num_bytes += data.numel()
+            sample = b"".join(bytes(data[_middle(data.numel())].numpy().data) for data in stored)
             whole, last = _assembled(stored, source), source
+        samples[entry.name] = sample
         tensors[entry.name] = _part(whole, entry)
-    return Reading(tensors, checksum, num_bytes)
+    return Reading(tensors, checksum, num_bytes, samples)
 
 
 def sample_checksum(entries: Sequence[TensorEntry]) -> int:
     """CRC-32 of a few bytes from the middle of every tensor (of some, where there are many): enough to tell two trained models of one
     shape apart, and as good as no reading."""
+    return _checksum(
+        b"".join(_read_middle(part) for part in _parts(entry.whole or entry)) for entry in _sampled(entries)
+    )
+
+
+def _sampled(items: Sequence[T]) -> Sequence[T]:
+    return items[:: len(items) // _MAX_SAMPLED_TENSORS + 1]
+
+
+def _checksum(samples: Iterable[bytes]) -> int:
     checksum = 0
-    for entry in entries[:: len(entries) // _MAX_SAMPLED_TENSORS + 1]:
-        for part in _parts(entry.whole or entry):
-            middle = part.start + max(part.stop - part.start - _SAMPLE_BYTES, 0) // 2
-            stop = min(middle + _SAMPLE_BYTES, part.stop)
-            checksum = zlib.crc32(_read_range(part, middle, stop).numpy().data, checksum)
+    for sample in samples:
+        checksum = zlib.crc32(sample, checksum)
     return checksum
+
+
+def _read_middle(entry: TensorEntry) -> bytes:
+    middle = _middle(entry.stop - entry.start)
+    return bytes(_read_range(entry, entry.start + middle.start, entry.start + middle.stop).numpy().data)
+
+
+def _middle(num_bytes: int) -> slice:
+    start = max(num_bytes - _SAMPLE_BYTES, 0) // 2
+    return slice(start, min(start + _SAMPLE_BYTES, num_bytes))
 
 
 def check_finite(tensors: dict[str, Tensor], where: str) -> None:

@@ -9,6 +9,7 @@ Where a tensor holds all experts of a block, the entries are the linears of each
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from awqdist.checkpoint.index import INDEX_FILE, SINGLE_FILE, CheckpointIndex, P
 from awqdist.checkpoint.pickled import holds_pickles, read_pickled_index
 from awqdist.errors import CheckpointError
 from awqdist.layouts import fused_experts
+from awqdist.recipe import matches
 
 _FP8 = ("F8_E4M3", "F8_E5M2")
 _SCALES = ("_scale_inv", "_scale")  # behind the weight's name
@@ -151,3 +153,40 @@ def _joined(entry: TensorEntry, scale: TensorEntry, declared: tuple[int, int] | 
         )
     packing = Packing(entry.dtype, scale, block)
     return TensorEntry(entry.name, entry.file, dtype, entry.shape, entry.start, entry.stop, entry.strides, packing)
+
+
+@dataclass(frozen=True, slots=True)
+class Quantization:
+    """FP8, or experts in MXFP4, as config.json declares it. block: rows and columns that share a scale, where there are blocks; plain:
+    modules that are not quantized, by names or ends of names, or `re:` patterns."""
+
+    block: tuple[int, int] | None
+    plain: tuple[str, ...] = ()
+    is_mxfp4: bool = False
+
+    def covers(self, module: str) -> bool:
+        """Whether the linear `module`, by its on-disk name, is quantized."""
+        return not any(
+            matches(pattern, module) or module.endswith(f".{pattern}") or module.startswith(f"{pattern}.")
+            for pattern in self.plain
+        )
+
+
+def declared_quantization(file: Path) -> Quantization | None:
+    """What `file`, a config.json, says of quantized weights; None if they are plain. Raises CheckpointError for what cannot be read."""
+    try:
+        config = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} is no readable JSON ({error}); give a model's config.json") from None
+    quantization = _first(config, "quantization_config") or _first(config, "compression_config")
+    if not quantization:
+        return None
+    if _method(quantization) == "mxfp4" and fused_experts(config.get("model_type")):
+        return Quantization(None, is_mxfp4=True)
+    plain = quantization.get("modules_to_not_convert") or quantization.get("ignore") or ()
+    return Quantization(_declared_block(file.parent, quantization), tuple(map(str, plain)))
+
+
+def holds_weights(folder: Path) -> bool:
+    """Whether there are any weights in `folder`, whole or not."""
+    return (folder / INDEX_FILE).is_file() or any(folder.glob("*.safetensors")) or holds_pickles(folder)

@@ -9,6 +9,7 @@ import sys
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import cast
 
 from rich.console import Console
 from rich.table import Table
@@ -16,19 +17,14 @@ from rich.table import Table
 from awqdist.api import quantize
 from awqdist.backends.room import choose_backend, launcher_value
 from awqdist.checkpoint.hub import model_folder
-from awqdist.cli.evaluate import Evaluation, evaluate
-from awqdist.cli.mappings import mapping_table, plan_json, print_left_out
+from awqdist.cli.evaluate import Evaluation, EvaluationError, Shard, evaluate
 from awqdist.cli.progress import Kind, renderer
 from awqdist.cli.report import write_report
-from awqdist.cli.simulation import SimulationOptions, forecast, print_forecast, print_workers, schedule_of
-from awqdist.cli.tables import show_bytes, show_layers, summary_table
+from awqdist.cli.tables import summary_table
 from awqdist.demo import calibration_text, demo_folder, evaluation_text
 from awqdist.recipe import load_recipe
 from awqdist.recipe.settings import Placement, RunSettings
 from awqdist.run.device import choose_device
-from awqdist.run.estimate import Estimate, deal, estimate
-from awqdist.run.job import prepare
-from awqdist.run.plan import Plan
 from awqdist.run.records import RunSummary
 from awqdist.run.verify import verify
 
@@ -71,45 +67,6 @@ def _write_report(summary: RunSummary, output: Path) -> None:
         print(f"awqdist: warning: report.html was not written: {error.strerror or error}", file=sys.stderr)
 
 
-def show_plan(settings: RunSettings, recipe: str, options: SimulationOptions, *, as_json: bool) -> None:
-    """Shows the plan and the estimate of a run, or what a simulation of it tells."""
-    options.check()
-    job = prepare(load_recipe(recipe), replace(settings, model=model_folder(str(settings.model))))
-    expected = estimate(job)
-    schedule = schedule_of(settings, len(job.plan.tasks), options.num_workers)
-    workers = deal(expected, schedule)
-    seen = forecast(schedule, options, settings) if options.simulate else None
-    if as_json:
-        simulation = {"simulation": seen.to_json()} if seen else {}
-        dealt = {"estimate": expected.to_json(), "workers": [asdict(worker) for worker in workers]}
-        print(json.dumps({**plan_json(job.plan), **dealt, **simulation}, indent=2))
-        return
-    _console.print(f"[bold]{job.plan.architecture}[/bold], {len(job.plan.layers)} layers, on {job.device}")
-    if seen:
-        print_forecast(_console, seen, settings)
-        return
-    _console.print(_estimate_table(job.plan, expected))
-    if options.num_workers > 1:
-        print_workers(_console, workers)
-    _console.print(
-        f"read {show_bytes(expected.read_bytes)}, write {show_bytes(expected.written_bytes)};"
-        f" peak host memory {show_bytes(expected.peak_host_bytes)}"
-        f" ({_activations(expected, settings.offload)}),"
-        f" peak device memory {show_bytes(expected.peak_device_bytes) if expected.peak_device_bytes else 'none'}"
-    )
-    _console.print(mapping_table(job.plan))
-    print_left_out(_console, job)
-
-
-def _activations(expected: Estimate, level: str) -> str:
-    """Where they lie."""
-    chunks, whole = expected.chunks, show_bytes(expected.activation_bytes)
-    if not chunks.offloaded_bytes:
-        return f"activations {whole}"
-    below, moved = show_bytes(chunks.offloaded_bytes), show_bytes(chunks.moved_bytes)
-    return f"activations {whole}: {show_bytes(chunks.memory_bytes)} of them; on {level} up to {below}, {moved} written and read in all"
-
-
 def show_verification(output: Path, source: str | None, *, as_json: bool) -> None:
     """Shows what is wrong with an output; exit status 1 if anything is."""
     result = verify(output, model_folder(source) if source else None)
@@ -132,11 +89,24 @@ def show_verification(output: Path, source: str | None, *, as_json: bool) -> Non
 
 
 def show_evaluation(
-    model: str, text: Path, *, against: str | None, limits: tuple[int, int], device: str, as_json: bool
+    model: str, text: Path, *, against: str | None, limits: tuple[int, int], place: tuple[str, str], as_json: bool
 ) -> None:
-    """limits: (max_tokens, window)."""
-    device = str(choose_device(device))
-    result = evaluate(model, text, against=against, max_tokens=limits[0], window=limits[1], device=device)
+    """limits: (max_tokens, window); place: (device, shard). Of several ranks only the first shows anything."""
+    device, shard = place[0], cast(Shard, place[1])
+    if shard != "none" and device != "auto":
+        raise EvaluationError(f"--shard {shard} takes all devices that there are; leave out --device {device}")
+    max_tokens, window = limits
+    result = evaluate(
+        model,
+        text,
+        against=against,
+        max_tokens=max_tokens,
+        window=window,
+        device=str(choose_device(device)),
+        shard=shard,
+    )
+    if shard == "zero3" and launcher_value("RANK") != "0":
+        return
     if as_json:
         print(json.dumps(asdict(result), indent=2))
     else:
@@ -159,15 +129,3 @@ def _print_evaluation(result: Evaluation) -> None:
     )
     if result.kl is not None and math.isfinite(result.kl):
         _console.print(f"KL(float || quantized) {result.kl:.6f} per token")
-
-
-def _estimate_table(plan: Plan, expected: Estimate) -> Table:
-    """Layers of equal figures share a row."""
-    table = Table("layers", "read", "held at the peak", "written", "linears quantized", title="One worker")
-    rows: dict[tuple[int, int, int, int], list[int]] = {}
-    for task, layer in zip(plan.tasks, expected.layers, strict=True):
-        key = (layer.read_bytes, layer.device_bytes, layer.written_bytes, len(task.schemes))
-        rows.setdefault(key, []).append(layer.layer)
-    for (read, held, written, count), layers in rows.items():
-        table.add_row(show_layers(layers), show_bytes(read), show_bytes(held), show_bytes(written), str(count))
-    return table

@@ -26,34 +26,19 @@ def has_packed_experts(folder: Path, config: Any) -> bool:
     return any(".experts." in name and name.endswith(f".{kind}") for name in read_index(folder).entries)
 
 
-def load_dequantized(folder: Path, config: Any) -> tuple[Any, dict[str, Any]]:
-    """The float32 model of `folder`, and transformers' account of the loading.
+def load_dequantized(folder: Path, config: Any, **options: Any) -> tuple[Any, dict[str, Any]]:
+    """The float32 model of `folder`, and transformers' account of the loading, which is given `options`.
 
     Raises CheckpointError where linears are quantized in more than one way, or a tensor of an expert is missing.
     """
     import torch
     import transformers
 
-    from awqdist.checkpoint.index import read_index
-    from awqdist.checkpoint.reader import read_tensor
-    from awqdist.export.compressed_tensors import CompressedTensorsFormat
+    from awqdist.cli.float_weights import FloatWeights
     from awqdist.layouts import fused_experts, join_experts
-    from awqdist.recipe import WeightScheme
 
-    schemes = {
-        WeightScheme(w["num_bits"], w["symmetric"], w.get("group_size") or -1)
-        for w in (group["weights"] for group in config.quantization_config["config_groups"].values())
-    }
-    if len(schemes) != 1:
-        raise CheckpointError(
-            f"model {folder}: packed experts, and linears of {len(schemes)} kinds, cannot be evaluated"
-        )
-    (scheme,) = schemes
-    state = {name: read_tensor(entry) for name, entry in read_index(folder).entries.items()}
-    for module in [name.removesuffix(".weight_packed") for name in state if name.endswith(".weight_packed")]:
-        kinds = [kind for kind in ("packed", "scale", "zero_point", "shape") if f"{module}.weight_{kind}" in state]
-        parts = {f"weight_{kind}": state.pop(f"{module}.weight_{kind}") for kind in kinds}
-        state[f"{module}.weight"] = CompressedTensorsFormat().unpack(parts, scheme).dequantize()
+    weights = FloatWeights(folder, config.quantization_config)
+    state = {name: weights.read(name) for name in weights.names}
     try:
         state = join_experts(state, fused_experts(config.model_type))
     except KeyError as error:
@@ -62,6 +47,6 @@ def load_dequantized(folder: Path, config: Any) -> tuple[Any, dict[str, Any]]:
     del plain.quantization_config
     kind = getattr(transformers, config.architectures[0])  # the Auto classes load folders only
     found: tuple[Any, dict[str, Any]] = kind.from_pretrained(
-        None, config=plain, state_dict=state, dtype=torch.float32, output_loading_info=True
+        None, config=plain, state_dict=state, dtype=torch.float32, output_loading_info=True, **options
     )
     return found

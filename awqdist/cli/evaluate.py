@@ -27,14 +27,16 @@ import time
 from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from awqdist.cli.dequantized import has_packed_experts, load_dequantized
+from awqdist.cli.sharded import Ranks, join_ranks, load_sharded
 from awqdist.errors import AwqdistError, CheckpointError, NumericalError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+Shard = Literal["none", "auto", "zero3"]
 WINDOWS_PER_BATCH = 8
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")  # `owner/name`, or a bare `name`
 
@@ -61,11 +63,13 @@ def evaluate(
     max_tokens: int = 16384,
     window: int = 256,
     device: str = "auto",
+    shard: Shard = "none",
 ) -> Evaluation:
     """Perplexity of `model` on the first `max_tokens` tokens of `text`; with `against`, KL(against ‖ model) too.
 
     `model` and `against` are folders or hub ids of anything that transformers loads, quantized or not. `device` is a
-    device of torch, or `auto`: the first CUDA device, else the CPU.
+    device of torch, or `auto`: the first CUDA device, else the CPU. `shard`: "auto" spreads a model over all GPUs of this
+    process, what does not fit over its memory and disk; "zero3" over the ranks of a launcher, which all get the result.
     """
     started = time.perf_counter()
     if not 2 <= window <= max_tokens:
@@ -75,10 +79,11 @@ def evaluate(
     tokenizers = [_load_tokenizer(name) for name in names]
     _refuse_different_vocabularies(names, tokenizers)
     windows = _windows(tokenizers[0], content, text, max_tokens=max_tokens, window=window)
+    ranks = join_ranks() if shard == "zero3" else Ranks()
     local = all(Path(name).is_dir() for name in names)
     with redirect_stderr(io.StringIO()) if local else nullcontext():  # a progress bar for each of five steps of loading
-        models = [_load_model(name, device) for name in names]
-        losses, divergence = _mean_scores(models, windows)
+        models = [load_sharded(n, ranks) if shard == "zero3" else _load_model(n, device, shard) for n in names]
+        losses, divergence = _mean_scores(models, windows, ranks)
     for name, loss in zip(names, losses, strict=True):
         if not math.isfinite(loss):
             raise NumericalError(f"model {name}: its loss on {text} is {loss}; look for damaged weights")
@@ -118,29 +123,32 @@ def _windows(tokenizer: Any, content: str, text: Path, *, max_tokens: int, windo
     return torch.tensor(ids[: num_windows * window]).view(num_windows, window)
 
 
-def _mean_scores(models: list[Any], windows: Tensor) -> tuple[list[float], float | None]:
+def _mean_scores(models: list[Any], windows: Tensor, ranks: Ranks) -> tuple[list[float], float | None]:
     """Mean loss per predicted token of each model and, with two models, the mean KL(second ‖ first).
 
-    windows: (num_windows, window) int64, CPU. Sums are float64, distributions float32 and of one window at a time.
+    windows: (num_windows, window) int64, CPU. Sums are float64, distributions float32 and of one window at a time. Ranks
+    take the batches in turn; one that has none left runs the last one again, for the others, and does not count it.
     """
     import torch
 
     losses = [0.0 for _ in models]
     divergence = 0.0
+    batches = windows.split(WINDOWS_PER_BATCH)
     with torch.no_grad():
-        for batch in windows.split(WINDOWS_PER_BATCH):
+        for index in range(ranks.number, -(-len(batches) // ranks.count) * ranks.count, ranks.count):
+            batch = batches[min(index, len(batches) - 1)]
             logits = [model(batch.to(model.device), use_cache=False).logits for model in models]  # each (B, window, V)
-            for row, ids in enumerate(batch):
+            for row, ids in enumerate(batch if index < len(batches) else ()):
                 log_probs = [logit[row, :-1].float().log_softmax(-1) for logit in logits]  # each (window − 1, V)
-                for index, log_prob in enumerate(log_probs):
+                for number, log_prob in enumerate(log_probs):
                     chosen = log_prob.gather(-1, ids[1:, None].to(log_prob.device))  # (window − 1, 1)
-                    losses[index] -= chosen.sum(dtype=torch.float64).item()
+                    losses[number] -= chosen.sum(dtype=torch.float64).item()
                 if len(models) == 2:
                     quantized, full = log_probs
-                    divergence += (full.exp() * (full - quantized)).sum(dtype=torch.float64).item()
+                    divergence += (full.exp() * (full - quantized.to(full.device))).sum(dtype=torch.float64).item()
     num_predicted = windows.shape[0] * (windows.shape[1] - 1)
-    means = [loss / num_predicted for loss in losses]
-    return means, divergence / num_predicted if len(models) == 2 else None
+    *means, divergence = (total / num_predicted for total in ranks.totals([*losses, divergence]))
+    return means, divergence if len(models) == 2 else None
 
 
 def _perplexity(mean_loss: float) -> float:
@@ -172,8 +180,8 @@ def _load_tokenizer(name: str) -> Any:
         raise CheckpointError(f"model {name}: no tokenizer could be loaded: {_first_line(error)}") from None
 
 
-def _load_model(name: str, device: str) -> Any:
-    """The model in float32 on the device, ready to run. Refuses a checkpoint that leaves weights unset."""
+def _load_model(name: str, device: str, shard: Shard) -> Any:
+    """The model in float32 on the device or devices, ready to run. Refuses a checkpoint that leaves weights unset."""
     import torch
     from safetensors import SafetensorError
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
@@ -182,18 +190,21 @@ def _load_model(name: str, device: str) -> Any:
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    spread: dict[str, Any] = {"device_map": "auto"} if shard == "auto" else {}
     try:
         config = load_config(name)
         text_only = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING  # Mistral3 is not: it sees, but reads text all the same
         loader: Any = AutoModelForCausalLM if text_only else AutoModelForImageTextToText
         if has_packed_experts(Path(name), config):
-            model, loaded = load_dequantized(Path(name), config)
+            model, loaded = load_dequantized(Path(name), config, **spread)
         else:
-            model, loaded = loader.from_pretrained(name, config=config, dtype=torch.float32, output_loading_info=True)
+            model, loaded = loader.from_pretrained(
+                name, config=config, dtype=torch.float32, output_loading_info=True, **spread
+            )
         missing = sorted(loaded["missing_keys"])
         if missing:  # transformers would go on with random numbers in their place
             raise CheckpointError(f"model {name}: the checkpoint lacks {len(missing)} tensors, first {missing[0]}")
-        return model.to(device).eval()
+        return model.eval() if spread else model.to(device).eval()
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"model {name}: could not be loaded: {_first_line(error)}") from None
 

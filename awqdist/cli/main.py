@@ -14,9 +14,7 @@ import typer
 
 from awqdist.cli import options
 from awqdist.cli.failures import clear_errors, interrupt
-from awqdist.cli.options import Backend, Offload, OutputFormat, Progress
-
-DEFAULT_CALIBRATION = "mit-han-lab/pile-val-backup::validation"
+from awqdist.cli.options import Backend, Offload, OutputFormat, Progress, Shard
 
 app = typer.Typer(
     name="awqdist",
@@ -35,7 +33,7 @@ def quantize(
     recipe: options.RecipeOption = "default",
     calibration: Annotated[
         str, typer.Option(help="Text file, .jsonl with a text field, or hub dataset NAME[:CONFIG[:SPLIT]].")
-    ] = DEFAULT_CALIBRATION,
+    ] = options.DEFAULT_CALIBRATION,
     num_samples: options.NumSamples = 128,
     seq_len: options.SeqLen = 512,
     device: options.Device = "auto",
@@ -56,6 +54,7 @@ def quantize(
     offload: options.OffloadLevel = Offload.cpu,
     offload_dir: options.OffloadDir = None,
     cpu_memory: options.CpuMemory = None,
+    gpu_memory: options.GpuMemory = None,
 ) -> None:
     """Quantizes MODEL into OUTPUT. Killed or interrupted, the same command goes on where it stopped."""
     from awqdist.cli.commands import quantize_and_report
@@ -78,6 +77,7 @@ def quantize(
         offload=offload.value,
         offload_dir=offload_dir,
         cpu_memory=cpu_memory,
+        gpu_memory=gpu_memory,
     )
     placement = Placement(backend.value, num_workers, ray_address, max_restarts)
     quantize_and_report(settings, recipe, calibration, placement, progress=progress.value, report=report)
@@ -95,9 +95,9 @@ def watch(
     (show_now if once else follow)(output, progress.value)
 
 
-@app.command(epilog="Example: awqdist plan meta-llama/Llama-3.1-8B --num-samples 256")
+@app.command(epilog="Example: awqdist plan meta-llama/Llama-3.1-8B --profile machine.json")
 def plan(
-    model: options.Model,
+    model: options.Described,
     recipe: options.RecipeOption = "default",
     num_samples: options.NumSamples = 128,
     seq_len: options.SeqLen = 512,
@@ -109,6 +109,9 @@ def plan(
     layers_per_block: options.LayersPerBlock = 1,
     offload: options.OffloadLevel = Offload.cpu,
     cpu_memory: options.CpuMemory = None,
+    gpu_memory: options.GpuMemory = None,
+    profile: options.ProfileFile = None,
+    workers_per_machine: options.WorkersPerMachine = 1,
     simulate: options.Simulate = False,
     times_from: options.TimesFrom = None,
     chunk_seconds: options.ChunkSeconds = None,
@@ -119,7 +122,7 @@ def plan(
     as_json: options.Json = False,
 ) -> None:
     """Shows what a run would read, hold and write, what it would leave out, and how long it would take. Reads no tensors."""
-    from awqdist.cli.commands import show_plan
+    from awqdist.cli.planning import load_machines, show_plan
     from awqdist.cli.simulation import SimulationOptions
     from awqdist.recipe.settings import RunSettings
 
@@ -135,14 +138,16 @@ def plan(
         layers_per_block=layers_per_block,
         offload=offload.value,
         cpu_memory=cpu_memory,
+        gpu_memory=gpu_memory,
     )
     seconds = (chunk_seconds, search_seconds, read_seconds, write_seconds, transfer_seconds)
-    show_plan(settings, recipe, SimulationOptions(workers, simulate, times_from, *seconds), as_json=as_json)
+    machines = load_machines(profile, workers_per_machine)
+    show_plan(settings, recipe, SimulationOptions(workers, simulate, times_from, *seconds), machines, as_json=as_json)
 
 
 @app.command(epilog="Example: awqdist mappings ./my-model --recipe awq")
 def mappings(
-    model: options.Model,
+    model: options.Described,
     recipe: options.RecipeOption = "default",
     as_json: options.Json = False,
     as_recipe: Annotated[bool, typer.Option("--as-recipe", help="Print a recipe that holds these mappings.")] = False,
@@ -173,12 +178,14 @@ def evaluate(
     max_tokens: Annotated[int, typer.Option(min=2, help="How much of the text is read.")] = 16384,
     window: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 256,
     device: options.Device = "auto",
+    shard: options.ShardOption = Shard.none,
     as_json: options.Json = False,
 ) -> None:
     """Measures perplexity, and the divergence from the float model, through transformers."""
     from awqdist.cli.commands import show_evaluation
 
-    show_evaluation(model, text, against=against, limits=(max_tokens, window), device=device, as_json=as_json)
+    limits, place = (max_tokens, window), (device, shard.value)
+    show_evaluation(model, text, against=against, limits=limits, place=place, as_json=as_json)
 
 
 @app.command(epilog="Example: awqdist doctor ./llama-w4 --profile machine.json")

@@ -10,19 +10,20 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from awqdist.checkpoint.hub import model_folder
+from awqdist.checkpoint.hub import described
 from awqdist.cli.tables import pattern_of, show_layers
 from awqdist.recipe import Recipe, load_recipe
 from awqdist.recipe.settings import RunSettings
-from awqdist.run.job import Job, prepare
+from awqdist.run.device import choose_device
+from awqdist.run.job import Job, foresee
 from awqdist.run.mapping_patterns import mapping_patterns
 from awqdist.run.plan import LayerTask, Plan
 
 
 def show_mappings(model: str, recipe: str, *, as_json: bool, as_recipe: bool) -> None:
     """Shows the resolved mappings of every layer; with `as_recipe` as a recipe that gives the same ones whatever the registry holds."""
-    built = load_recipe(recipe)
-    job = prepare(built, RunSettings(model_folder(model), Path(".")))
+    built, settings = load_recipe(recipe), RunSettings(described(model), Path("."))
+    job = foresee(built, settings, choose_device(settings.device))
     if as_recipe:
         print(_with_mappings(built, job.plan).to_yaml(), end="")
     elif as_json:

@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+DEFAULT_CALIBRATION = "mit-han-lab/pile-val-backup::validation"
+
 
 class Progress(StrEnum):
     auto = "auto"
@@ -30,12 +32,31 @@ class Offload(StrEnum):
     nvme = "nvme"
 
 
+class Shard(StrEnum):
+    none = "none"
+    auto = "auto"
+    zero3 = "zero3"
+
+
 class OutputFormat(StrEnum):
     compressed_tensors = "compressed-tensors"
     autoawq = "autoawq"
 
 
 Model = Annotated[str, typer.Argument(help="Folder of a transformers checkpoint, or a Hugging Face hub id.")]
+ShardOption = Annotated[
+    Shard,
+    typer.Option(
+        "--shard",
+        help="auto: over all GPUs of this process, then memory; zero3: over the ranks of torchrun or deepspeed.",
+    ),
+]
+Described = Annotated[
+    str,
+    typer.Argument(
+        help="Folder of a transformers checkpoint, a config.json alone, or a hub id, of which no weights are read."
+    ),
+]
 RecipeOption = Annotated[
     str, typer.Option(help="Preset name (default, awq) or YAML file, as llm-compressor writes it.")
 ]
@@ -58,6 +79,13 @@ NumWorkers = Annotated[int | None, typer.Option(min=1, help="Ray: workers; one p
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads of a worker. On a CPU, bytes depend on it.")]
 RayAddress = Annotated[str | None, typer.Option(help="Ray: address of the cluster; this machine's own if not given.")]
 Workers = Annotated[int, typer.Option(min=1, help="Workers that the layers are dealt to.")]
+ProfileFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--profile", help="Predict times for the machine of this file, as `awqdist doctor --profile` writes it."
+    ),
+]
+WorkersPerMachine = Annotated[int, typer.Option(min=1, help="With --profile: workers that share a machine's disk.")]
 Simulate = Annotated[bool, typer.Option("--simulate", help="Show how long a run takes, and where workers wait.")]
 TimesFrom = Annotated[
     Path | None,
@@ -104,5 +132,13 @@ CpuMemory = Annotated[
         parser=parse_bytes,
         metavar="BYTES",
         help="Host memory of a worker, such as 1.5GB; without it all or, offloaded, none of it is for activations.",
+    ),
+]
+GpuMemory = Annotated[
+    int | None,
+    typer.Option(
+        parser=parse_bytes,
+        metavar="BYTES",
+        help="Memory of the GPU for a worker, such as 40GB; what has no room in it lies in host memory. All has room if not given.",
     ),
 ]

@@ -11,10 +11,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from awqdist.cli.tables import show_bytes, show_layers, show_percent, show_seconds
+from awqdist.cli.tables import show_percent, show_seconds
 from awqdist.errors import AwqdistError, OutputError
 from awqdist.recipe.settings import RunSettings
-from awqdist.run.estimate import WorkerEstimate
 from awqdist.run.journal import JOURNAL_FILE, read_journal
 from awqdist.run.output import STATE_FOLDER
 from awqdist.run.schedule import Order, Schedule
@@ -57,8 +56,8 @@ class SimulationOptions:
         names = (field.name for field in fields(StepTimes))
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
-    def check(self) -> None:
-        """Raises SimulationError if times are given that nothing is done with, or lacking."""
+    def check(self, *, has_times: bool = False) -> None:
+        """Raises SimulationError if times are given that nothing is done with, or lacking. has_times: a profile gives those lacking."""
         given = self.given
         for name, seconds in given.items():
             if not isfinite(seconds):
@@ -67,10 +66,10 @@ class SimulationOptions:
             named = _option(next(iter(given))) if given else "--times-from"
             raise SimulationError(f"{named} says how long a simulated run takes; add --simulate")
         lacking = [_option(name) for name in ("chunk_s", "search_s") if name not in given]
-        if self.simulate and lacking and not self.times_from:
+        if self.simulate and lacking and not self.times_from and not has_times:
             raise SimulationError(
                 f"--simulate needs times: give {' and '.join(lacking)} (--read-seconds, --write-seconds and --transfer-seconds"
-                " are 0 otherwise), or --times-from OUTPUT with the folder of a run that has finished a layer"
+                " are 0 otherwise), or --times-from OUTPUT with the folder of a run that has finished a layer, or --profile FILE"
             )
 
 
@@ -114,9 +113,11 @@ def schedule_of(settings: RunSettings, num_layers: int, num_workers: int) -> Sch
     return Schedule(0, num_layers, num_workers, num_chunks, settings.layers_per_block)
 
 
-def forecast(schedule: Schedule, options: SimulationOptions, settings: RunSettings) -> Forecast:
+def forecast(
+    schedule: Schedule, options: SimulationOptions, settings: RunSettings, predicted: StepTimes | None = None
+) -> Forecast:
     """Simulates a run, and others of more or fewer workers and chunks. Raises OutputError if no times can be read."""
-    times = _step_times(schedule, options, settings.num_samples * settings.sequence_length)
+    times = _step_times(schedule, options, settings.num_samples * settings.sequence_length, predicted)
     num_layers = schedule.stop - schedule.first
     counts = {*_SHOWN_COUNTS, schedule.num_workers, *worker_counts(num_layers, max(_SHOWN_COUNTS))}
     chunks = {ceil(settings.num_samples / 2**power) for power in range(settings.num_samples.bit_length())}
@@ -127,18 +128,6 @@ def forecast(schedule: Schedule, options: SimulationOptions, settings: RunSettin
         orders={order: simulate(schedule, times, order).makespan_s for order in _ORDERS},
         over_workers=sweep(schedule, times, sorted(counts), [schedule.num_chunks]),
         over_chunks=sweep(schedule, times, [schedule.num_workers], sorted({*chunks, schedule.num_chunks})),
-    )
-
-
-def print_workers(console: Console, workers: Iterable[WorkerEstimate]) -> None:
-    """The table of what each worker does."""
-    table = Table("worker", "layers", "read", "held at the peak", "written", title="Workers", title_justify="left")
-    for worker in workers:
-        sizes = (show_bytes(size) for size in (worker.read_bytes, worker.held_bytes, worker.written_bytes))
-        table.add_row(str(worker.worker), show_layers(worker.layers) or "none", *sizes)
-    console.print(table)
-    console.print(
-        "Held besides: up to all activations while a worker searches, and what Python and its libraries take."
     )
 
 
@@ -209,10 +198,12 @@ def _order_sentence(orders: dict[Order, float]) -> str:
     return f"Order: search a layer {place} the next one is forwarded: {_fine(shorter)} instead of {_fine(longer)}."
 
 
-def _step_times(schedule: Schedule, options: SimulationOptions, num_tokens: int) -> StepTimes:
-    """Times that were given go before those that were measured."""
+def _step_times(
+    schedule: Schedule, options: SimulationOptions, num_tokens: int, predicted: StepTimes | None
+) -> StepTimes:
+    """Times that were given go before those that were measured, and these before those that were predicted."""
     if options.times_from is None:
-        return StepTimes(**options.given)
+        return StepTimes(**{**(asdict(predicted) if predicted else {}), **options.given})
     records = read_journal(options.times_from).layers.values()
     if not any(site.num_tokens for record in records for site in record.sites):
         file = options.times_from / STATE_FOLDER / JOURNAL_FILE

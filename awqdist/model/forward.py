@@ -2,16 +2,11 @@
 
 `record_calls` runs the model's own forward with every decoder layer replaced by a recorder: out come the first layer's input and, for every
 layer, the further arguments that the model gives it (rotary embeddings, the mask of its kind). `forward_layer` then runs one layer.
-
-Experts run by transformers' own eager code, which multiplies rows by slices of a fused parameter, once for each expert that a token was
-routed to, or (Llama-4) by the whole of it, with a row of zeros wherever a token was not. Whoever watches such a parameter is told of
-these products: no model code is copied.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from inspect import signature
@@ -20,18 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from awqdist.errors import CalibrationError
-from awqdist.model.experts import FusedParameter
+from awqdist.model.expert_products import ExpertWatch, WatchedExperts
 from awqdist.model.kernels import reference_kernels
 from awqdist.model.skeleton import Skeleton
 
 Parameters = Mapping[str, Tensor]
 Watch = Callable[[Tensor], None]
-ExpertWatch = Callable[[int, Tensor], None]  # expert, its rows (n, I)
-_PRODUCTS = (torch.nn.functional.linear, torch.bmm, torch.matmul, Tensor.matmul, Tensor.__matmul__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +66,8 @@ class _AllLayersSeen(Exception):
 def record_calls(skeleton: Skeleton, outside: Parameters, input_ids: Tensor) -> tuple[Tensor, list[LayerCall]]:
     """First hidden states (B, L, H) of input_ids (B, L), and the call of every layer.
 
-    outside: parameters and buffers of the decoder that are in no layer, by their names in the decoder.
+    outside: parameters and buffers of the decoder that are in no layer, by their names in the decoder. Raises CalibrationError for
+    sequences that are too long for a layer to be run by itself (see `_beside_states`).
     """
     calls: list[LayerCall] = []
     first: list[Tensor] = []
@@ -104,7 +97,7 @@ def _beside_states(skeleton: Skeleton, input_ids: Tensor) -> tuple[Tensor, ...]:
 
     Raises CalibrationError for longer samples of a model with such layers.
     """
-    if "prev_topk_indices" not in inspect.signature(type(skeleton.layers[0]).forward).parameters:
+    if "prev_topk_indices" not in signature(type(skeleton.layers[0]).forward).parameters:
         return ()
     config, (num_sequences, length) = skeleton.model.config.get_text_config(decoder=True), input_ids.shape
     if length > config.index_topk and "shared" in config.indexer_types:
@@ -133,99 +126,12 @@ def forward_layer(
         stack.enter_context(reference_kernels(hidden.device))
         if expert_watches:
             watched = {name: (parameters[name], watch) for name, watch in expert_watches.items()}
-            stack.enter_context(_WatchedExperts(watched))
+            stack.enter_context(WatchedExperts(watched))
         for path, watch in (watches or {}).items():
             stack.callback(layer.get_submodule(path).register_forward_pre_hook(_tell(watch)).remove)
         output = functional_call(layer, dict(parameters), (hidden, *call.args), call.kwargs)
     states: Tensor = output[0] if isinstance(output, tuple) else output
     return states
-
-
-def run_all_experts(
-    layer: nn.Module, parameters: Parameters, experts: Sequence[FusedParameter], rows: Tensor, watch: ExpertWatch
-) -> None:
-    """Takes rows (m, H) through every expert of one experts module, and tells what their inner linears read.
-
-    The module's own forward does it, under a routing of every row to every expert.
-    """
-    module = layer.get_submodule(experts[0].module)
-    own = {name.rpartition(".")[2]: parameters[name] for fused in experts for name in fused.names}
-    inner = {fused.name: (parameters[fused.name], watch) for fused in experts if fused.is_inner}
-    num_experts = len(experts[0].parts)
-    routing = torch.arange(num_experts, device=rows.device).expand(rows.shape[0], -1)  # (m, E)
-    if takes_rows_by_expert(module):
-        arguments: tuple[Tensor, ...] = (rows.repeat(num_experts, 1),)  # (E·m, H)
-    else:
-        arguments = rows, routing, torch.ones_like(routing, dtype=rows.dtype)
-    with _WatchedExperts(inner), torch.no_grad():
-        functional_call(module, own, arguments)
-
-
-def takes_rows_by_expert(experts: nn.Module) -> bool:
-    """Whether a module of experts is given rows of every expert, one expert after another, instead of rows and their routing."""
-    return len(signature(experts.forward).parameters) == 1
-
-
-class _WatchedExperts(TorchFunctionMode):
-    """Tells of every product of rows and a slice of a fused parameter. watched: name -> the parameter (E, …), and who is told."""
-
-    def __init__(self, watched: Mapping[str, tuple[Tensor, ExpertWatch]]) -> None:
-        super().__init__()
-        self._watched = {
-            parameter.untyped_storage().data_ptr(): (parameter, watch) for parameter, watch in watched.values()
-        }
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _PRODUCTS:
-            weight = args[1] if len(args) > 1 else (kwargs or {}).get("weight")
-            if isinstance(weight, Tensor) and (told := self._watched.get(weight.untyped_storage().data_ptr())):
-                self._tell(told[1], told[0], args[0], weight)
-        return func(*args, **(kwargs or {}))
-
-    @staticmethod
-    def _tell(watch: ExpertWatch, parameter: Tensor, rows: Tensor, weight: Tensor) -> None:
-        if weight.ndim == parameter.ndim:
-            for expert, own in enumerate(rows):  # rows: (E, n, I), of zeros where a token is not routed to the expert
-                watch(expert, own[own.any(-1)])
-        else:
-            watch((weight.storage_offset() - parameter.storage_offset()) // parameter.stride(0), rows)
-
-
-@contextmanager
-def made_experts(
-    experts: Sequence[FusedParameter], make: Callable[[FusedParameter, int], Tensor], device: torch.device
-) -> Iterator[dict[str, Tensor]]:
-    """Stand-ins for fused parameters, which take no memory: within it, a linear over an expert's slice uses what `make` returns.
-
-    They are NaN, and so is the output of whatever else computes with them.
-    """
-    stand_ins: dict[str, Tensor] = {}
-    made: dict[int, FusedParameter] = {}
-    for fused in experts:
-        num_experts, (num_rows, width) = len(fused.parts), fused.part_shape
-        numbers = torch.full((num_experts,), torch.nan, device=device)
-        stand_ins[fused.name] = numbers.as_strided((num_experts, num_rows * len(fused.parts[0]), width), (1, 0, 0))
-        made[numbers.untyped_storage().data_ptr()] = fused
-    with _MadeExperts(made, make):
-        yield stand_ins
-
-
-class _MadeExperts(TorchFunctionMode):
-    """Gives every linear over a slice of a stand-in the weight (R, I) that is made for that expert. made: by the stand-in's storage."""
-
-    def __init__(self, made: Mapping[int, FusedParameter], make: Callable[[FusedParameter, int], Tensor]) -> None:
-        super().__init__()
-        self._made, self._make = made, make
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.nn.functional.linear:
-            inputs, weight, *rest = args if len(args) > 1 else (args[0], kwargs.pop("weight"))
-            fused = self._made.get(weight.untyped_storage().data_ptr())
-            if fused is not None and weight.ndim == 2:
-                weight = self._make(fused, weight.storage_offset())
-            args = (inputs, weight, *rest)
-        return func(*args, **kwargs)
 
 
 def with_buffers(module: nn.Module, parameters: Parameters, device: torch.device) -> dict[str, Tensor]:
@@ -239,6 +145,14 @@ def _tell(watch: Watch) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         watch(args[0])
 
     return hook
+
+
+def without_embeddings(skeleton: Skeleton, outside: Parameters) -> dict[str, Tensor]:
+    """What `head_inputs` is run with: `outside` with zeros for the token embeddings, which take no memory; nobody looks at what they
+    embed."""
+    embeddings = skeleton.decoder.get_input_embeddings().weight  # type: ignore[operator]
+    names = {name for name, parameter in skeleton.decoder.named_parameters() if parameter is embeddings}
+    return {n: tensor.new_zeros(()).expand(tensor.shape) if n in names else tensor for n, tensor in outside.items()}
 
 
 def head_inputs(skeleton: Skeleton, outside: Parameters, input_ids: Tensor, hidden: Tensor) -> Tensor:

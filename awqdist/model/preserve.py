@@ -8,8 +8,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from awqdist.model.expert_products import made_experts
 from awqdist.model.experts import FusedParameter, fuse_experts
-from awqdist.model.forward import LayerCall, forward_layer, made_experts, with_buffers
+from awqdist.model.forward import LayerCall, forward_layer, with_buffers
 from awqdist.model.mapping import ResolvedMapping
 from awqdist.model.smoothed import SmoothedParameters
 
@@ -31,18 +32,22 @@ def change_of_output(
     """
     call = call.cast(hidden.device, torch.float32, hidden.shape[0])
     hidden = hidden.float()
+    first, second = (_output(layer, side, hidden, call, experts) for side in (before, after))
+    contribution = (first - hidden).norm()
+    return float((second - first).norm() / contribution.clamp(min=1e-20))
+
+
+def _output(
+    layer: nn.Module, side: Mapping[str, Tensor], hidden: Tensor, call: LayerCall, experts: Sequence[FusedParameter]
+) -> Tensor:
+    """(B, L, H) float32. The float32 parameters live no longer than this."""
     made = [fused for fused in experts if fused.is_sliced]
-    whole = [fused for fused in experts if not fused.is_sliced]
     of_experts = {name for fused in made for name in fused.shapes()}
-    outputs = []
-    for side in (before, after):
-        parameters = {name: side[name] for name in side if name not in of_experts}
-        working = {name: p.float() if p.is_floating_point() else p for name, p in parameters.items()}
-        with made_experts(made, partial(_weight_of_expert, side), hidden.device) as stand_ins:
-            complete = with_buffers(layer, {**fuse_experts(whole, working), **stand_ins}, hidden.device)
-            outputs.append(forward_layer(layer, complete, hidden, call))
-    contribution = (outputs[0] - hidden).norm()
-    return float((outputs[1] - outputs[0]).norm() / contribution.clamp(min=1e-20))
+    parameters = ((name, side[name]) for name in side if name not in of_experts)
+    working = {name: p.float() if p.is_floating_point() else p for name, p in parameters}
+    working = fuse_experts([fused for fused in experts if fused not in made], working)
+    with made_experts(made, partial(_weight_of_expert, side), hidden.device) as stand_ins:
+        return forward_layer(layer, with_buffers(layer, {**working, **stand_ins}, hidden.device), hidden, call)
 
 
 def preserves_function(

@@ -90,17 +90,18 @@ class Skeleton:
         return self.on_disk.get(f"{name}.weight", f"{name}.weight").removesuffix(".weight")
 
 
-def read_config(folder: Path) -> PretrainedConfig:
+def read_config(place: Path) -> PretrainedConfig:
     """The model's configuration, without what it says of the source's quantization, which the reader undoes.
 
-    Raises CheckpointError if there is none or transformers does not know it.
+    place: a model's folder, or a config.json. Raises CheckpointError if there is none or transformers does not know it.
     """
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder} has no config.json; give the folder of a model")
+    file = place / "config.json" if place.is_dir() else place
+    if not file.is_file():
+        raise CheckpointError(f"{place} has no config.json; give the folder of a model")
     try:
-        config = load_config(folder, local_files_only=True)
+        config = load_config(file, local_files_only=True)
     except Exception as error:  # transformers raises many kinds for a broken or unknown configuration
-        raise CheckpointError(f"{folder / 'config.json'}: transformers cannot read it: {first_line(error)}") from None
+        raise CheckpointError(f"{file}: transformers cannot read it: {first_line(error)}") from None
     for fields in (config, config.get_text_config(decoder=True)):
         if hasattr(fields, "quantization_config"):
             del fields.quantization_config
@@ -112,7 +113,7 @@ def build_skeleton(config: PretrainedConfig, disk_names: Iterable[str]) -> Skele
 
     Raises ModelError if the decoder layers cannot be found, and CheckpointError if the checkpoint lacks a parameter.
     """
-    model = _empty_model(config)
+    model = build_model(config)
     num_layers = config.get_text_config(decoder=True).num_hidden_layers
     found = [m for m in model.get_decoder().modules() if isinstance(m, nn.ModuleList) and len(m) == num_layers]
     if not found:
@@ -133,13 +134,14 @@ def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _empty_model(config: PretrainedConfig) -> PreTrainedModel:
+def build_model(config: PretrainedConfig) -> PreTrainedModel:
+    """transformers' model of `config` on the meta device, its buffers computed. Raises ModelError."""
     names = getattr(config, "architectures", None) or []
     kind: Any = next((getattr(transformers, n) for n in names if hasattr(transformers, n)), AutoModelForCausalLM)
     dtype = getattr(config, "dtype", None) or config.get_text_config(decoder=True).dtype or torch.float32
     build = getattr(kind, "_from_config", None) or kind.from_config
     try:
-        with init_empty_weights(include_buffers=False), _ExpertsOnMeta(), warnings.catch_warnings():
+        with init_empty_weights(include_buffers=False), _ParametersOnMeta(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return build(config, dtype=dtype).eval()  # type: ignore[no-any-return]
     except (ValueError, KeyError, AttributeError, ImportError) as error:
@@ -148,13 +150,14 @@ def _empty_model(config: PretrainedConfig) -> PreTrainedModel:
         ) from None
 
 
-class _ExpertsOnMeta(TorchFunctionMode):
-    """Makes 3-D tensors on meta from the start: accelerate moves a parameter there once it is made, and 128 experts are 43 GB of zeros."""
+class _ParametersOnMeta(TorchFunctionMode):
+    """Makes matrices and 3-D tensors on meta from the start: accelerate moves a parameter there once it is made, and 128 experts are 43 GB
+    of zeros."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (torch.zeros, torch.ones, torch.empty, torch.randn):
             size = args[0] if len(args) == 1 and isinstance(args[0], Sequence) else args
-            if len(size) == 3:
+            if len(size) == 3 or (func is torch.empty and len(size) == 2):
                 return func(*args, **{**(kwargs or {}), "device": "meta"})
         return func(*args, **(kwargs or {}))
 

@@ -209,13 +209,12 @@ def has_unit_offset(norm: nn.Module) -> bool:
     """Whether a norm multiplies by (1 + weight), as Gemma's and Qwen3-Next's do: with a weight of zero it still lets something through."""
     zeros = {name: torch.zeros(parameter.shape) for name, parameter in norm.named_parameters()}
     trial = torch.linspace(-1.0, 2.0, zeros["weight"].shape[0]).unsqueeze(0)
-    required = [
-        p for p in inspect.signature(norm.forward).parameters.values() if p.default is p.empty
-    ]  # gated norms read a gate too
+    parameters = inspect.signature(norm.forward).parameters.values()
+    inputs = [
+        trial for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD
+    ]  # some read a gate too
     with torch.no_grad():
-        output: Tensor = functional_call(
-            norm, zeros, (trial,) * sum(p.kind is p.POSITIONAL_OR_KEYWORD for p in required)
-        )
+        output: Tensor = functional_call(norm, zeros, tuple(inputs))
     return bool(output.abs().max() > 0)
 
 

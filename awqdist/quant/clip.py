@@ -23,7 +23,9 @@ def clipped_range(weight: Tensor, gram: Tensor, scheme: WeightScheme) -> tuple[T
     """
     size = scheme.group_size if scheme.group_size > 0 else weight.shape[1]
     starts = range(0, weight.shape[1], size)
-    blocks = torch.stack([gram[start : start + size, start : start + size] for start in starts])  # (G, g, g)
+    blocks = torch.stack([gram[start : start + size, start : start + size] for start in starts]).to(
+        weight.device
+    )  # (G, g, g)
     low, high = group_range(weight, scheme)
     best_shrink = torch.ones_like(low)
     rows = max(1, _MAX_ELEMENTS // weight.shape[1])

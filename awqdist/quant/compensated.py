@@ -44,7 +44,7 @@ class CompensatedStatistics:
         lower, _ = factorised(gram, order, self._rounding.dampening_frac)
         variances = gram.new_empty(gram.shape[0])
         variances[order.flip(0)] = lower.diagonal().square()
-        return variances
+        return variances.to(self.mean_abs.device)
 
     def row_errors(self, difference: Tensor) -> Tensor:
         """What is left of the output error of every row of difference (O, I) float32: (O,) float64."""

@@ -26,7 +26,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from awqdist.quant.stats import InputStatistics, exact_for, has_fast_bfloat16, quadratic_form_rows
+from awqdist.quant.lending import HOST, HostMemory
+from awqdist.quant.precision import exact_for, has_fast_bfloat16
+from awqdist.quant.stats import InputStatistics, quadratic_form_rows
 
 PRIOR_TOKENS = 32.0
 _ROUGH_ROWS = 1024  # of an expert that are multiplied for a rough error, or as many as there are inputs
@@ -78,10 +80,18 @@ class SharedStatistics:
 
 
 class ExpertStatistics:
-    """See the module. num_inputs: I; prior: complete by the time that anything is asked for."""
+    """See the module. num_inputs: I; prior: complete by the time that anything is asked for; host: if rows are to lie in host memory."""
 
-    def __init__(self, num_inputs: int, most_rows: int, prior: InputStatistics, device: torch.device) -> None:
+    def __init__(
+        self,
+        num_inputs: int,
+        most_rows: int,
+        prior: InputStatistics,
+        device: torch.device,
+        host: HostMemory | None = None,
+    ) -> None:
         self.num_inputs = num_inputs
+        self._host = host
         self.num_tokens = 0
         self._prior = prior
         self._most_rows = most_rows
@@ -97,8 +107,13 @@ class ExpertStatistics:
         self._sum_abs += rows.float().abs().sum(0)
         kept = rows[: self._most_rows - self._num_kept]
         if kept.shape[0]:
-            self._rows.append(kept.clone())
+            self._rows.append(kept.clone() if self._host is None else kept.to(HOST, copy=True))
             self._num_kept += kept.shape[0]
+
+    def _kept(self) -> Tensor:
+        """(n, I), in the dtype that they came in."""
+        rows = torch.cat(self._rows)
+        return rows if self._host is None else self._host.lend(rows)
 
     @property
     def mean_abs(self) -> Tensor:
@@ -109,9 +124,9 @@ class ExpertStatistics:
         """Ĝ, (I, I) float32, a new tensor unless it is held."""
         if self._gram is not None:
             return self._gram
-        gram = self._prior.gram() * (PRIOR_TOKENS / max(self._prior.num_tokens, 1))
+        gram = self._prior.gram_at_hand() * (PRIOR_TOKENS / max(self._prior.num_tokens, 1))
         if self._rows:
-            rows = torch.cat(self._rows)  # (n, I)
+            rows = self._kept()
             wide = rows.float()
             with exact_for(rows.dtype):
                 gram.addmm_(wide.T, wide, alpha=self.num_tokens / self._num_kept)
@@ -142,7 +157,7 @@ class ExpertStatistics:
     def weighted_rows(self) -> tuple[Tensor, Tensor]:
         """Rows (m, I) and how many tokens each stands for, (m,) float32: a sample of its own, and one of the prior's."""
         prior = self._prior.sample()
-        own = torch.cat(self._rows) if self._rows else prior[:0]
+        own = self._kept() if self._rows else prior[:0]
         own = own[:: -(-own.shape[0] // max(_ROUGH_ROWS, self.num_inputs)) or 1]
         counts = self._sum_abs.new_full((own.shape[0] + prior.shape[0],), PRIOR_TOKENS / max(prior.shape[0], 1))
         counts[: own.shape[0]] = self.num_tokens / max(own.shape[0], 1)

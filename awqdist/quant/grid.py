@@ -35,13 +35,18 @@ class QuantizedWeight:
     zero_point: Tensor
     scheme: WeightScheme
 
+    def to(self, device: torch.device) -> QuantizedWeight:
+        """The same on another device, as far as it is not there."""
+        return QuantizedWeight(
+            self.codes.to(device), self.weight_scale.to(device), self.zero_point.to(device), self.scheme
+        )
+
     def dequantize(self) -> Tensor:
         """(O, I) float32: what a reader of the checkpoint computes, before it rounds to its own dtype."""
         num_groups = self.weight_scale.shape[1]
-        codes = self.codes.float().unflatten(1, (num_groups, -1))  # (O, G, g)
-        centred = codes - self.zero_point.float().unsqueeze(-1)
-        values: Tensor = (centred * self.weight_scale.float().unsqueeze(-1)).flatten(1)
-        return values
+        values: Tensor = self.codes.float().unflatten(1, (num_groups, -1))  # (O, G, g)
+        values.sub_(self.zero_point.float().unsqueeze(-1)).mul_(self.weight_scale.float().unsqueeze(-1))
+        return values.flatten(1)
 
 
 def scheme_args(scheme: WeightScheme) -> QuantizationArgs:

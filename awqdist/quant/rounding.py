@@ -19,6 +19,7 @@ from awqdist.recipe import Rounding, WeightScheme
 
 SUB_BLOCK = 32
 _INVERSE_BLOCK = 512
+_REVERSED_AT_ONCE = 1 << 20
 _MAX_DAMPENING = 1.0
 
 
@@ -37,7 +38,8 @@ def inverse_factor(gram: Tensor, order: Tensor, dampening_frac: float) -> tuple[
     # with J the reversal, J·H·J = L·Lᵀ gives U = J·L⁻¹·J: one factorisation and one triangular inverse
     lower, dampening = factorised(gram, order, dampening_frac)
     _invert_lower(lower)
-    return lower.flip(0, 1), dampening
+    _reverse(lower.mT)
+    return lower, dampening
 
 
 def factorised(gram: Tensor, order: Tensor, dampening_frac: float) -> tuple[Tensor, float]:
@@ -48,16 +50,10 @@ def factorised(gram: Tensor, order: Tensor, dampening_frac: float) -> tuple[Tens
     others get. If the factorisation fails the dampening is raised tenfold. Raises NumericalError above 1.
     """
     turned = order.flip(0)
-    hessian = gram[turned.unsqueeze(1), turned]
-    diagonal = hessian.diagonal()
-    dead = diagonal == 0
-    mean = float(diagonal.sum() / (~dead).sum().clamp(min=1)) or 1.0
-    diagonal[dead] = mean
-    added, dampening = 0.0, dampening_frac
+    dampening = dampening_frac
     while dampening <= max(_MAX_DAMPENING, dampening_frac):
-        diagonal += dampening * mean - added
-        added = dampening * mean
-        lower, failed = torch.linalg.cholesky_ex(hessian)
+        lower = _hessian(gram, turned, dampening).mT  # column by column, so that it is factorised in its place
+        failed = torch.linalg.cholesky_ex(lower, out=(lower, torch.empty((), dtype=torch.int32, device=gram.device)))[1]
         if not int(failed):
             return lower, dampening
         dampening = max(dampening * 10, 1e-4)
@@ -65,6 +61,17 @@ def factorised(gram: Tensor, order: Tensor, dampening_frac: float) -> tuple[Tens
         f"the Gram matrix of {gram.shape[0]} inputs is not positive definite even with dampening 1; "
         "check the calibration text and the weights of this layer, or use rounding: nearest"
     )
+
+
+def _hessian(gram: Tensor, order: Tensor, dampening: float) -> Tensor:
+    """(I, I): H + λI, a new tensor, with rows and columns in `order` (I,)."""
+    hessian = gram[order.unsqueeze(1), order]
+    diagonal = hessian.diagonal()
+    dead = diagonal == 0
+    mean = float(diagonal.sum() / (~dead).sum().clamp(min=1)) or 1.0
+    diagonal[dead] = mean
+    diagonal += dampening * mean
+    return hessian
 
 
 def _invert_lower(lower: Tensor) -> None:
@@ -81,15 +88,28 @@ def _invert_lower(lower: Tensor) -> None:
     lower[half:, :half] = (lower[half:, half:] @ (lower[half:, :half] @ lower[:half, :half])).neg_()
 
 
+def _reverse(matrix: Tensor) -> None:
+    """Turns a contiguous matrix round, first row and first column last, in its place."""
+    values = matrix.view(-1)
+    half, end = values.numel() // 2, values.numel()
+    for start in range(0, half, _REVERSED_AT_ONCE):
+        stop = min(start + _REVERSED_AT_ONCE, half)
+        front = values[start:stop].flip(0)
+        values[start:stop] = values[end - stop : end - start].flip(0)
+        values[end - stop : end - start] = front
+
+
 def round_gptq(
     weight: Tensor, gram: Tensor, weight_scale: Tensor, zero_point: Tensor, scheme: WeightScheme, rounding: Rounding
 ) -> QuantizedWeight:
     """Codes of `weight` under error compensation.
 
-    weight: (O, I) float32, smoothed; gram: (I, I) float32 of the smoothed input; weight_scale, zero_point: (O, G), the fixed grid.
+    weight: (O, I) float32, smoothed; gram: (I, I) float32 of the smoothed input; weight_scale, zero_point: (O, G), the fixed grid. The
+    matrix is factorised where it lies, and the factor comes to the weights block by block.
     """
     order = rounding_order(gram, rounding)
     factor, _ = inverse_factor(gram, order, rounding.dampening_frac)
+    order = order.to(weight.device)
     groups = order // (scheme.group_size if scheme.group_size > 0 else weight.shape[1])
     scales, zeros = weight_scale.float().T, zero_point.float().T  # (G, O)
     work = weight.T[order]  # (I, O): an input's weights lie together
@@ -98,13 +118,15 @@ def round_gptq(
     for start in range(0, work.shape[0], rounding.block_size):
         stop = min(start + rounding.block_size, work.shape[0])
         errors = torch.empty_like(work[start:stop])
+        block = factor[start:stop].to(work.device)  # (k, I)
         for sub_start in range(start, stop, SUB_BLOCK):
             part = slice(sub_start, min(sub_start + SUB_BLOCK, stop))
-            sub_errors = errors[sub_start - start : part.stop - start]
+            own = slice(sub_start - start, part.stop - start)
+            sub_errors = errors[own]
             grid = scales[groups[part]], zeros[groups[part]], limit
-            codes[order[part]] = _round_columns(work[part], factor[part, part], grid, sub_errors)
-            work[part.stop : stop].addmm_(factor[part, part.stop : stop].T, sub_errors, alpha=-1)
-        work[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+            codes[order[part]] = _round_columns(work[part], block[own, part], grid, sub_errors)
+            work[part.stop : stop].addmm_(block[own, part.stop : stop].T, sub_errors, alpha=-1)
+        work[stop:].addmm_(block[:, stop:].T, errors, alpha=-1)
     return QuantizedWeight(codes.T.contiguous(), weight_scale, zero_point, scheme)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from awqdist.quant.compensated import CompensatedStatistics, stacked_row_errors
 from awqdist.quant.experts import ExpertStatistics, StackedRows
+from awqdist.quant.lending import Lend
 from awqdist.quant.stats import Statistics
 from awqdist.recipe import WeightScheme
 
@@ -23,10 +24,16 @@ BATCH_BYTES = {"cpu": 1 << 23, "cuda": 1 << 28}  # of the float32 weights of a b
 
 @dataclass(frozen=True, slots=True)
 class BalanceWeight:
-    """A linear that reads the smoothed tensor. weight: (O, I) float; scheme: None where the recipe leaves it unquantized."""
+    """A linear that reads the smoothed tensor. weight: (O, I) float; scheme: None where the recipe leaves it unquantized; lend: if the
+    weight lies in host memory."""
 
     weight: Tensor
     scheme: WeightScheme | None
+    lend: Lend | None = None
+
+    def at_hand(self) -> Tensor:
+        """The weight on the device of the statistics."""
+        return self.weight if self.lend is None else self.lend(self.weight)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +75,7 @@ class Stack:
 
     def weight(self) -> Tensor:
         """(B, R, I) in the checkpoint's dtype, made anew."""
-        weights = [b.weight for group in self.groups for b in group.balance if b.scheme == self.scheme]
+        weights = [b.at_hand() for group in self.groups for b in group.balance if b.scheme == self.scheme]
         return torch.cat(weights).view(len(self.groups), -1, weights[0].shape[1])
 
     def row_errors(self, difference: Tensor) -> Tensor:
@@ -92,8 +99,8 @@ def batches(groups: Sequence[SearchGroup]) -> Iterator[list[SearchGroup]]:
     """Groups of experts that are alike together, up to a bound; every other group alone. Those without a quantized linear are left out."""
     batch: list[SearchGroup] = []
     for group in (group for group in groups if any(b.scheme is not None for b in group.balance)):
-        weight = group.balance[0].weight
-        room = BATCH_BYTES.get(weight.device.type, 0) // (4 * sum(b.weight.numel() for b in group.balance))
+        device = group.statistics.mean_abs.device.type  # the weights may lie elsewhere
+        room = BATCH_BYTES.get(device, 0) // (4 * sum(b.weight.numel() for b in group.balance))
         alone = not isinstance(group.statistics, ExpertStatistics | CompensatedStatistics)
         if batch and (alone or len(batch) >= room or group.kind != batch[0].kind):
             yield batch

@@ -8,19 +8,22 @@ so XᵀX (I, I) is all that is needed, whatever T is. Where there are fewer toke
 and cheaper, and are kept instead. Both are exact; sums are float32 and additive over chunks.
 
 To rank candidates a sketch of X does as well where X is wide (`sketch.py`).
+
+Gram matrices that do not fit the device lie in host memory. A tile of one, all rows below some columns' place on the diagonal, is lent to
+the device for each sum, and for each error.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from functools import cache
-from typing import Any, Protocol
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from awqdist.quant.lending import HOST, HostMemory, Lend
+from awqdist.quant.precision import exact_for, has_fast_bfloat16
 from awqdist.quant.sketch import SKETCH_ROWS, Sketch
 
 _SAMPLED_TOKENS = 64
@@ -47,16 +50,19 @@ class Statistics(Protocol):
 class InputStatistics:
     """Statistics of one input site.
 
-    num_inputs: I; num_tokens: how many tokens will be added in all, which decides the representation.
+    num_inputs: I; num_tokens: how many tokens will be added in all, which decides the representation; device: where the activations
+    are; host: if the matrix or the rows are to lie in host memory.
     """
 
-    def __init__(self, num_inputs: int, num_tokens: int, device: torch.device) -> None:
+    def __init__(self, num_inputs: int, num_tokens: int, device: torch.device, host: HostMemory | None = None) -> None:
         self.num_inputs = num_inputs
         self.num_tokens = 0
+        self._host, self._home = host, device if host is None else HOST
+        self._dtype = torch.float32  # of the activations
         self._sum_abs = torch.zeros(num_inputs, dtype=torch.float32, device=device)
         self._keeps_rows = num_tokens < num_inputs
         self._rows: list[Tensor] = []
-        self._gram = None if self._keeps_rows else torch.zeros(num_inputs, num_inputs, device=device)
+        self._gram = None if self._keeps_rows else torch.zeros(num_inputs, num_inputs, device=self._home)
         self._symmetric = True  # whether the blocks above the diagonal are filled in
         self._stride = max(1, num_tokens // _SAMPLED_TOKENS)
         self._sample: list[Tensor] = []
@@ -74,16 +80,13 @@ class InputStatistics:
             torch.float32, copy=self._gram is None
         )  # rows that are kept are ours: the layer may go on to overwrite them
         self._sum_abs += wide.abs().sum(0)
+        self._dtype = rows.dtype
         if self._gram is None:
-            self._rows.append(wide)
+            self._rows.append(wide.to(self._home))
             return
         if self._sketch is not None:
             self._sketch.add(wide, first_token)
-        self._symmetric = False
-        with exact_for(rows.dtype):
-            for start in range(0, self.num_inputs, _BLOCK):
-                block = slice(start, start + _BLOCK)
-                self._gram[start:, block].addmm_(wide[:, start:].T, wide[:, block])
+        self._add_product(self._gram, wide)
 
     @property
     def mean_abs(self) -> Tensor:
@@ -91,18 +94,48 @@ class InputStatistics:
         return self._sum_abs / max(self.num_tokens, 1)
 
     def gram(self) -> Tensor:
-        """XᵀX, (I, I) float32. Not to be written to."""
+        """XᵀX, (I, I) float32, on the device, or in host memory if it does not fit there whole. Not to be written to."""
+        whole = self._host is None or self._host.whole_matrices
+        return self.gram_at_hand() if whole else self._resting_gram()
+
+    def gram_at_hand(self) -> Tensor:
+        """XᵀX, (I, I) float32, on the device. Not to be written to."""
+        return self._lent(self._resting_gram())
+
+    def _resting_gram(self) -> Tensor:
         if self._gram is not None:
             self._mirror(self._gram)
             return self._gram
-        rows = self.rows()
-        return rows.T @ rows
+        gram = torch.zeros(self.num_inputs, self.num_inputs, device=self._home)
+        for rows in self._rows:
+            self._add_product(gram, self._lent(rows))
+        self._mirror(gram)
+        return gram
+
+    def _add_product(self, gram: Tensor, rows: Tensor) -> None:
+        """Adds rows.T @ rows of rows (T, I) float32 to the blocks of `gram` (I, I) on and below its diagonal."""
+        self._symmetric = False
+        with exact_for(self._dtype):
+            for start in range(0, self.num_inputs, _BLOCK):
+                tile = gram[start:, start : start + _BLOCK]
+                lent = self._lent(tile)
+                lent.addmm_(rows[:, start:].T, rows[:, start : start + _BLOCK])
+                if lent is not tile:
+                    tile.copy_(lent)
+                del lent  # before the next one comes
+
+    def _lent(self, tensor: Tensor) -> Tensor:
+        return tensor if self._host is None else self._host.lend(tensor)
 
     def take_smoothed_gram(self, scales: Tensor) -> Tensor:
-        """The Gram matrix of the input divided by scales (I,), (I, I) float32. It is taken out: errors cannot be asked for any more."""
+        """The Gram matrix of the input divided by scales (I,), (I, I) float32. It is taken out: errors cannot be asked for any more.
+
+        It lies on the device, or in host memory if it does not fit there.
+        """
         gram = self.gram()
         self._gram = self._sketch = self._rough = None
         self._rows = []
+        scales = scales.to(gram.device)
         return gram.div_(scales.unsqueeze(0)).div_(scales.unsqueeze(1))
 
     def rows(self) -> Tensor:
@@ -129,9 +162,9 @@ class InputStatistics:
         if self._gram is None:
             total = torch.zeros(difference.shape[0], dtype=torch.float64, device=difference.device)
             for rows in self._rows:
-                total += (rows @ difference.T).square_().sum(0, dtype=torch.float64)
+                total += (self._lent(rows) @ difference.T).square_().sum(0, dtype=torch.float64)
             return total
-        return quadratic_form_rows(difference, self._gram)
+        return quadratic_form_rows(difference, self._gram, self._lent)
 
     def rough_row_errors(self, difference: Tensor) -> Tensor:
         """`row_errors` of a sketch of the input, or else to about three digits: to rank, not to report. bfloat16 products where fast."""
@@ -145,7 +178,7 @@ class InputStatistics:
         if not is_fast:
             return self.row_errors(difference)
         if self._rough is None:
-            self._rough = self.gram().bfloat16()
+            self._rough = self.gram_at_hand().bfloat16()
         return rough_form_rows(difference, self._rough)
 
     @contextmanager
@@ -158,16 +191,9 @@ class InputStatistics:
         return bool(torch.isfinite(self._sum_abs).all())
 
 
-@cache
-def has_fast_bfloat16(device: torch.device) -> bool:
-    """Whether the hardware multiplies bfloat16 here; other CPUs emulate it, slower than float32."""
-    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-    return device.type == "cuda" or any(capabilities.get(unit) for unit in ("amx_bf16", "avx512_bf16"))
-
-
 def rough_form(difference: Tensor, gram: Tensor) -> Tensor:
-    """`quadratic_form_rows` to about three digits where bfloat16 is fast, else exact."""
-    if not has_fast_bfloat16(difference.device):
+    """`quadratic_form_rows` to about three digits where bfloat16 is fast and the matrix at hand, else exact."""
+    if not has_fast_bfloat16(difference.device) or gram.device != difference.device:
         return quadratic_form_rows(difference, gram)
     return rough_form_rows(difference, gram.bfloat16())
 
@@ -177,56 +203,20 @@ def rough_form_rows(difference: Tensor, rough_gram: Tensor) -> Tensor:
     return (difference.bfloat16() @ rough_gram).float().mul_(difference).sum(1).double()
 
 
-def quadratic_form_rows(difference: Tensor, gram: Tensor) -> Tensor:
-    """d·G·dᵀ of every row d of D (O, I): (O,) float64. G's symmetry saves nearly half of the product."""
+def quadratic_form_rows(difference: Tensor, gram: Tensor, lend: Lend | None = None) -> Tensor:
+    """d·G·dᵀ of every row d of D (O, I): (O,) float64, on D's device. G's symmetry saves nearly half of the product.
+
+    G may lie elsewhere: `lend` brings its tiles to D, by a plain copy if it is None.
+    """
     total = torch.zeros(difference.shape[0], dtype=torch.float64, device=difference.device)
     for start in range(0, gram.shape[0], _BLOCK):
         stop = min(start + _BLOCK, gram.shape[0])
+        tile = gram[start:stop, :stop]  # (block, stop)
+        tile = tile.to(difference.device) if lend is None else lend(tile)
         columns = difference[:, start:stop]
         if start:  # a block below the diagonal stands for itself and for its mirror image
-            projected = difference[:, :start] @ gram[start:stop, :start].T  # (O, block)
+            projected = difference[:, :start] @ tile[:, :start].T  # (O, block)
             total += 2 * projected.mul_(columns).sum(1)
-        projected = columns @ gram[start:stop, start:stop]
+        projected = columns @ tile[:, start:]
         total += projected.mul_(columns).sum(1)
     return total
-
-
-@contextmanager
-def exact_for(dtype: torch.dtype) -> Iterator[None]:
-    """Lets float32 products run on reduced-precision units where that loses nothing.
-
-    bfloat16 values have 8 significant bits: a bfloat16 (CPU) or TF32 (CUDA) multiplier takes them unrounded and the sums are
-    float32 all the same. float16 fits TF32 only. Other dtypes are multiplied in full float32. torch has one such setting for the whole
-    process: threads that overlap in here share it, and the last to leave puts back what the first one found.
-    """
-    with ExitStack() as stack:
-        if dtype == torch.bfloat16:
-            stack.enter_context(_CPU_BF16)
-        if dtype in (torch.bfloat16, torch.float16):
-            stack.enter_context(_CUDA_TF32)
-        yield
-
-
-class _Lowered:
-    """A process-wide precision, lowered while anyone is in this context."""
-
-    def __init__(self, backend: Any, precision: str) -> None:
-        self._backend, self._precision = backend, precision
-        self._lock, self._num_inside, self._before = threading.Lock(), 0, ""
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if not self._num_inside:
-                self._before = self._backend.fp32_precision
-                self._backend.fp32_precision = self._precision
-            self._num_inside += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._num_inside -= 1
-            if not self._num_inside:
-                self._backend.fp32_precision = self._before
-
-
-_CPU_BF16 = _Lowered(torch.backends.mkldnn.matmul, "bf16")  # type: ignore[attr-defined]
-_CUDA_TF32 = _Lowered(torch.backends.cuda.matmul, "tf32")

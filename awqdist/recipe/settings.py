@@ -29,6 +29,9 @@ class RunSettings:
     overwrite: bool = False
     offload: str = "cpu"  # where chunks lie that do not fit cpu_memory: "cpu", "disk" or "nvme"
     offload_dir: Path | None = None  # None: a folder in the output's state folder
+    gpu_memory: int | None = (
+        None  # bytes of the device for a worker: what has no room there lies in host memory; None: all has room
+    )
     cpu_memory: int | None = None  # bytes of host memory for a worker; None: all chunks in memory, or, offloaded, none
 
 

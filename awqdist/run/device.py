@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from awqdist.errors import AwqdistError
-from awqdist.quant.stats import has_fast_bfloat16
+from awqdist.quant.precision import has_fast_bfloat16
 from awqdist.run.events import WorkerStatus
 
 

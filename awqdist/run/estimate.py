@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from awqdist.errors import OffloadError
-from awqdist.run.estimate_layer import LayerEstimate, chunk_tokens, compute_bytes, estimate_layer
+from awqdist.run.estimate_layer import LayerEstimate, chunk_tokens, compute_bytes, estimate_layer, token_bytes
 from awqdist.run.job import Job
+from awqdist.run.residency import Residency
 from awqdist.run.schedule import Schedule
 
 _PROCESS_BYTES = 450_000_000  # Python, torch and transformers themselves, resident
@@ -45,19 +46,37 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class WorkerEstimate:
-    """One of several workers. held_bytes: the peak of its layers, host and device together, while it works on one of them, reads the
-    next one and writes the one before."""
+    """One of several workers.
+
+    held_bytes: the peak of its layers, host and device together, while it works on one of them, reads the next one and writes the one
+    before; host_bytes: the peak of the process, activations included; offloaded_bytes: the most that lies in the offload folder;
+    disk_bytes: read and written in the whole run, offloaded activations included; sent_bytes: to the worker behind it.
+    """
 
     worker: int
     layers: tuple[int, ...]
     read_bytes: int
     written_bytes: int
     held_bytes: int
+    device_bytes: int
+    host_bytes: int
+    offloaded_bytes: int
+    disk_bytes: int
+    sent_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Something that a worker holds, and on which level: "gpu", "host", an offload level, or "output folder"."""
+
+    what: str
+    level: str
+    num_bytes: int
 
 
 def estimate(job: Job) -> Estimate:
     """The estimate of a prepared job, for one worker. Raises OffloadError if its memory is too small."""
-    layers = tuple(estimate_layer(job, task) for task in job.plan.tasks)
+    layers = _layers(job)
     outside_bytes = sum(job.index.entries[name].num_bytes for name in job.plan.outside)
     embeddings = job.skeleton.outside_names().values()
     embedding_read = sum(job.index.entries[name].stored_bytes for name in embeddings)
@@ -83,9 +102,22 @@ def estimate(job: Job) -> Estimate:
 def chunk_budget(job: Job) -> int | None:
     """Bytes of host memory that a worker has for waiting chunks; None for as many as there are.
 
-    Raises OffloadError if --cpu-memory is too small for one layer, or, without a disk to offload to, for all chunks.
+    Raises OffloadError if --gpu-memory or --cpu-memory is too small for one layer, or the latter, without a disk to offload to, for all
+    chunks.
     """
-    return _budget(job, tuple(estimate_layer(job, task) for task in job.plan.tasks))
+    return _budget(job, _layers(job))
+
+
+def _layers(job: Job) -> tuple[LayerEstimate, ...]:
+    layers = tuple(estimate_layer(job, task) for task in job.plan.tasks)
+    given = job.settings.gpu_memory
+    needed = max(_embedding_bytes(job), *(layer.device_bytes for layer in layers))
+    if given is not None and given < needed:
+        raise OffloadError(
+            f"--gpu-memory {given / 1e6:.1f} MB is too little: with all in host memory that can lie there, one layer needs about"
+            f" {needed / 1e6:.1f} MB of the device; a smaller --chunk-tokens may take less"
+        )
+    return layers
 
 
 def _budget(job: Job, layers: Sequence[LayerEstimate]) -> int | None:
@@ -124,11 +156,13 @@ def _host_bytes(job: Job, layers: Sequence[LayerEstimate]) -> int:
     for i, layer in enumerate(layers):
         following = layers[i + 1].loaded_bytes if i + 1 < len(layers) else 0
         before = layers[i - 1].written_bytes if i else 0
-        held.append((layer.loaded_bytes if on_device else layer.device_bytes) + following + before)
+        held.append(
+            (layer.loaded_bytes if on_device else layer.device_bytes) + layer.resting_bytes + following + before
+        )
     largest_outside = max((job.index.entries[name].num_bytes for name in job.plan.outside), default=0)
     under_way = 0
     if job.settings.offload != "cpu":
-        under_way = min(_CHUNKS_UNDER_WAY * chunk_tokens(job) * _token_bytes(job), _activation_bytes(job))
+        under_way = min(_CHUNKS_UNDER_WAY * chunk_tokens(job) * token_bytes(job), _activation_bytes(job))
     process = _PROCESS_BYTES + (_DEEPSPEED_BYTES if job.settings.offload == "nvme" else 0)
     return process + under_way + max(*held, _embedding_peak(job), largest_outside)
 
@@ -144,17 +178,13 @@ def _embedding_peak(job: Job) -> int:
 
 
 def _activation_bytes(job: Job) -> int:
-    return job.settings.num_samples * job.settings.sequence_length * _token_bytes(job)
+    return job.settings.num_samples * job.settings.sequence_length * token_bytes(job)
 
 
-def _token_bytes(job: Job) -> int:
-    """Of one token's hidden state, as it is kept between layers."""
-    return int(job.skeleton.model.config.get_text_config(decoder=True).hidden_size) * job.skeleton.dtype.itemsize
-
-
-def deal(expected: Estimate, schedule: Schedule) -> tuple[WorkerEstimate, ...]:
+def deal(job: Job, expected: Estimate, schedule: Schedule) -> tuple[WorkerEstimate, ...]:
     """What each worker does of a run: its layers, and the embeddings. The rest of the source is copied by the leader."""
     by_layer = {layer.layer: layer for layer in expected.layers}
+    on_device = job.device.type == "cuda"
 
     def worker(number: int) -> WorkerEstimate:
         own = [by_layer[layer] for layer in schedule.layers_of(number)]
@@ -162,12 +192,50 @@ def deal(expected: Estimate, schedule: Schedule) -> tuple[WorkerEstimate, ...]:
         for i in range(1, len(own)):
             held[i - 1] += own[i].loaded_bytes
             held[i] += own[i - 1].written_bytes
+        moved = expected.chunks.moved_bytes // len(expected.layers) * len(own)
         return WorkerEstimate(
             worker=number,
             layers=tuple(layer.layer for layer in own),
             read_bytes=sum(layer.read_bytes for layer in own) + (expected.embedding_bytes if own else 0),
             written_bytes=sum(layer.written_bytes for layer in own),
             held_bytes=max(held, default=0),
+            device_bytes=max((layer.device_bytes for layer in own), default=0) if on_device else 0,
+            host_bytes=_host_bytes(job, own) + expected.chunks.memory_bytes,
+            offloaded_bytes=expected.chunks.offloaded_bytes if own else 0,
+            disk_bytes=sum(layer.read_bytes + layer.written_bytes for layer in own) + 2 * moved,
+            sent_bytes=sum(expected.activation_bytes for layer in own if schedule.is_sent(layer.layer)),
         )
 
     return tuple(worker(number) for number in range(schedule.num_workers))
+
+
+def placement(job: Job, expected: Estimate) -> tuple[Placement, ...]:
+    """Where the things lie that a worker of a run holds: the most that each takes at a time."""
+    chunks, layers = expected.chunks, expected.layers
+    kept = [
+        Placement(
+            "layer at work and its statistics",
+            "gpu" if job.device.type == "cuda" else "host",
+            _most(layers, "device_bytes"),
+        ),
+        *_resting(layers),
+        Placement("next layer, read ahead", "host", _most(layers, "loaded_bytes")),
+        Placement("layer before, being written", "host", _most(layers, "written_bytes")),
+        Placement("activations", "host", chunks.memory_bytes),
+        Placement("activations", job.settings.offload, chunks.offloaded_bytes),
+        Placement("snapshots of activations", "output folder", expected.snapshot_bytes),
+    ]
+    return tuple(place for place in kept if place.num_bytes)
+
+
+def _resting(layers: Sequence[LayerEstimate]) -> list[Placement]:
+    """What of the layer at work lies in host memory, since the device has no room for it."""
+    moved = [layer for layer in layers if layer.residency != Residency()]
+    if not moved:
+        return []
+    most = max(moved, key=lambda layer: layer.resting_bytes)
+    return [Placement(f"of the layer at work: {most.residency}", "host", most.resting_bytes)]
+
+
+def _most(layers: Sequence[LayerEstimate], name: str) -> int:
+    return max(int(getattr(layer, name)) for layer in layers)

@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil, prod
 
-from awqdist.model.forward import takes_rows_by_expert
+from awqdist.model.expert_products import takes_rows_by_expert
 from awqdist.quant.experts import max_rows
 from awqdist.quant.stacks import BATCH_BYTES
 from awqdist.recipe import WeightScheme
 from awqdist.run.device import compute_dtype
 from awqdist.run.job import Job
 from awqdist.run.plan import LayerTask
+from awqdist.run.residency import LEVELS, Residency
 from awqdist.run.round_sites import SIDE_BY_SIDE_BYTES
 
+_TILE_COLUMNS = 512  # of a Gram matrix or its factor that are lent at a time
 _FORWARD_COPIES = 5  # of a chunk at the widest place of a layer
 
 
 @dataclass(frozen=True, slots=True)
 class LayerEstimate:
-    """Bytes of one layer. `device_bytes` is the peak while it is worked on; on a CPU that is host memory."""
+    """Bytes of one layer. `device_bytes` is the peak while it is worked on; on a CPU that is host memory. residency: what lies in host
+    memory all the same, for want of room on the device; it takes `resting_bytes` there beside the loaded tensors."""
 
     layer: int
     read_bytes: int
     loaded_bytes: int  # its tensors in memory: more than was read where the source is quantized
     written_bytes: int
     device_bytes: int
+    residency: Residency
+    resting_bytes: int
 
 
 def packed_bytes(shape: tuple[int, int], scheme: WeightScheme, scale_bytes: int) -> int:
@@ -48,27 +55,68 @@ def estimate_layer(job: Job, task: LayerTask) -> LayerEstimate:
         else e.num_bytes
         for name, e in entries.items()
     )
+    budget = job.settings.gpu_memory
+    for residency in [level for level in LEVELS if not level.experts or _can_be_lent(job, task)] or LEVELS:
+        device, resting = _held_bytes(job, task, residency)
+        if budget is None or device <= budget:
+            break
+    return LayerEstimate(task.layer, read, loaded, written, device, residency, resting)
+
+
+def _held_bytes(job: Job, task: LayerTask, residency: Residency) -> tuple[int, int]:
+    """The peak on the device, and what rests in host memory beside the loaded tensors."""
+    entries = {name: job.index.entries[disk] for name, disk in task.disk_names.items()}
+    experts = set(_experts(job, task))
+    of_experts = sum(prod(task.shapes[path]) for path in experts)
+    largest = max((prod(task.shapes[path]) for path in experts), default=0)
     num_values = sum(prod(e.shape) for e in entries.values())
-    expert_values = sum(prod(task.shapes[path]) for path in _experts(job, task))
-    num_tokens = job.settings.num_samples * job.settings.sequence_length
-    compute = compute_bytes(job)
+    num_tokens, compute, width = _num_tokens(job), compute_bytes(job), job.skeleton.dtype.itemsize
     shared = [task.shapes[site[0]][1] for site in task.sites if site[0] not in task.routed]
-    statistics = sum(4 * width_in * min(width_in, num_tokens) for width_in in shared)
-    if job.settings.all_experts:
-        inner = [task.shapes[first][1] for first, routed in task.routed.items() if routed.inner]
-        statistics += sum(4 * width_in * min(width_in, num_tokens) for width_in in inner)
-    else:
-        statistics += _expert_rows(job, task, num_tokens) * compute
-    working = (num_values if compute != width else expert_values) * compute
+    matrices = sum(4 * width_in * min(width_in, num_tokens) for width_in in shared)
+    rows = _expert_statistics(job, task, num_tokens)
+    loaded = sum(e.num_bytes for e in entries.values())
+    at_hand = 4 * 3 * largest  # an expert's slice, its parts, and these in float32
+    working = (num_values if compute != width else of_experts) * compute
+    if residency.experts:
+        loaded -= of_experts * width
+        working = ((num_values - of_experts) * compute if compute != width else 0) + at_hand
     widest = max((sum(shape) for shape in task.shapes.values()), default=0)
     per_token = max(_FORWARD_COPIES * widest, _experts_per_token(job, task))
     forward = working + chunk_tokens(job) * per_token * compute
-    search = max((_search_bytes(task, site, job.device.type) for site in task.sites), default=0)
-    check = 4 * (num_values - expert_values) if task.mappings else 0  # experts are made one at a time
-    codes = sum(prod(task.shapes[path]) for path in task.schemes)
-    rounding = codes + max((_rounding_bytes(task, site) for site in task.sites), default=0)
-    peak = max(forward, search, check, rounding)
-    return LayerEstimate(task.layer, read, loaded, written, loaded + statistics + peak)
+    alike = Counter(routed.fused for routed in task.routed.values())
+    batch = BATCH_BYTES[job.device.type] // 4
+    search = max((_search_bytes(task, site, alike, batch) for site in task.sites), default=0)
+    check = 4 * (num_values - of_experts) + at_hand if task.mappings else 0
+    codes = sum(prod(task.shapes[path]) for path in task.schemes if not (residency.experts and path in experts))
+    rounding = codes + max((_rounding_bytes(task, site, alike, residency) for site in task.sites), default=0)
+    device = loaded + max(forward, search, check, rounding)
+    tiles = max((4 * width_in * min(width_in, _TILE_COLUMNS) for width_in in shared), default=0)
+    device += tiles if residency.matrices else matrices
+    device += 0 if residency.experts else rows
+    resting = matrices if residency.matrices else 0
+    if residency.experts:
+        resting += rows + sum(prod(task.shapes[path]) for path in task.schemes if path in experts)
+    if residency.factors:
+        resting += 6 * max(shared, default=0) ** 2  # a factor, and room for inverting it
+    return device, resting
+
+
+def _num_tokens(job: Job) -> int:
+    return job.settings.num_samples * job.settings.sequence_length
+
+
+def _expert_statistics(job: Job, task: LayerTask, num_tokens: int) -> int:
+    """Bytes of what is kept of the inputs of experts."""
+    if job.settings.all_experts:
+        inner = [task.shapes[first][1] for first, routed in task.routed.items() if routed.inner]
+        return sum(4 * width_in * min(width_in, num_tokens) for width_in in inner)
+    return _expert_rows(job, task, num_tokens) * compute_bytes(job)
+
+
+def _can_be_lent(job: Job, task: LayerTask) -> bool:
+    """Whether there are experts, all of which can come to the device one at a time."""
+    experts = job.skeleton.layer_experts(task.layer) if task.layer < job.skeleton.num_layers else ()
+    return bool(experts) and all(fused.is_sliced for fused in experts)
 
 
 def _experts(job: Job, task: LayerTask) -> list[str]:
@@ -88,38 +136,44 @@ def _experts_per_token(job: Job, task: LayerTask) -> int:
 
 def _expert_rows(job: Job, task: LayerTask, num_tokens: int) -> int:
     """Elements of the rows that are kept of all experts: each token goes to a few of them, and of each no more than a cap are kept."""
-    config = job.skeleton.model.config.get_text_config(decoder=True)
-    counts = (getattr(config, name, None) for name in ("num_experts_per_tok", "moe_k", "moe_topk"))
-    per_token = next((count for count in counts if isinstance(count, int)), 1)
     widths: dict[str, list[int]] = {}
     for first, routed in task.routed.items():
         widths.setdefault(routed.fused, []).append(task.shapes[first][1])
     itemsize = compute_dtype(job.device, job.skeleton.dtype).itemsize
     return sum(
-        w[0] * min(num_tokens * per_token, len(w) * min(num_tokens, max_rows(len(w), w[0], itemsize)))
+        w[0] * min(routed_tokens(job, num_tokens), len(w) * min(num_tokens, max_rows(len(w), w[0], itemsize)))
         for w in widths.values()
     )
 
 
-def _search_bytes(task: LayerTask, site: tuple[str, ...], device: str) -> int:
-    """The weights stacked, and two matrices of their size: of a site, or of a batch of experts; and a factor of the Gram matrix."""
+def routed_tokens(job: Job, num_tokens: int) -> int:
+    """How many rows `num_tokens` tokens are to the experts of one block together."""
+    config = job.skeleton.model.config.get_text_config(decoder=True)
+    counts = (getattr(config, name, None) for name in ("num_experts_per_tok", "moe_k", "moe_topk"))
+    return num_tokens * next((count for count in counts if isinstance(count, int)), 1)
+
+
+def _search_bytes(task: LayerTask, site: tuple[str, ...], alike: Mapping[str, int], batch: int) -> int:
+    """The weights stacked, and two matrices of their size: of a site, or of a batch of experts; and a factor of the Gram matrix.
+    batch: weights of experts that are searched at a time, or those of one."""
     values = sum(prod(task.shapes[path]) for path in site if path in task.schemes)
     if site[0] in task.routed:
-        alike = sum(routed.fused == task.routed[site[0]].fused for routed in task.routed.values())
-        values = min(alike * values, max(values, BATCH_BYTES[device] // 4))
+        values = min(alike[task.routed[site[0]].fused] * values, max(values, batch))
     return 4 * 3 * values + 4 * 2 * task.shapes[site[0]][1] ** 2
 
 
-def _rounding_bytes(task: LayerTask, site: tuple[str, ...]) -> int:
-    """GPTQ's peak: the stacked weights, their copies in the grid's dtype and by activation order, and their codes; the Gram matrix in
-    activation order, its factor, and room for inverting."""
+def _rounding_bytes(task: LayerTask, site: tuple[str, ...], alike: Mapping[str, int], residency: Residency) -> int:
+    """GPTQ's peak: the weights, by input, and what their record takes; the Gram matrix, its factor, and room for inverting.
+    alike: sites of each fused parameter."""
     columns = task.shapes[site[0]][1]
     rows = sum(task.shapes[path][0] for path in site if path in task.schemes)
     side_by_side = 1
     if site[0] in task.routed:
-        alike = sum(routed.fused == task.routed[site[0]].fused for routed in task.routed.values())
-        side_by_side = min(alike, ceil(SIDE_BY_SIDE_BYTES / (8 * columns * columns)))
-    return 4 * side_by_side * (3 * rows * columns + 3 * columns * columns)
+        fitting = ceil(SIDE_BY_SIDE_BYTES / (8 * columns * max(columns, rows)))
+        side_by_side = min(alike[task.routed[site[0]].fused], fitting)
+    elif residency.factors:
+        return 17 * rows * columns + 4 * min(columns, _TILE_COLUMNS) * columns
+    return side_by_side * max(9 * rows * columns + 10 * columns * columns, 17 * rows * columns + 6 * columns * columns)
 
 
 def chunk_tokens(job: Job) -> int:
@@ -130,3 +184,8 @@ def chunk_tokens(job: Job) -> int:
 
 def compute_bytes(job: Job) -> int:
     return compute_dtype(job.device, job.skeleton.dtype).itemsize
+
+
+def token_bytes(job: Job) -> int:
+    """Of one token's hidden state, as it is kept between layers."""
+    return int(job.skeleton.model.config.get_text_config(decoder=True).hidden_size) * job.skeleton.dtype.itemsize

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from awqdist.errors import ModelError
+from awqdist.model.expert_products import ExpertWatch, run_all_experts
 from awqdist.model.experts import FusedParameter
-from awqdist.model.forward import ExpertWatch, Watch, run_all_experts
+from awqdist.model.forward import Watch
 from awqdist.quant.experts import ExpertStatistics, SharedStatistics, max_rows
 from awqdist.quant.stats import InputStatistics
 from awqdist.run.plan import LayerTask, RoutedSite
+from awqdist.run.residency import Bench
 
 SAMPLED_ROWS = 256  # of a block's tokens, sent through all of its experts as a prior of what their inner linears read
 
@@ -48,8 +50,7 @@ class _Sample:
 class Gathering:
     """The statistics of one layer, by the first linear of a site.
 
-    token_chunks: what will go through, (B, L) each; placed: the device, and the dtype that the layer is run in; all_experts: whether
-    each is given all tokens.
+    token_chunks: what will go through, (B, L) each; on: where and how the layer is run; all_experts: whether each is given all tokens.
     """
 
     def __init__(
@@ -57,11 +58,11 @@ class Gathering:
         task: LayerTask,
         experts: tuple[FusedParameter, ...],
         token_chunks: Sequence[Tensor],
-        placed: tuple[torch.device, torch.dtype],
+        on: Bench,
         *,
         all_experts: bool = False,
     ) -> None:
-        device, dtype = placed
+        device, matrices, of_experts = on.device, on.residency.for_matrices(on.lend), on.residency.for_experts(on.lend)
         num_tokens = sum(tokens.numel() for tokens in token_chunks)
         self._task, self._experts, self._all_experts = task, experts, all_experts
         rows = None if all_experts else -(-SAMPLED_ROWS // len(token_chunks))
@@ -76,13 +77,14 @@ class Gathering:
                 self.statistics[first] = SharedStatistics(self._shared(routed))
                 continue
             if routed is None or all_experts:
-                self._filled[first] = InputStatistics(width, num_tokens, device)
+                home = matrices if routed is None else of_experts
+                self._filled[first] = InputStatistics(width, num_tokens, device, home)
             else:
                 prior = self._shared(routed)
                 if routed.inner:
-                    prior = self._priors[first] = InputStatistics(width, SAMPLED_ROWS, device)
-                most_rows = max_rows(self._num_experts(routed.fused), width, dtype.itemsize)
-                self._filled[first] = ExpertStatistics(width, most_rows, prior, device)
+                    prior = self._priors[first] = InputStatistics(width, SAMPLED_ROWS, device, of_experts)
+                most_rows = max_rows(self._num_experts(routed.fused), width, on.dtype.itemsize)
+                self._filled[first] = ExpertStatistics(width, most_rows, prior, device, of_experts)
             self.statistics[first] = self._filled[first]
 
     def watches(self) -> dict[str, Watch]:

@@ -16,11 +16,12 @@ from transformers import PretrainedConfig
 from awqdist.checkpoint.index import DTYPES, CheckpointIndex
 from awqdist.checkpoint.reader import sample_checksum
 from awqdist.checkpoint.source import read_source
-from awqdist.errors import CheckpointError, OutputError
+from awqdist.errors import AwqdistError, CheckpointError, OutputError
 from awqdist.export.formats import Format, output_format
 from awqdist.model.skeleton import Skeleton, build_skeleton, read_config
 from awqdist.recipe import Recipe
 from awqdist.recipe.settings import RunSettings
+from awqdist.run.bare_config import index_of_config
 from awqdist.run.device import choose_device, compute_dtype
 from awqdist.run.journal import read_journal
 from awqdist.run.plan import Plan, make_plan
@@ -49,13 +50,40 @@ class Job:
 
 def prepare(recipe: Recipe, settings: RunSettings) -> Job:
     """Opens the source and plans the run. Raises AwqdistError for whatever is wrong with either; reads headers only."""
-    layout = output_format(settings.format)
-    layout.check(recipe)
     device = choose_device(settings.device)
+    _check_budget(settings, device)
+    output_format(settings.format).check(recipe)
     index = read_source(settings.model)
     skeleton = build_skeleton(_with_dtype(read_config(settings.model), index), index.entries)
     _check_shapes(skeleton, index)
     skeleton, index = _without_aliases(skeleton, index)
+    return _planned(skeleton, index, recipe, settings, device)
+
+
+def foresee(recipe: Recipe, settings: RunSettings, device: torch.device) -> Job:
+    """A job to plan with, not to run: `settings.model` may be a config.json alone, and `device` need not be there.
+
+    Raises AwqdistError as `prepare` does.
+    """
+    _check_budget(settings, device)
+    if settings.model.is_dir():
+        prepared = prepare(recipe, replace(settings, device="cpu", gpu_memory=None))
+        return replace(prepared, settings=settings, device=device)
+    output_format(settings.format).check(recipe)
+    config = read_config(settings.model)
+    index = index_of_config(settings.model, config)
+    return _planned(build_skeleton(config, index.entries), index, recipe, settings, device)
+
+
+def _check_budget(settings: RunSettings, device: torch.device) -> None:
+    if settings.gpu_memory is not None and device.type == "cpu":
+        raise AwqdistError("--gpu-memory is given, but the layers are worked on by the CPU; give --cpu-memory instead")
+
+
+def _planned(
+    skeleton: Skeleton, index: CheckpointIndex, recipe: Recipe, settings: RunSettings, device: torch.device
+) -> Job:
+    layout = output_format(settings.format)
     plan = make_plan(skeleton, index, recipe)
     layout.check_linears({task.disk_module(path): task.shapes[path] for task in plan.tasks for path in task.schemes})
     return Job(plan, skeleton, index, recipe, settings, layout, device)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import time
+import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -13,27 +15,45 @@ from socket import gethostname
 
 import torch
 
+from awqdist.checkpoint.dequantize import dequantize
 from awqdist.checkpoint.writer import write_json
 from awqdist.errors import AwqdistError
+from awqdist.quant.precision import exact_for
 
-_KIND = "awqdist machine profile 1"
+_KIND = "awqdist machine profile 2"
 _FILE_BYTES = 1 << 28
 _LEAST_FILE_BYTES = 1 << 24
 _BLOCK_BYTES = 1 << 24
 _COPY_BYTES = 1 << 28
+_DIGEST_BYTES = 1 << 24
+_NUM_OPERATIONS = 200
 _MATMUL_S = 0.4  # how long each rate is measured
+_MATMULS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True)
 class MachineProfile:
-    """Rates of one machine. matmul_flops_per_s: by dtype, with 2·m·n·k operations for a product of (m, k) and (k, n)."""
+    """Rates of one machine. Of bytes, each way counts: a copy of n bytes in memory is 2n.
+
+    matmul_flops_per_s: by dtype ("tfloat32": float32 on reduced-precision units, of a GPU), with 2·m·n·k operations for a product of
+    (m, k) and (k, n); operation_s: of an operation on a row of a small matrix; checksum, hash: CRC-32 and SHA-256, by one thread;
+    dequantized: values of FP8.
+    """
 
     host: str
     device: str  # "cpu", or the name of the GPU
     threads: int  # of the CPU that the rates are of
     read_bytes_per_s: float
     write_bytes_per_s: float
+    checksum_bytes_per_s: float
+    hash_bytes_per_s: float
+    dequantized_per_s: float
+    host_memory_bytes_per_s: float
+    memory_bytes_per_s: float  # of the device
+    operation_s: float
     host_to_device_bytes_per_s: float | None  # None without a GPU
+    device_memory_bytes: int | None  # the same
+    network_bytes_per_s: float | None = None  # from worker to worker; one machine alone cannot measure it
     matmul_flops_per_s: dict[str, float] = field(default_factory=dict)
 
     def save(self, file: Path) -> None:
@@ -57,16 +77,25 @@ class MachineProfile:
 def measure_machine(folder: Path, device: torch.device) -> MachineProfile:
     """Measures for some seconds. folder: on the disk in question, and writable. Raises OSError."""
     write, read = _disk_rates(folder)
-    is_gpu = device.type == "cuda"
-    dtypes = (torch.float32, torch.bfloat16)
+    is_gpu, host = device.type == "cuda", torch.device("cpu")
+    rates = {name: _matmul_rate(device, dtype) for name, dtype in _MATMULS.items()}
+    if is_gpu:
+        rates["tfloat32"] = _reduced_matmul_rate(device)
     return MachineProfile(
         host=gethostname(),
         device=torch.cuda.get_device_name(device) if is_gpu else "cpu",
         threads=torch.get_num_threads(),
         read_bytes_per_s=read,
         write_bytes_per_s=write,
+        checksum_bytes_per_s=_digest_rate(zlib.crc32),
+        hash_bytes_per_s=_digest_rate(lambda data: hashlib.sha256(data).digest()),
+        dequantized_per_s=_dequantize_rate(),
+        host_memory_bytes_per_s=_memory_rate(host),
+        memory_bytes_per_s=_memory_rate(device),
+        operation_s=_operation_s(device),
         host_to_device_bytes_per_s=_copy_rate(device) if is_gpu else None,
-        matmul_flops_per_s={str(dtype).removeprefix("torch."): _matmul_rate(device, dtype) for dtype in dtypes},
+        device_memory_bytes=torch.cuda.get_device_properties(device).total_memory if is_gpu else None,
+        matmul_flops_per_s=rates,
     )
 
 
@@ -104,6 +133,40 @@ def _matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     size = 8192 if device.type == "cuda" else 1024
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     return float(2 * size**3 / _seconds_of(lambda: left @ right, device))
+
+
+def _reduced_matmul_rate(device: torch.device) -> float:
+    with exact_for(torch.bfloat16):
+        return _matmul_rate(device, torch.float32)
+
+
+def _memory_rate(device: torch.device) -> float:
+    source = torch.ones(_COPY_BYTES // 4, device=device)
+    target = torch.empty_like(source)
+    return 2 * _COPY_BYTES / _seconds_of(lambda: torch.neg(source, out=target), device)
+
+
+def _operation_s(device: torch.device) -> float:
+    """Of one of many small operations that follow each other, each on a row of matrices."""
+    left, right, result = (torch.ones(_NUM_OPERATIONS, 64, device=device) for _ in range(3))
+
+    def many() -> None:
+        for i in range(_NUM_OPERATIONS):
+            torch.sub(left[i], right[i], out=result[i])
+
+    return _seconds_of(many, device) / _NUM_OPERATIONS
+
+
+def _digest_rate(digest: Callable[[bytes], object]) -> float:
+    data = os.urandom(_DIGEST_BYTES)
+    return _DIGEST_BYTES / _seconds_of(lambda: digest(data), torch.device("cpu"))
+
+
+def _dequantize_rate() -> float:
+    weight = torch.randn(2048, 2048).to(torch.float8_e4m3fn)
+    scale = torch.ones(16, 16)
+    seconds = _seconds_of(lambda: dequantize(weight, scale, (128, 128), torch.bfloat16), torch.device("cpu"))
+    return weight.numel() / seconds
 
 
 def _seconds_of(work: Callable[[], object], device: torch.device) -> float:

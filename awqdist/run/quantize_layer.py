@@ -20,6 +20,7 @@ from awqdist.model.smoothed import SmoothedParameters
 from awqdist.quant.compensated import CompensatedStatistics
 from awqdist.quant.experts import SharedStatistics
 from awqdist.quant.grid import QuantizedWeight
+from awqdist.quant.lending import LentTensors
 from awqdist.quant.search import ScaleChoice, search_groups, search_side_by_side
 from awqdist.quant.stacks import BalanceWeight, SearchGroup
 from awqdist.quant.stats import Statistics
@@ -73,26 +74,30 @@ def quantize_layer(
 ) -> LayerResult:
     """Quantizes one layer.
 
-    parameters: the layer's tensors by their names in it, in the checkpoint's dtype, on the device; statistics: of every input site,
-    by its first linear. Raises NumericalError where smoothing would change the layer's function.
+    parameters: the layer's tensors by their names in it, in the checkpoint's dtype, on the device or lent to it; statistics: of every
+    input site, by its first linear. Raises NumericalError where smoothing would change the layer's function.
     """
+    tensors = parameters if isinstance(parameters, LentTensors) else LentTensors(parameters)
     with watch.stage("search"):
-        choices = _search(task, parameters, statistics, method)
-        smoothed = SmoothedParameters(parameters)
+        choices = _search(task, tensors, statistics, method)
+        smoothed = SmoothedParameters(tensors)
         scales: dict[str, Tensor] = {}  # by every linear that is balanced
         for mapping in task.mappings:
             applied = smoothed.apply(mapping, choices[mapping.balance[0]].scales)
             scales.update(dict.fromkeys(mapping.balance, applied))
     with watch.stage("check"):
-        smoothing_error = _check_function(task, parameters, smoothed, choices, trial)
+        smoothing_error = _check_function(task, tensors, smoothed, choices, trial)
     with watch.stage("round"):
-        grid_dtypes = {p: method.layout.grid_dtype(parameters[f"{p}.weight"].dtype) for p in task.schemes}
-        weights, linears = round_sites(task, smoothed, SmoothedSites(statistics, scales, grid_dtypes), method.recipe)
+        grid_dtypes = {p: method.layout.grid_dtype(tensors.resting[f"{p}.weight"].dtype) for p in task.schemes}
+        homes = {path: tensors.resting[f"{path}.weight"].device for path in task.schemes}
+        weights, linears = round_sites(
+            task, smoothed, SmoothedSites(statistics, scales, grid_dtypes, homes), method.recipe
+        )
     return LayerResult(
         weights=weights,
         parameters={
-            name: smoothed[name].to(tensor.dtype)
-            for name, tensor in parameters.items()
+            name: smoothed[name].to(tensor.device, tensor.dtype)
+            for name, tensor in tensors.resting.items()
             if name.removesuffix(".weight") not in weights
         },
         mappings=tuple(_mapping_record(task, m, choices[m.balance[0]]) for m in task.mappings),
@@ -103,7 +108,7 @@ def quantize_layer(
 
 
 def _search(
-    task: LayerTask, parameters: Parameters, statistics: Mapping[str, SiteStatistics], method: Method
+    task: LayerTask, parameters: LentTensors, statistics: Mapping[str, SiteStatistics], method: Method
 ) -> dict[str, ScaleChoice]:
     """The choice of every mapping by its first balance layer; those within experts of one kind are made together."""
     smoothing = method.recipe.smoothing
@@ -142,7 +147,7 @@ def _searched_together(task: LayerTask) -> list[list[ResolvedMapping]]:
 def _groups(
     task: LayerTask,
     mapping: ResolvedMapping,
-    parameters: Parameters,
+    parameters: LentTensors,
     statistics: Mapping[str, SiteStatistics],
     method: Method,
 ) -> list[SearchGroup]:
@@ -151,7 +156,8 @@ def _groups(
     site_of = {path: site[0] for site in task.sites for path in site}
     balance: dict[str, list[BalanceWeight]] = {}
     for path in (path for path in mapping.balance if path in site_of):  # the others are experts that the recipe ignores
-        weight = BalanceWeight(parameters[f"{path}.weight"], task.schemes.get(path))
+        name = f"{path}.weight"
+        weight = BalanceWeight(parameters.resting[name], task.schemes.get(path), parameters.lend_of(name))
         balance.setdefault(site_of[path], []).append(weight)
     judged: dict[int, Statistics] = {}  # one for all experts that are given all tokens of their block
     groups = []

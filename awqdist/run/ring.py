@@ -26,10 +26,11 @@ from awqdist.run.device import worker_status
 from awqdist.run.events import Emit, LayerForwarded, Warned, WorkerStarted
 from awqdist.run.job import Job, other_weights
 from awqdist.run.journal import SnapshotRecord
+from awqdist.run.layer_io import LoadedLayer, SearchedLayer, read_layer, write_layer
 from awqdist.run.output import STATE_FOLDER
 from awqdist.run.schedule import Schedule, Step
 from awqdist.run.snapshots import load_snapshot, save_snapshot
-from awqdist.run.worker import LoadedLayer, SearchedLayer, Worker, read_layer, write_layer
+from awqdist.run.worker import Worker
 
 _STATUS_EVERY_S = 2.0
 T = TypeVar("T")

@@ -31,11 +31,13 @@ Parameters = Mapping[str, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class SmoothedSites:
-    """statistics: by the first linear of a site; scales (I,) and the dtype of the group scales to store: by linear."""
+    """statistics: by the first linear of a site; scales (I,), the dtype of the group scales to store, and where the codes are to lie: by
+    linear."""
 
     statistics: Mapping[str, SiteStatistics]
     scales: Mapping[str, Tensor]
     grid_dtypes: Mapping[str, torch.dtype]
+    homes: Mapping[str, torch.device]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,20 +73,27 @@ def round_sites(
     records: list[LinearRecord] = []
     for batch in _batches(task):
         release_host_memory()
-        drafts = [
-            d for paths in batch for d in _drafts(task, paths, smoothed, _site(task, paths, sites, recipe), recipe)
-        ]
-        for draft, result in zip(drafts, _rounded(drafts, recipe), strict=True):
-            errors = _row_errors(draft, result)
-            first = 0
-            for path in draft.paths:
-                rows = slice(first, first + task.shapes[path][0])
-                first = rows.stop
-                weights[path] = QuantizedWeight(
-                    result.codes[rows], result.weight_scale[rows], result.zero_point[rows], draft.scheme
-                )
-                records.append(_linear_record(task.disk_module(path), draft, task.shapes[path], errors[:, rows].sum(1)))
+        for path, weight, record in _round_batch(task, batch, smoothed, sites, recipe):
+            weights[path] = weight.to(sites.homes[path])
+            records.append(record)
     return weights, records
+
+
+def _round_batch(
+    task: LayerTask, batch: Sequence[tuple[str, ...]], smoothed: Parameters, sites: SmoothedSites, recipe: Recipe
+) -> Iterator[tuple[str, QuantizedWeight, LinearRecord]]:
+    """The linears of sites that are rounded together. Their matrices live no longer than this."""
+    drafts = [d for paths in batch for d in _drafts(task, paths, smoothed, _site(task, paths, sites, recipe), recipe)]
+    for draft, result in zip(drafts, _rounded(drafts, recipe), strict=True):
+        errors = _row_errors(draft, result)
+        first = 0
+        for path in draft.paths:
+            rows = slice(first, first + task.shapes[path][0])
+            first = rows.stop
+            weight = QuantizedWeight(
+                result.codes[rows], result.weight_scale[rows], result.zero_point[rows], draft.scheme
+            )
+            yield path, weight, _linear_record(task.disk_module(path), draft, task.shapes[path], errors[:, rows].sum(1))
 
 
 def _batches(task: LayerTask) -> Iterator[list[tuple[str, ...]]]:
@@ -161,15 +170,19 @@ def _row_errors(draft: _Draft, result: QuantizedWeight) -> Tensor:
     """Of every row its output, its output error if it were not smoothed and rounded to nearest, and that of the result, squared and summed
     over the tokens: (3, ΣO) float64."""
     site, weight = draft.site, draft.weight
-    plain = weight / site.scales
-    nearest = rounding_difference(plain, torch.ones_like(site.scales), draft.scheme, site.grid_dtype)
-    difference = result.dequantize().sub_(weight)
     if isinstance(site.statistics, ExpertStatistics):
-        stacked = torch.cat([plain, nearest, difference.div_(site.scales)])
+        difference = result.dequantize().sub_(weight).div_(site.scales)
+        stacked = torch.cat([weight / site.scales, _nearest(draft), difference])
         return site.statistics.rough_row_errors(stacked).view(3, -1)
     assert site.gram is not None
-    signal = rough_form(weight, site.gram), rough_form(nearest.mul_(site.scales), site.gram)
-    return torch.stack([*signal, quadratic_form_rows(difference, site.gram)])
+    signal = rough_form(weight, site.gram), rough_form(_nearest(draft).mul_(site.scales), site.gram)
+    return torch.stack([*signal, quadratic_form_rows(result.dequantize().sub_(weight), site.gram)])
+
+
+def _nearest(draft: _Draft) -> Tensor:
+    """(ΣO, I): what rounding to nearest without smoothing would change."""
+    scales = draft.site.scales
+    return rounding_difference(draft.weight / scales, torch.ones_like(scales), draft.scheme, draft.site.grid_dtype)
 
 
 def _linear_record(name: str, draft: _Draft, shape: tuple[int, int], errors: Tensor) -> LinearRecord:

@@ -7,58 +7,47 @@ no arithmetic. A worker emits events, never prints, and keeps no journal.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from awqdist.checkpoint.index import TensorEntry
-from awqdist.checkpoint.reader import Reading, check_finite, read_tensors
-from awqdist.checkpoint.writer import write_safetensors
 from awqdist.errors import NumericalError
-from awqdist.model.experts import fuse_experts
-from awqdist.model.forward import LayerCall, forward_layer, head_inputs, record_calls, with_buffers
+from awqdist.model.expert_products import made_experts
+from awqdist.model.experts import FusedParameter, fuse_experts
+from awqdist.model.forward import (
+    LayerCall,
+    forward_layer,
+    head_inputs,
+    record_calls,
+    with_buffers,
+    without_embeddings,
+)
+from awqdist.quant.lending import LentTensors
 from awqdist.run.device import compute_dtype, peak_memory_bytes, release_host_memory
-from awqdist.run.events import ChunkForwarded, Emit, LayerFinished, MappingSearched, SourceRead, StageStarted
+from awqdist.run.estimate_layer import estimate_layer
+from awqdist.run.events import ChunkForwarded, Emit, MappingSearched, StageStarted
 from awqdist.run.gather import Gathering
 from awqdist.run.job import Job, token_chunks
+from awqdist.run.layer_io import LoadedLayer, SearchedLayer, SourceChecksums, check_named, read_outside
 from awqdist.run.plan import LayerTask
 from awqdist.run.quantize_layer import LayerResult, Method, Trial, quantize_layer
-from awqdist.run.records import LayerRecord
+from awqdist.run.residency import Bench
 from awqdist.run.stopwatch import Stopwatch
-
-
-@dataclass(frozen=True, slots=True)
-class LoadedLayer:
-    """A layer's tensors, not yet changed, in host memory, by their names in the layer; and the checksum of their bytes on disk."""
-
-    task: LayerTask
-    watch: Stopwatch
-    parameters: dict[str, Tensor]
-    source_crc32: int
-
-
-@dataclass(frozen=True, slots=True)
-class SearchedLayer:
-    """What is to be written of a layer, in host memory, by on-disk names; and what was found about it."""
-
-    task: LayerTask
-    watch: Stopwatch
-    tensors: dict[str, Tensor]
-    result: LayerResult
-    source_crc32: int
-    peak_memory_bytes: int
 
 
 @dataclass(slots=True)
 class _Layer:
-    """The layer under way. parameters: on the device, in the checkpoint's dtype; working: what it is run with."""
+    """The layer under way. parameters: in the checkpoint's dtype, on the device or lent to it; working: what it is run with, without
+    experts that are lent."""
 
     task: LayerTask
     watch: Stopwatch
-    parameters: dict[str, Tensor]
-    source_crc32: int
+    on: Bench
+    parameters: LentTensors
+    source: SourceChecksums
     working: dict[str, Tensor]
     gathering: Gathering | None  # None: the layer is only forwarded
     trial: Trial | None = None
@@ -74,12 +63,13 @@ class Worker:
         self._method = Method(job.recipe, job.format)
         self._token_chunks: list[Tensor] = []
         self._calls: list[list[LayerCall]] = []  # by chunk, then by layer
+        self._final: dict[str, Tensor] = {}  # what the inputs of lm_head are made with
         self._layer: _Layer | None = None
 
     def embed(self, samples: Tensor) -> Iterator[Tensor]:
         """Takes in the calibration samples (N, L) int64. Gives the inputs of the first layer, chunks of (B, L, H) on the CPU, one after
         the other; to be gone through to its end."""
-        outside = self._outside()
+        outside = read_outside(self._job, self._dtype, self._emit)
         distinct: list[list[LayerCall]] = []  # calls are equal for chunks of equal shape; they are kept once
         self._token_chunks = token_chunks(self._job.settings, samples)
         for tokens in self._token_chunks:
@@ -89,6 +79,8 @@ class Worker:
                 distinct.append(calls)
             self._calls.append(known or calls)
             yield hidden.to("cpu", self._job.skeleton.dtype)
+        if self._job.plan.head is not None:
+            self._final = without_embeddings(self._job.skeleton, outside)
 
     def begin(self, loaded: LoadedLayer, *, forward_only: bool = False) -> None:
         """Takes up a layer that was read. With `forward_only` no statistics are gathered, and it cannot be searched."""
@@ -97,16 +89,12 @@ class Worker:
         self._emit(StageStarted(task.layer, "forward"))
         with loaded.watch.piece("forward"):
             is_head = task.layer == job.skeleton.num_layers
-            _check_finite(loaded.parameters, task.disk_names, "lm_head" if is_head else f"layer {task.layer}")
-            parameters = {name: tensor.to(job.device) for name, tensor in loaded.parameters.items()}
-            if is_head:
-                working = self._outside()
-            else:
-                converted = self._converted(parameters, f"{job.skeleton.prefix}.{task.layer}.")
-                fused = fuse_experts(job.skeleton.layer_experts(task.layer), converted)
-                working = with_buffers(job.skeleton.layers[task.layer], fused, job.device)
-        gathering = None if forward_only else self._gathering(task)
-        self._layer = _Layer(task, loaded.watch, parameters, loaded.source_crc32, working, gathering)
+            check_named(loaded.parameters, task.disk_names, "lm_head" if is_head else f"layer {task.layer}")
+            on = Bench(job.device, self._dtype, estimate_layer(job, task).residency)
+            parameters = _placed(loaded.parameters, self._experts(task), on)
+            working = self._final if is_head else self._working(task, parameters, on)
+        gathering = None if forward_only else self._gathering(task, on)
+        self._layer = _Layer(task, loaded.watch, on, parameters, loaded.source, working, gathering)
 
     def forward(self, index: int, chunk: Tensor) -> Tensor:
         """Takes chunk number `index`, (B, L, H), through the layer. Returns its output on the CPU, in the checkpoint's dtype."""
@@ -122,13 +110,13 @@ class Worker:
             else:
                 module, call = job.skeleton.layers[layer.task.layer], self._calls[index][layer.task.layer]
                 if layer.trial is None:
-                    experts = job.skeleton.layer_experts(layer.task.layer)
-                    layer.trial = Trial(module, experts, chunk[:1].to(job.device), call)
+                    layer.trial = Trial(module, self._experts(layer.task), chunk[:1].to(job.device), call)
                 routed = layer.gathering.expert_watches() if layer.gathering else {}
                 call = call.cast(job.device, self._dtype)
-                output = forward_layer(module, layer.working, hidden, call, watches, routed)
-                if layer.gathering:
-                    layer.gathering.end_chunk(module, layer.working)
+                with self._complete(layer) as working:
+                    output = forward_layer(module, working, hidden, call, watches, routed)
+                    if layer.gathering:
+                        layer.gathering.end_chunk(module, working)
             output = output.to("cpu", job.skeleton.dtype)
         seconds, num_tokens = layer.watch.seconds["forward"] - before, chunk[..., 0].numel()
         self._emit(ChunkForwarded(layer.task.layer, index, len(self._token_chunks), num_tokens, seconds))
@@ -146,7 +134,8 @@ class Worker:
                     " convert the model to a wider dtype; the layers before it are kept"
                 )
         if layer.task.routed:
-            layer.gathering.finish(self._job.skeleton.layers[layer.task.layer], layer.working)
+            with self._complete(layer) as working:
+                layer.gathering.finish(self._job.skeleton.layers[layer.task.layer], working)
         layer.working = {}
         release_host_memory()
         result = quantize_layer(layer.task, layer.parameters, statistics, self._method, layer.trial, layer.watch)
@@ -156,95 +145,62 @@ class Worker:
             tensors = self._packed(layer.task, result)
         self._layer = None
         peak = peak_memory_bytes(self._job.device)
-        return SearchedLayer(layer.task, layer.watch, tensors, result, layer.source_crc32, peak)
+        return SearchedLayer(layer.task, layer.watch, tensors, result, layer.source, peak)
 
     def leave(self) -> int:
         """Ends a layer that was only forwarded. Returns the checksum of the weights that it was run with."""
-        checksum = self._under_way().source_crc32
+        checksum = self._under_way().source.crc32
         self._layer = None
         return checksum
 
     def _packed(self, task: LayerTask, result: LayerResult) -> dict[str, Tensor]:
         tensors = {task.disk_names[name]: tensor for name, tensor in result.parameters.items()}
         for path, weight in result.weights.items():
-            for kind, tensor in self._job.format.pack(weight).items():
+            for kind, tensor in self._job.format.pack(weight.to(self._job.device)).items():
                 tensors[f"{task.disk_module(path)}.{kind}"] = tensor
         return {name: tensor.cpu() for name, tensor in tensors.items()}
 
-    def _gathering(self, task: LayerTask) -> Gathering:
-        job, placed = self._job, (self._job.device, self._dtype)
-        experts = job.skeleton.layer_experts(task.layer)
-        return Gathering(task, experts, self._token_chunks, placed, all_experts=job.settings.all_experts)
+    def _gathering(self, task: LayerTask, on: Bench) -> Gathering:
+        all_experts = self._job.settings.all_experts
+        return Gathering(task, self._experts(task), self._token_chunks, on, all_experts=all_experts)
 
-    def _converted(self, parameters: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-        """Parameters in the dtype that they are computed with. prefix: of their names in the model."""
-        wide = self._job.skeleton.float32
-        return {n: p.to(torch.float32 if prefix + n in wide else self._dtype) for n, p in parameters.items()}
+    def _experts(self, task: LayerTask) -> tuple[FusedParameter, ...]:
+        skeleton = self._job.skeleton
+        return skeleton.layer_experts(task.layer) if task.layer < skeleton.num_layers else ()
 
-    def _outside(self) -> dict[str, Tensor]:
-        """Parameters and buffers of the decoder that are in no layer."""
-        names = self._job.skeleton.outside_names()
-        tensors, reading = _read(self._job, names, lambda: None)
-        self._emit(SourceRead(None, reading.num_bytes))
-        _check_finite(tensors, names, "the tensors outside the decoder layers")
-        parameters = {name: tensor.to(self._job.device, self._dtype) for name, tensor in tensors.items()}
-        return with_buffers(self._job.skeleton.decoder, parameters, self._job.device)
+    def _working(self, task: LayerTask, parameters: LentTensors, on: Bench) -> dict[str, Tensor]:
+        """Parameters in the dtype that they are computed with, experts fused, and buffers; without experts that are lent."""
+        skeleton, prefix = self._job.skeleton, f"{self._job.skeleton.prefix}.{task.layer}."
+        converted = {
+            name: parameters[name].to(torch.float32 if prefix + name in skeleton.float32 else self._dtype)
+            for name in parameters
+            if parameters.lend_of(name) is None
+        }
+        fused = fuse_experts(() if on.residency.experts else self._experts(task), converted)
+        return with_buffers(skeleton.layers[task.layer], fused, self._job.device)
+
+    @contextmanager
+    def _complete(self, layer: _Layer) -> Iterator[dict[str, Tensor]]:
+        """What the layer is run with. Experts that are lent come to the device when tokens come to them."""
+        if not layer.on.residency.experts:
+            yield layer.working
+            return
+
+        def make(fused: FusedParameter, expert: int) -> Tensor:
+            parts = [layer.parameters[f"{path}.weight"] for path in fused.parts[expert]]
+            return torch.cat(parts).to(self._dtype)  # (R, I)
+
+        with made_experts(self._experts(layer.task), make, self._job.device) as stand_ins:
+            yield {**layer.working, **stand_ins}
 
     def _under_way(self) -> _Layer:
         assert self._layer is not None, "begin() comes first"
         return self._layer
 
 
-def read_layer(job: Job, task: LayerTask, emit: Emit, check: Callable[[], None]) -> LoadedLayer:
-    """Reads the tensors of a layer. `check` is called before each of them, and ends the reading by raising. Raises CheckpointError."""
-    watch = Stopwatch(task.layer, job.device, emit)
-    with watch.stage("read"):
-        parameters, reading = _read(job, task.disk_names, check)
-    emit(SourceRead(task.layer, reading.num_bytes))
-    return LoadedLayer(task, watch, parameters, reading.crc32)
-
-
-def write_layer(job: Job, searched: SearchedLayer, emit: Emit) -> None:
-    """Writes the file of a layer durably and tells so, which is when the leader may journal it. Raises OutputError."""
-    task, result, watch = searched.task, searched.result, searched.watch
-    with watch.stage("write"):
-        written = write_safetensors(job.settings.output / layer_file(task.layer), searched.tensors)
-    record = LayerRecord(
-        layer=task.layer,
-        file=written.name,
-        num_bytes=written.num_bytes,
-        sha256=written.sha256,
-        source_crc32=searched.source_crc32,
-        smoothing_error=result.smoothing_error,
-        mappings=result.mappings,
-        linears=result.linears,
-        sites=result.sites,
-        skipped=task.skipped,
-        seconds=watch.seconds,
-        peak_memory_bytes=searched.peak_memory_bytes,
-        source_sample=job.source_sample(task.disk_names.values()),
-    )
-    emit(LayerFinished(task.layer, record))
-
-
-def layer_file(layer: int) -> str:
-    """Name of the output file of a layer."""
-    return f"model-layer-{layer:05d}.safetensors"
-
-
-def _check_finite(tensors: dict[str, Tensor], disk_names: dict[str, str], where: str) -> None:
-    """Raises CheckpointError naming the tensor as it is called on disk."""
-    check_finite({disk_names[name]: tensor for name, tensor in tensors.items()}, where)
-
-
-def _read(job: Job, names: dict[str, str], check: Callable[[], None]) -> tuple[dict[str, Tensor], Reading]:
-    """Tensors by their names in the layer, in host memory; and what was read, in the order of the files."""
-    entries = sorted((job.index.entries[disk] for disk in names.values()), key=lambda e: (e.file.name, e.start))
-
-    def checked() -> Iterator[TensorEntry]:
-        for entry in entries:
-            check()
-            yield entry
-
-    reading = read_tensors(checked())
-    return {name: reading.tensors[disk] for name, disk in names.items()}, reading
+def _placed(loaded: Mapping[str, Tensor], experts: Sequence[FusedParameter], on: Bench) -> LentTensors:
+    """Tensors of a layer on the device, but for those of experts that are to lie in host memory."""
+    of_experts = {f"{path}.weight" for fused in experts for parts in fused.parts for path in parts}
+    resting = of_experts if on.residency.experts else set()
+    placed = {name: tensor if name in resting else tensor.to(on.device) for name, tensor in loaded.items()}
+    return LentTensors(placed, resting, on.lend)

@@ -1,0 +1,59 @@
+"""In which precision matrices are multiplied: the lowest that loses nothing."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+
+
+@cache
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether the hardware multiplies bfloat16 here; other CPUs emulate it, slower than float32."""
+    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    return device.type == "cuda" or any(capabilities.get(unit) for unit in ("amx_bf16", "avx512_bf16"))
+
+
+@contextmanager
+def exact_for(dtype: torch.dtype) -> Iterator[None]:
+    """Lets float32 products run on reduced-precision units where that loses nothing.
+
+    bfloat16 values have 8 significant bits: a bfloat16 (CPU) or TF32 (CUDA) multiplier takes them unrounded and the sums are
+    float32 all the same. float16 fits TF32 only. Other dtypes are multiplied in full float32. torch has one such setting for the whole
+    process: threads that overlap in here share it, and the last to leave puts back what the first one found.
+    """
+    with ExitStack() as stack:
+        if dtype == torch.bfloat16:
+            stack.enter_context(_CPU_BF16)
+        if dtype in (torch.bfloat16, torch.float16):
+            stack.enter_context(_CUDA_TF32)
+        yield
+
+
+class _Lowered:
+    """A process-wide precision, lowered while anyone is in this context."""
+
+    def __init__(self, backend: Any, precision: str) -> None:
+        self._backend, self._precision = backend, precision
+        self._lock, self._num_inside, self._before = threading.Lock(), 0, ""
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._num_inside:
+                self._before = self._backend.fp32_precision
+                self._backend.fp32_precision = self._precision
+            self._num_inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._num_inside -= 1
+            if not self._num_inside:
+                self._backend.fp32_precision = self._before
+
+
+_CPU_BF16 = _Lowered(torch.backends.mkldnn.matmul, "bf16")  # type: ignore[attr-defined]
+_CUDA_TF32 = _Lowered(torch.backends.cuda.matmul, "tf32")

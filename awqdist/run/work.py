@@ -1,0 +1,239 @@
+"""The arithmetic of one layer, counted: floating-point operations of its matrix products, values that pass through elementwise operations,
+and operations that are started. From shapes alone; what is counted follows the code of quant/ and run/ step by step.
+
+Letters as in DESIGN: T calibration tokens, O out-features, I in-features. Tokens are taken to spread evenly over experts.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from math import ceil, prod
+from typing import Literal
+
+from awqdist.quant.experts import max_rows
+from awqdist.quant.rounding import SUB_BLOCK
+from awqdist.quant.sketch import SKETCH_ROWS
+from awqdist.recipe import WeightScheme
+from awqdist.run.estimate_layer import chunk_tokens, compute_bytes, routed_tokens
+from awqdist.run.job import Job
+from awqdist.run.plan import LayerTask
+from awqdist.run.round_sites import SIDE_BY_SIDE_BYTES
+
+Product = Literal[
+    "layer", "attention", "statistics", "exact", "rough", "factor"
+]  # which dtype a matrix product is carried out in
+Stage = Literal["forward", "statistics", "search", "check", "round"]
+STAGES: tuple[Stage, ...] = ("forward", "statistics", "search", "check", "round")
+
+_GRID_PASSES = 10  # rounding_difference: values read or written for each weight
+_GRID_OPERATIONS = 30
+_COLUMN_PASSES = 18  # GPTQ: the same for each weight, one column at a time
+_COLUMN_OPERATIONS = 12
+_RANKED_ROWS, _RANKED_ROWS_OF_GROUPS, _LEAST_ROWS = 256, 1024, 32  # of the search's samples
+_NUM_FINALISTS = 3
+_FACTOR_COLUMNS = 3000  # at so many columns factorising and inverting reach half the rate of a product
+_LINEAR_OPERATIONS = 300  # around the rounding of a site, and of each of its linears
+_SHRINKS = 11  # of a clip
+_BLOCK = 256  # columns per block of a Gram matrix, of which those above the diagonal are left out
+
+
+@dataclass(slots=True)
+class Work:
+    """flops: by kind of product; values: float32 numbers that elementwise operations read or write; operations: started."""
+
+    flops: dict[Product, float] = field(default_factory=lambda: defaultdict(float))
+    values: float = 0.0
+    operations: float = 0.0
+
+    def add(
+        self, *, product: Product = "exact", flops: float = 0.0, values: float = 0.0, operations: float = 0.0
+    ) -> None:
+        self.flops[product] += flops
+        self.values += values
+        self.operations += operations
+
+    @property
+    def total_flops(self) -> float:
+        return sum(self.flops.values())
+
+
+@dataclass(frozen=True, slots=True)
+class _Unit:
+    """Quantized linears that read the same rows: ΣO, I, and the tokens that these rows are; how many such units there are alike."""
+
+    rows: int
+    columns: int
+    linears: int
+    tokens: int
+    is_expert: bool
+    count: int = 1
+
+
+class LayerWork:
+    """The work of one layer under a job's recipe and settings, by stage."""
+
+    def __init__(self, job: Job, task: LayerTask) -> None:
+        self._job, self._task = job, task
+        settings = job.settings
+        self._tokens = settings.num_samples * settings.sequence_length
+        self._chunks = ceil(self._tokens / chunk_tokens(job))
+        self._routed = {path for site in task.sites if site[0] in task.routed for path in site}
+        self._experts = max((routed.expert for routed in task.routed.values()), default=-1) + 1
+        self.stages: dict[Stage, Work] = {stage: Work() for stage in STAGES}
+        self._forward(self.stages["forward"])
+        self._statistics(self.stages["statistics"])
+        for mapping in task.mappings:
+            self._search(self.stages["search"], mapping.balance)
+        if task.mappings:
+            self._check(self.stages["check"])
+        for unit in self._units(task.sites):
+            self._round(self.stages["round"], unit)
+
+    def _share(self, path: str) -> float:
+        """Share of the tokens that linear `path` is given."""
+        return routed_tokens(self._job, self._tokens) / self._tokens / self._experts if path in self._routed else 1.0
+
+    def _linear_values(self) -> float:
+        """Weights that a token goes through."""
+        return sum(prod(shape) * self._share(path) for path, shape in self._task.shapes.items())
+
+    def _forward(self, work: Work) -> None:
+        length = self._job.settings.sequence_length
+        work.add(product="layer", flops=2 * self._tokens * self._linear_values())
+        work.add(
+            product="attention", flops=self._tokens * length * self._attention_width()
+        )  # causal: half of all pairs
+        widths = sum(sum(shape) * self._share(path) for path, shape in self._task.shapes.items())
+        width = compute_bytes(self._job) / 4
+        work.add(values=9 * self._tokens * widths * width)
+        weights = sum(prod(shape) for shape in self._task.shapes.values())
+        work.add(values=3 * weights * width)  # checked, cast, experts fused
+        work.add(operations=self._chunks * (60 + 16 * self._experts))
+
+    def _attention_width(self) -> int:
+        config = self._job.skeleton.model.config.get_text_config(decoder=True)
+        if self._task.layer >= self._job.skeleton.num_layers:
+            return 0
+        heads = int(getattr(config, "num_attention_heads", 0) or 0)
+        each = int(getattr(config, "head_dim", 0) or config.hidden_size // max(heads, 1))
+        nope, rope, value = (
+            int(getattr(config, n, 0) or 0) for n in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+        )
+        return heads * ((nope + rope + value) if nope else 2 * each)
+
+    def _statistics(self, work: Work) -> None:
+        for unit in self._units(self._task.sites, whole_sites=True):
+            work.add(values=10 * unit.count * unit.tokens * unit.columns)
+            if unit.is_expert:
+                continue
+            blocks = self._chunks * ceil(unit.columns / _BLOCK)
+            if self._tokens >= unit.columns:
+                gram = unit.tokens * unit.columns * (unit.columns + _BLOCK)  # on and below the diagonal
+                work.add(product="statistics", flops=gram, operations=blocks + 6 * self._chunks)
+                work.add(values=2 * self._chunks * unit.columns * (unit.columns + _BLOCK) / 2)
+
+    def _units(self, sites: Iterable[tuple[str, ...]], *, whole_sites: bool = False) -> Iterator[_Unit]:
+        """Units of sites; with `whole_sites` also those without a quantized linear. Experts alike are one unit that counts many times."""
+        counts: dict[_Unit, int] = defaultdict(int)
+        for site in sites:
+            quantized = [path for path in site if path in self._task.schemes]
+            if quantized or whole_sites:
+                shapes = [self._task.shapes[path] for path in quantized]
+                is_expert = site[0] in self._routed
+                tokens = round(self._tokens * self._share(site[0]))
+                columns = self._task.shapes[site[0]][1]
+                counts[_Unit(sum(o for o, _ in shapes), columns, len(quantized), tokens, is_expert)] += 1
+        for unit, count in counts.items():
+            yield _Unit(unit.rows, unit.columns, unit.linears, unit.tokens, unit.is_expert, count)
+
+    def _groups(self, balance: tuple[str, ...]) -> Iterator[_Unit]:
+        """The units of one mapping: the linears that all tokens go to, and each expert's."""
+        parts: dict[str, list[str]] = defaultdict(list)
+        firsts = {path: site[0] for site in self._task.sites for path in site}
+        for path in balance:
+            parts[firsts.get(path, path)].append(path)
+        yield from self._units(tuple(paths) for paths in parts.values())
+
+    def _search(self, work: Work, balance: tuple[str, ...]) -> None:
+        smoothing = self._job.recipe.smoothing
+        assert smoothing is not None
+        units = list(self._groups(balance))
+        num_units = sum(unit.count for unit in units)
+        screened = sum(unit.count * unit.rows for unit in units) >= 2 * _RANKED_ROWS
+        sampled = _RANKED_ROWS if num_units == 1 else max(_LEAST_ROWS, _RANKED_ROWS_OF_GROUPS // num_units)
+        for unit in units:
+            weights = unit.count * unit.rows * unit.columns
+            work.add(values=7 * weights, operations=12 * unit.count)  # stacked, their means, scaled at the end
+            exact, rough, looks = smoothing.n_grid, 0, 1
+            if screened:
+                exact, rough, looks = 2, _NUM_FINALISTS, 3
+                rows = min(sampled, unit.rows)
+                tried = unit.count * (smoothing.n_grid - 1)
+                self._candidates(work, unit, tried * rows, tried, rough=True)
+            self._candidates(work, unit, exact * unit.count * unit.rows, exact * unit.count)
+            self._candidates(work, unit, rough * unit.count * unit.rows, rough * unit.count, rough=True)
+            if unit.is_expert:
+                for _ in range(looks):
+                    self._expert_gram(work, unit)
+
+    def _candidates(
+        self, work: Work, unit: _Unit, rows: float, calls: float, *, rough: bool = False, sketched: bool = True
+    ) -> None:
+        """Rounds `rows` rows in `calls` pieces and asks what that changes."""
+        work.add(values=_GRID_PASSES * rows * unit.columns, operations=_GRID_OPERATIONS * calls)
+        self._form(work, unit, rows, calls, rough=rough, sketched=sketched)
+
+    def _form(
+        self, work: Work, unit: _Unit, rows: float, calls: float, *, rough: bool = False, sketched: bool = False
+    ) -> None:
+        """d·G·dᵀ of rows d, or the same through the kept rows of the activations, or through a sketch of them."""
+        if not unit.is_expert and self._tokens < unit.columns:
+            work.add(flops=2 * rows * unit.columns * unit.tokens, values=2 * rows * unit.tokens, operations=4 * calls)
+        elif rough:
+            width = SKETCH_ROWS if sketched and unit.columns >= 2 * SKETCH_ROWS and not unit.is_expert else unit.columns
+            work.add(product="rough", flops=2 * rows * unit.columns * width)
+            work.add(values=2 * rows * (unit.columns + width), operations=6 * calls)
+        else:
+            work.add(flops=rows * unit.columns * (unit.columns + _BLOCK))
+            work.add(values=4 * rows * unit.columns, operations=8 * calls * ceil(unit.columns / _BLOCK))
+
+    def _expert_gram(self, work: Work, unit: _Unit) -> None:
+        kept = min(unit.tokens, max_rows(self._experts, unit.columns, compute_bytes(self._job)))
+        work.add(product="statistics", flops=2 * unit.count * kept * unit.columns**2)
+        work.add(values=unit.count * (5 * unit.columns**2 + 2 * kept * unit.columns), operations=10 * unit.count)
+
+    def _check(self, work: Work) -> None:
+        values = sum(prod(shape) for shape in self._task.shapes.values())
+        experts = sum(prod(shape) for path, shape in self._task.shapes.items() if path in self._routed)
+        length = self._job.settings.sequence_length
+        work.add(flops=2 * 2 * length * self._linear_values(), values=2 * (2 * values + 2 * experts))
+        work.add(operations=2 * (60 + 6 * self._experts))
+
+    def _round(self, work: Work, unit: _Unit) -> None:
+        recipe, columns = self._job.recipe, unit.columns
+        weights = unit.count * unit.rows * columns
+        if unit.is_expert:
+            self._expert_gram(work, unit)
+        elif self._tokens < columns:
+            work.add(flops=2 * unit.tokens * columns**2)
+        work.add(values=unit.count * (4 + 2 * unit.linears) * columns**2 + 12 * weights)
+        work.add(operations=_LINEAR_OPERATIONS * unit.count * (1 + unit.linears))
+        if recipe.clip:
+            group = _group_size(next(iter(self._task.schemes.values())), columns)
+            work.add(flops=_SHRINKS * 2 * group * weights, values=_SHRINKS * 14 * weights, operations=_SHRINKS * 20)
+        if recipe.rounding.method == "gptq":
+            work.add(flops=weights * columns)
+            work.add(product="factor", flops=unit.count * 2 / 3 * columns**3 * (1 + _FACTOR_COLUMNS / columns))
+            side_by_side = min(unit.count, ceil(SIDE_BY_SIDE_BYTES / (8 * columns**2))) if unit.is_expert else 1
+            pieces = ceil(unit.count / side_by_side) * columns
+            work.add(values=(_COLUMN_PASSES + SUB_BLOCK / 2) * weights, operations=_COLUMN_OPERATIONS * pieces)
+        linears = unit.count * unit.linears
+        self._form(work, unit, unit.count * unit.rows, linears, rough=True)  # the signal; to nearest; what is written
+        self._candidates(work, unit, unit.count * unit.rows, linears, rough=True, sketched=False)
+        self._form(work, unit, unit.count * unit.rows, linears)
+
+
+def _group_size(scheme: WeightScheme, columns: int) -> int:
+    return scheme.group_size if scheme.group_size > 0 else columns
