@@ -14,12 +14,12 @@ from typing import Literal
 
 from awqdist.quant.experts import max_rows
 from awqdist.quant.rounding import SUB_BLOCK
+from awqdist.quant.rounding_experts import num_side_by_side
 from awqdist.quant.sketch import SKETCH_ROWS
 from awqdist.recipe import WeightScheme
 from awqdist.run.estimate_layer import chunk_tokens, compute_bytes, routed_tokens
 from awqdist.run.job import Job
 from awqdist.run.plan import LayerTask
-from awqdist.run.round_sites import SIDE_BY_SIDE_BYTES
 
 Product = Literal[
     "layer", "attention", "statistics", "exact", "rough", "factor"
@@ -226,11 +226,8 @@ class LayerWork:
         if recipe.rounding.method == "gptq":
             work.add(flops=weights * columns)
             work.add(product="factor", flops=unit.count * 2 / 3 * columns**3 * (1 + _FACTOR_COLUMNS / columns))
-            side_by_side = (
-                min(unit.count, ceil(SIDE_BY_SIDE_BYTES / (8 * columns * max(columns, unit.rows))))
-                if unit.is_expert
-                else 1
-            )
+            together = num_side_by_side(unit.rows, columns, self._job.device.type) if unit.is_expert else 1
+            side_by_side = min(unit.count, together)
             pieces = ceil(unit.count / side_by_side) * columns
             work.add(values=(_COLUMN_PASSES + SUB_BLOCK / 2) * weights, operations=_COLUMN_OPERATIONS * pieces)
         linears = unit.count * unit.linears
