@@ -82,7 +82,7 @@ def test_a_layer_that_has_no_room_on_the_gpu_is_written_in_the_same_bytes(tmp_pa
     run(model, tmp_path / "whole", "cuda")
     settings = RunSettings(model, tmp_path / "lent", device="cuda", num_samples=8, sequence_length=32, chunk_tokens=64)
     layer = estimate(prepare(load_recipe(RECIPE), settings)).layers[1]
-    settings = replace(settings, gpu_memory=layer.device_bytes * 4 // 5)
+    settings = replace(settings, gpu_memory=layer.device_bytes * 17 // 20)
     assert estimate(prepare(load_recipe(RECIPE), settings)).layers[1].residency.experts
     quantize(load_recipe(RECIPE), settings, [tiny_text()])
     for file in (tmp_path / "whole").glob("*.safetensors"):

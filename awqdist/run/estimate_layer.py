@@ -171,12 +171,12 @@ def _rounding_bytes(
     alike: sites of each fused parameter."""
     columns = task.shapes[site[0]][1]
     rows = sum(task.shapes[path][0] for path in site if path in task.schemes)
-    side_by_side = 1
-    if site[0] in task.routed:
+    if site[0] in task.routed:  # side by side: stacks, and what they are made of
         side_by_side = min(alike[task.routed[site[0]].fused], num_side_by_side(rows, columns, device))
-    elif residency.factors:
+        return side_by_side * (20 * rows * columns + 16 * columns * columns)
+    if residency.factors:
         return 17 * rows * columns + 4 * min(columns, _TILE_COLUMNS) * columns
-    return side_by_side * max(9 * rows * columns + 10 * columns * columns, 17 * rows * columns + 6 * columns * columns)
+    return max(9 * rows * columns + 10 * columns * columns, 17 * rows * columns + 6 * columns * columns)
 
 
 def chunk_tokens(job: Job) -> int:
