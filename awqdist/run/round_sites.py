@@ -69,8 +69,7 @@ def round_sites(
     """All quantized linears of a layer by path, and their records. The Gram matrices are taken out of the statistics."""
     weights: dict[str, QuantizedWeight] = {}
     records: list[LinearRecord] = []
-    device = next(iter(sites.statistics.values())).mean_abs.device.type
-    for batch in _batches(task, device):
+    for batch in _batches(task, sites):
         release_host_memory()
         for path, weight, record in _round_batch(task, batch, smoothed, sites, recipe):
             weights[path] = weight.to(sites.homes[path])
@@ -95,11 +94,12 @@ def _round_batch(
             yield path, weight, _linear_record(task.disk_module(path), draft, task.shapes[path], errors[:, rows].sum(1))
 
 
-def _batches(task: LayerTask, device: str) -> Iterator[list[tuple[str, ...]]]:
+def _batches(task: LayerTask, sites: SmoothedSites) -> Iterator[list[tuple[str, ...]]]:
     """Sites with quantized linears; those of experts of one kind together, up to a bound."""
     batch: list[tuple[str, ...]] = []
     for paths in (site for site in task.sites if any(path in task.schemes for path in site)):
         num_outputs, num_inputs = sum(task.shapes[path][0] for path in paths), task.shapes[paths[0]][1]
+        device = sites.statistics[paths[0]].mean_abs.device.type  # the weights may lie elsewhere
         full = len(batch) >= num_side_by_side(num_outputs, num_inputs, device)
         if batch and (full or not _alike(task, batch[0], paths)):
             yield batch
