@@ -7,6 +7,7 @@ between the small products of one expert; side by side they are B times larger.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import ceil
 
 import torch
 from torch import Tensor
@@ -16,6 +17,15 @@ from awqdist.quant.rounding import SUB_BLOCK, inverse_factor, rounding_order
 from awqdist.recipe import Rounding, WeightScheme
 
 Grid = tuple[Tensor, Tensor]  # weight_scale, zero_point: (O, G)
+_BYTES = {
+    "cpu": 1 << 29,
+    "cuda": 1 << 32,
+}  # of Gram matrices and their factors, or of the weights where these are larger
+
+
+def num_side_by_side(num_outputs: int, num_inputs: int, device: str) -> int:
+    """How many problems of (O, I) are solved at a time on that type of device: never by its free memory, which would decide the bytes."""
+    return max(1, ceil(_BYTES[device] / (8 * num_inputs * max(num_inputs, num_outputs))))
 
 
 def round_gptq_side_by_side(

@@ -9,13 +9,13 @@ from math import ceil, prod
 
 from awqdist.model.expert_products import takes_rows_by_expert
 from awqdist.quant.experts import max_rows
+from awqdist.quant.rounding_experts import num_side_by_side
 from awqdist.quant.stacks import BATCH_BYTES
 from awqdist.recipe import WeightScheme
 from awqdist.run.device import compute_dtype
 from awqdist.run.job import Job
 from awqdist.run.plan import LayerTask
 from awqdist.run.residency import LEVELS, Residency
-from awqdist.run.round_sites import SIDE_BY_SIDE_BYTES
 
 _TILE_COLUMNS = 512  # of a Gram matrix or its factor that are lent at a time
 _FORWARD_COPIES = 5  # of a chunk at the widest place of a layer
@@ -88,7 +88,9 @@ def _held_bytes(job: Job, task: LayerTask, residency: Residency) -> tuple[int, i
     search = max((_search_bytes(task, site, alike, batch) for site in task.sites), default=0)
     check = 4 * (num_values - of_experts) + at_hand if task.mappings else 0
     codes = sum(prod(task.shapes[path]) for path in task.schemes if not (residency.experts and path in experts))
-    rounding = codes + max((_rounding_bytes(task, site, alike, residency) for site in task.sites), default=0)
+    rounding = codes + max(
+        (_rounding_bytes(task, site, alike, residency, job.device.type) for site in task.sites), default=0
+    )
     device = loaded + max(forward, search, check, rounding)
     tiles = max((4 * width_in * min(width_in, _TILE_COLUMNS) for width_in in shared), default=0)
     device += tiles if residency.matrices else matrices
@@ -162,14 +164,16 @@ def _search_bytes(task: LayerTask, site: tuple[str, ...], alike: Mapping[str, in
     return 4 * 3 * values + 4 * 2 * task.shapes[site[0]][1] ** 2
 
 
-def _rounding_bytes(task: LayerTask, site: tuple[str, ...], alike: Mapping[str, int], residency: Residency) -> int:
+def _rounding_bytes(
+    task: LayerTask, site: tuple[str, ...], alike: Mapping[str, int], residency: Residency, device: str
+) -> int:
     """GPTQ's peak: the weights, by input, and what their record takes; the Gram matrix, its factor, and room for inverting.
     alike: sites of each fused parameter."""
     columns = task.shapes[site[0]][1]
     rows = sum(task.shapes[path][0] for path in site if path in task.schemes)
     if site[0] in task.routed:  # side by side: stacks, and what they are made of
-        fitting = ceil(SIDE_BY_SIDE_BYTES / (8 * columns * max(columns, rows)))
-        return min(alike[task.routed[site[0]].fused], fitting) * (20 * rows * columns + 16 * columns * columns)
+        side_by_side = min(alike[task.routed[site[0]].fused], num_side_by_side(rows, columns, device))
+        return side_by_side * (20 * rows * columns + 16 * columns * columns)
     if residency.factors:
         return 17 * rows * columns + 4 * min(columns, _TILE_COLUMNS) * columns
     return max(9 * rows * columns + 10 * columns * columns, 17 * rows * columns + 6 * columns * columns)

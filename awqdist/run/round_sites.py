@@ -16,15 +16,13 @@ from awqdist.quant.clip import clipped_range
 from awqdist.quant.experts import ExpertStatistics
 from awqdist.quant.grid import QuantizedWeight, grid_parameters, group_range, round_to_nearest, rounding_difference
 from awqdist.quant.rounding import round_gptq
-from awqdist.quant.rounding_experts import round_gptq_side_by_side
+from awqdist.quant.rounding_experts import num_side_by_side, round_gptq_side_by_side
 from awqdist.quant.stats import quadratic_form_rows, rough_form
 from awqdist.recipe import Recipe, WeightScheme
 from awqdist.run.device import release_host_memory
 from awqdist.run.gather import SiteStatistics
 from awqdist.run.plan import LayerTask
 from awqdist.run.records import LinearRecord
-
-SIDE_BY_SIDE_BYTES = 1 << 29  # of the Gram matrices and their factors, or of the weights where these are larger
 
 Parameters = Mapping[str, Tensor]
 
@@ -71,7 +69,8 @@ def round_sites(
     """All quantized linears of a layer by path, and their records. The Gram matrices are taken out of the statistics."""
     weights: dict[str, QuantizedWeight] = {}
     records: list[LinearRecord] = []
-    for batch in _batches(task):
+    device = next(iter(sites.statistics.values())).mean_abs.device.type
+    for batch in _batches(task, device):
         release_host_memory()
         for path, weight, record in _round_batch(task, batch, smoothed, sites, recipe):
             weights[path] = weight.to(sites.homes[path])
@@ -96,12 +95,12 @@ def _round_batch(
             yield path, weight, _linear_record(task.disk_module(path), draft, task.shapes[path], errors[:, rows].sum(1))
 
 
-def _batches(task: LayerTask) -> Iterator[list[tuple[str, ...]]]:
+def _batches(task: LayerTask, device: str) -> Iterator[list[tuple[str, ...]]]:
     """Sites with quantized linears; those of experts of one kind together, up to a bound."""
     batch: list[tuple[str, ...]] = []
     for paths in (site for site in task.sites if any(path in task.schemes for path in site)):
-        width = task.shapes[paths[0]][1]
-        full = len(batch) * 8 * width * max(width, sum(task.shapes[path][0] for path in paths)) >= SIDE_BY_SIDE_BYTES
+        num_outputs, num_inputs = sum(task.shapes[path][0] for path in paths), task.shapes[paths[0]][1]
+        full = len(batch) >= num_side_by_side(num_outputs, num_inputs, device)
         if batch and (full or not _alike(task, batch[0], paths)):
             yield batch
             batch = []

@@ -14,12 +14,12 @@ from typing import Literal
 
 from awqdist.quant.experts import max_rows
 from awqdist.quant.rounding import SUB_BLOCK
+from awqdist.quant.rounding_experts import num_side_by_side
 from awqdist.quant.sketch import SKETCH_ROWS
 from awqdist.recipe import WeightScheme
 from awqdist.run.estimate_layer import chunk_tokens, compute_bytes, routed_tokens
 from awqdist.run.job import Job
 from awqdist.run.plan import LayerTask
-from awqdist.run.round_sites import SIDE_BY_SIDE_BYTES
 
 Product = Literal[
     "layer", "attention", "statistics", "exact", "rough", "factor"
@@ -31,7 +31,8 @@ _GRID_PASSES = 10  # rounding_difference: values read or written for each weight
 _GRID_OPERATIONS = 30
 _COLUMN_PASSES = 18  # GPTQ: the same for each weight, one column at a time
 _COLUMN_OPERATIONS = 12
-_RANKED_ROWS, _RANKED_ROWS_OF_GROUPS, _LEAST_ROWS = 256, 1024, 32  # of the search's samples
+_RANKED, _RANKED_OF_GROUPS, _RANKED_OF_EXPERT = (256, 8192), (2048, 16384), (128, 512)  # rows of the search's samples
+_LEAST_ROWS = 8
 _NUM_FINALISTS = 3
 _FACTOR_COLUMNS = 3000  # at so many columns factorising and inverting reach half the rate of a product
 _LINEAR_OPERATIONS = 300  # around the rounding of a site, and of each of its linears
@@ -161,22 +162,21 @@ class LayerWork:
         assert smoothing is not None
         units = list(self._groups(balance))
         num_units = sum(unit.count for unit in units)
-        screened = sum(unit.count * unit.rows for unit in units) >= 2 * _RANKED_ROWS
-        sampled = _RANKED_ROWS if num_units == 1 else max(_LEAST_ROWS, _RANKED_ROWS_OF_GROUPS // num_units)
+        screened = sum(unit.count * unit.rows for unit in units) >= 2 * _RANKED[0]
+        first, second = (max(_LEAST_ROWS, rows // num_units) for rows in _RANKED_OF_GROUPS)
+        if num_units == 1:
+            first, second = _RANKED_OF_EXPERT if units[0].is_expert else _RANKED
         for unit in units:
             weights = unit.count * unit.rows * unit.columns
             work.add(values=7 * weights, operations=12 * unit.count)  # stacked, their means, scaled at the end
-            exact, rough, looks = smoothing.n_grid, 0, 1
-            if screened:
-                exact, rough, looks = 2, _NUM_FINALISTS, 3
-                rows = min(sampled, unit.rows)
-                tried = unit.count * (smoothing.n_grid - 1)
-                self._candidates(work, unit, tried * rows, tried, rough=True)
-            self._candidates(work, unit, exact * unit.count * unit.rows, exact * unit.count)
-            self._candidates(work, unit, rough * unit.count * unit.rows, rough * unit.count, rough=True)
+            looks = 2 if screened else smoothing.n_grid
+            rough = screened and unit.is_expert
+            self._candidates(work, unit, looks * unit.count * unit.rows, looks * unit.count, rough=rough)
+            for tries, rows in ((smoothing.n_grid - 1, first), (_NUM_FINALISTS, second)) if screened else ():
+                tried = tries * unit.count
+                self._candidates(work, unit, tried * min(rows, unit.rows), tried, rough=True)
             if unit.is_expert:
-                for _ in range(looks):
-                    self._expert_gram(work, unit)
+                self._expert_gram(work, unit)
 
     def _candidates(
         self, work: Work, unit: _Unit, rows: float, calls: float, *, rough: bool = False, sketched: bool = True
@@ -226,7 +226,8 @@ class LayerWork:
         if recipe.rounding.method == "gptq":
             work.add(flops=weights * columns)
             work.add(product="factor", flops=unit.count * 2 / 3 * columns**3 * (1 + _FACTOR_COLUMNS / columns))
-            side_by_side = min(unit.count, ceil(SIDE_BY_SIDE_BYTES / (8 * columns**2))) if unit.is_expert else 1
+            together = num_side_by_side(unit.rows, columns, self._job.device.type) if unit.is_expert else 1
+            side_by_side = min(unit.count, together)
             pieces = ceil(unit.count / side_by_side) * columns
             work.add(values=(_COLUMN_PASSES + SUB_BLOCK / 2) * weights, operations=_COLUMN_OPERATIONS * pieces)
         linears = unit.count * unit.linears
