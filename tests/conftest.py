@@ -20,8 +20,10 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils.logging import disable_progress_bar
 
 torch.set_num_threads(1)
+disable_progress_bar()  # transformers' own, of checkpoints that tests save and load
 
 NUM_LAYERS = 4
 TEXT = "".join(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,7 +27,6 @@ from family_oracles import (
 from tiny_hybrids import FULL_PRECISION
 from tiny_models import families, tiny_checkpoint
 from torch import Tensor
-from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from awqdist import oneshot
 from awqdist.model.mapping import ResolvedMapping
@@ -51,13 +49,6 @@ class Case:
     float_logits: Tensor
     outputs: dict[int, Path]  # by number of bits
     summaries: dict[int, RunSummary]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quiet() -> Iterator[None]:
-    disable_progress_bar()
-    yield
-    enable_progress_bar()
 
 
 @pytest.fixture(scope="module", params=families())

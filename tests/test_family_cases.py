@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ from family_oracles import (
 from safetensors.torch import save_file
 from tiny_models import WINDOW, tiny_checkpoint
 from torch import Tensor
-from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from awqdist import oneshot
 from awqdist.errors import ModelError, RecipeError
@@ -33,13 +31,6 @@ from awqdist.run.records import RunSummary
 
 SAMPLES = token_ids(6)
 PROBE = token_ids(2, seed=1)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quiet() -> Iterator[None]:
-    disable_progress_bar()
-    yield
-    enable_progress_bar()
 
 
 def quantized(source: Path, output: Path, chosen: Recipe) -> RunSummary:

@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
@@ -32,7 +32,6 @@ from tiny_models import alike_families, tiny_checkpoint
 from torch import Tensor
 from transformers.integrations.hub_kernels import use_kernel_func_from_hub_with_fallback
 from transformers.models.lfm2 import modeling_lfm2
-from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from awqdist import oneshot
 from awqdist.errors import CalibrationError, ModelError
@@ -44,13 +43,6 @@ from awqdist.run.records import RunSummary
 
 SAMPLES = token_ids(6)
 PROBE = token_ids(2, seed=1)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quiet() -> Iterator[None]:
-    disable_progress_bar()
-    yield
-    enable_progress_bar()
 
 
 def quantized(source: Path, output: Path, chosen: Recipe) -> RunSummary:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from odd_models import (
 )
 from tiny_models import alike_families, families, moe_families, tiny_checkpoint
 from torch import Tensor
-from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from awqdist import AWQMapping, oneshot
 from awqdist.checkpoint.index import INDEX_FILE
@@ -35,13 +33,6 @@ from awqdist.run.records import RunSummary
 
 SAMPLES = token_ids(6)
 PROBE = token_ids(2, seed=1)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quiet() -> Iterator[None]:
-    disable_progress_bar()
-    yield
-    enable_progress_bar()
 
 
 def open_skeleton(source: Path) -> Skeleton:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,6 @@ from tiny_hybrids import FULL_PRECISION, UNSMOOTHED
 from tiny_models import fused_families, moe_families, tiny_checkpoint, tiny_text
 from torch import Tensor
 from transformers import AutoConfig
-from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from awqdist import oneshot
 from awqdist.cli.dequantized import load_dequantized
@@ -56,13 +54,6 @@ class Case:
     output: Path
     summary: RunSummary
     in_memory: dict[int, LayerResult]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quiet() -> Iterator[None]:
-    disable_progress_bar()
-    yield
-    enable_progress_bar()
 
 
 def quantized(source: Path, output: Path, **options: Any) -> RunSummary:
