@@ -74,6 +74,7 @@ def load_sharded(name: str, ranks: Ranks) -> Any:
     for part in (config, config.get_text_config(decoder=True)):
         part.dtype = torch.float32
     skeleton = build_skeleton(config, weights.names)
+    skeleton.model.tie_weights()  # on meta each name has a parameter of its own
     with _quiet() as deepspeed, torch.no_grad():
         for module, prefix, tensors in _pieces(skeleton, weights, is_first=ranks.number == 0):
             _fill(module, prefix, tensors, deepspeed)
@@ -110,7 +111,11 @@ def _pieces(
 
 def _fill(root: nn.Module, prefix: str, tensors: Mapping[str, Tensor], deepspeed: Any) -> None:
     """Gives the parameters of `root` that are still on meta their values, and spreads them over the ranks."""
-    filled: dict[nn.Parameter, nn.Parameter] = {}  # tied ones are one parameter
+    filled: dict[
+        nn.Parameter, nn.Parameter
+    ] = {}  # tied ones are one parameter, which may have its value by any of its names
+    named = root.named_parameters(remove_duplicate=False)
+    values = {parameter: tensors[name] for name, parameter in named if name in tensors}
     for path, module in reversed(list(root.named_modules())):
         start = f"{path}." if path else ""
         for name, buffer in module._buffers.items():
@@ -120,7 +125,7 @@ def _fill(root: nn.Module, prefix: str, tensors: Mapping[str, Tensor], deepspeed
             if parameter is None or not parameter.is_meta:
                 continue
             if parameter not in filled:
-                value = tensors.get(start + name)
+                value = values.get(parameter)
                 shape = parameter.shape
                 if value is not None and value.shape != shape:
                     raise CheckpointError(
