@@ -196,7 +196,7 @@ def pack(source: Path, output: Path, *, symmetric: bool = False) -> None:
 @pytest.mark.torchrun
 @pytest.mark.parametrize("family", ["llama", "gemma", "deepseek-v3"])
 def test_zero3_over_two_ranks_gives_what_one_process_gives(family: str, tmp_path: Path) -> None:
-    """A packed model against its float model, with tied embeddings, fused experts, a router's bias and windows that leave one rank without a batch."""
+    """A packed model against its float model: tied embeddings, fused experts, a router's bias, windows that leave one rank no batch."""
     source, text = tiny_checkpoint(family, tmp_path / "source"), tmp_path / "text.txt"
     text.write_text(tiny_text(60))
     pack(source, tmp_path / "packed")
