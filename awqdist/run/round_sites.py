@@ -26,6 +26,8 @@ from awqdist.run.records import LinearRecord
 
 Parameters = Mapping[str, Tensor]
 
+_JUDGED_ROWS = 64  # of a linear of an expert, evenly spaced, that its record is made of
+
 
 @dataclass(frozen=True, slots=True)
 class SmoothedSites:
@@ -83,15 +85,15 @@ def _round_batch(
     """The linears of sites that are rounded together. Their matrices live no longer than this."""
     drafts = [d for paths in batch for d in _drafts(task, paths, smoothed, _site(task, paths, sites, recipe), recipe)]
     for draft, result in zip(drafts, _rounded(drafts, recipe), strict=True):
-        errors = _row_errors(draft, result)
         first = 0
-        for path in draft.paths:
+        sizes = [task.shapes[path][0] for path in draft.paths]
+        for path, errors in zip(draft.paths, _errors(draft, result, sizes), strict=True):
             rows = slice(first, first + task.shapes[path][0])
             first = rows.stop
             weight = QuantizedWeight(
                 result.codes[rows], result.weight_scale[rows], result.zero_point[rows], draft.scheme
             )
-            yield path, weight, _linear_record(task.disk_module(path), draft, task.shapes[path], errors[:, rows].sum(1))
+            yield path, weight, _linear_record(task.disk_module(path), draft, task.shapes[path], errors)
 
 
 def _batches(task: LayerTask, sites: SmoothedSites) -> Iterator[list[tuple[str, ...]]]:
@@ -165,27 +167,43 @@ def _rounded(drafts: Sequence[_Draft], recipe: Recipe) -> Iterator[QuantizedWeig
         yield from round_gptq_side_by_side(weights, grams, grids, drafts[0].scheme, recipe.rounding)
 
 
-def _row_errors(draft: _Draft, result: QuantizedWeight) -> Tensor:
-    """Of every row its output, its output error if it were not smoothed and rounded to nearest, and that of the result, squared and summed
-    over the tokens: (3, ΣO) float64."""
-    site, weight = draft.site, draft.weight
-    if isinstance(site.statistics, ExpertStatistics):
-        difference = result.dequantize().sub_(weight).div_(site.scales)
-        stacked = torch.cat([weight / site.scales, _nearest(draft), difference])
-        return site.statistics.rough_row_errors(stacked).view(3, -1)
-    assert site.gram is not None
-    signal = rough_form(weight, site.gram), rough_form(_nearest(draft).mul_(site.scales), site.gram)
-    return torch.stack([*signal, quadratic_form_rows(result.dequantize().sub_(weight), site.gram)])
+def _errors(draft: _Draft, result: QuantizedWeight, sizes: Sequence[int]) -> Tensor:
+    """Of every linear its output, its output error if it were not smoothed and rounded to nearest, and that of the result, squared and
+    summed over the tokens: (n, 3) float64. sizes: rows of the n linears."""
+    statistics = draft.site.statistics
+    if isinstance(statistics, ExpertStatistics):
+        steps = [-(-size // _JUDGED_ROWS) for size in sizes]
+        firsts = [sum(sizes[:i]) for i in range(len(sizes))]
+        spaced = [torch.arange(f, f + size, step) for f, size, step in zip(firsts, sizes, steps, strict=True)]
+        rows = torch.cat(spaced).to(draft.weight.device)
+        found = _sampled_row_errors(draft, result, rows, statistics).split([r.shape[0] for r in spaced], 1)
+        shares = [size / r.shape[0] for size, r in zip(sizes, spaced, strict=True)]
+        return torch.stack([errors.sum(1) * share for errors, share in zip(found, shares, strict=True)])
+    gram = draft.site.gram
+    assert gram is not None
+    nearest = _nearest(draft, draft.weight / draft.site.scales)
+    signal = rough_form(draft.weight, gram), rough_form(nearest.mul_(draft.site.scales), gram)
+    found = torch.stack([*signal, quadratic_form_rows(result.dequantize().sub_(draft.weight), gram)])  # (3, ΣO)
+    return torch.stack([errors.sum(1) for errors in found.split(list(sizes), 1)])
 
 
-def _nearest(draft: _Draft) -> Tensor:
-    """(ΣO, I): what rounding to nearest without smoothing would change."""
-    scales = draft.site.scales
-    return rounding_difference(draft.weight / scales, torch.ones_like(scales), draft.scheme, draft.site.grid_dtype)
+def _sampled_row_errors(draft: _Draft, result: QuantizedWeight, rows: Tensor, statistics: ExpertStatistics) -> Tensor:
+    """(3, r) float64 of some rows (r,), as the sketch of an expert tells them."""
+    scales, weight = draft.site.scales, draft.weight[rows]
+    written = QuantizedWeight(result.codes[rows], result.weight_scale[rows], result.zero_point[rows], result.scheme)
+    difference = written.dequantize().sub_(weight).div_(scales)
+    original = weight.div_(scales)
+    stacked = torch.cat([original, _nearest(draft, original), difference])
+    return statistics.rough_row_errors(stacked).view(3, -1)
+
+
+def _nearest(draft: _Draft, original: Tensor) -> Tensor:
+    """What rounding to nearest would change of weights that are not smoothed, (r, I)."""
+    return rounding_difference(original, torch.ones_like(draft.site.scales), draft.scheme, draft.site.grid_dtype)
 
 
 def _linear_record(name: str, draft: _Draft, shape: tuple[int, int], errors: Tensor) -> LinearRecord:
-    """errors: (3,), see `_row_errors`."""
+    """errors: (3,), see `_errors`."""
     signal, nearest, found = errors.tolist()
     signal = max(signal, 1e-30)
     return LinearRecord(
