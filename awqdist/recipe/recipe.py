@@ -81,6 +81,11 @@ class Recipe:
     groups: tuple[SchemeGroup, ...]
     ignore: tuple[str, ...]
 
+    @property
+    def fits_weights(self) -> bool:
+        """Whether codes or ranges are fitted to what linears read; else the weights alone decide, once the scales are chosen."""
+        return self.clip or self.rounding.method == "gptq"
+
     def scheme_for(self, name: str, kind: str = "Linear") -> SchemeGroup | None:
         """The group of module `name` of class `kind`, or None when it is ignored or not targeted.
 

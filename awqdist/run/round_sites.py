@@ -128,7 +128,7 @@ def _site(task: LayerTask, paths: tuple[str, ...], sites: SmoothedSites, recipe:
         scales = torch.ones_like(statistics.mean_abs)
     num_dead_inputs = int((statistics.mean_abs == 0).sum())
     grid_dtype = next(sites.grid_dtypes[path] for path in paths if path in task.schemes)
-    fitted = recipe.clip or recipe.rounding.method == "gptq" or not isinstance(statistics, ExpertStatistics)
+    fitted = recipe.fits_weights or not isinstance(statistics, ExpertStatistics)
     gram = statistics.take_smoothed_gram(scales) if fitted else None
     return _Site(statistics, gram, scales, num_dead_inputs, grid_dtype)
 
@@ -145,10 +145,10 @@ def _drafts(
         if recipe.clip:
             assert site.gram is not None
             low, high, clipped = clipped_range(weight, site.gram, scheme)
-            low, high = low.to(site.grid_dtype), high.to(site.grid_dtype)
         else:
-            low, high = group_range(weight.to(site.grid_dtype), scheme)  # what compressed-tensors' observer would see
-        weight_scale, zero_point = grid_parameters(low, high, scheme)
+            low, high = group_range(weight, scheme)
+        # in the dtype of the grid, as compressed-tensors' observer sees them: rounding keeps the order of numbers
+        weight_scale, zero_point = grid_parameters(low.to(site.grid_dtype), high.to(site.grid_dtype), scheme)
         yield _Draft(stacked, weight, scheme, site, weight_scale, zero_point, clipped)
 
 
@@ -157,7 +157,7 @@ def _rounded(drafts: Sequence[_Draft], recipe: Recipe) -> Iterator[QuantizedWeig
     grams = [draft.site.gram for draft in drafts if draft.site.gram is not None]
     if recipe.rounding.method == "nearest":
         for d in drafts:
-            yield round_to_nearest(d.weight.to(d.site.grid_dtype), d.weight_scale, d.zero_point, d.scheme)
+            yield round_to_nearest(d.weight, d.weight_scale, d.zero_point, d.scheme, d.site.grid_dtype)
     elif len({id(d.site) for d in drafts}) == 1:
         for d, gram in zip(drafts, grams, strict=True):
             yield round_gptq(d.weight, gram, d.weight_scale, d.zero_point, d.scheme, recipe.rounding)
