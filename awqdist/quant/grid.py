@@ -98,19 +98,15 @@ def round_to_nearest(
     return QuantizedWeight(codes, weight_scale, zero_point, scheme)
 
 
-def rounding_difference(
-    weight: Tensor, scales: Tensor, scheme: WeightScheme, dtype: torch.dtype, out: Tensor | None = None
-) -> Tensor:
+def rounding_difference(weight: Tensor, scales: Tensor, scheme: WeightScheme, dtype: torch.dtype) -> Tensor:
     """D = Q(W·diag(s))·diag(1/s) - W, the change of the effective weight when W is smoothed by `scales` and rounded to nearest.
 
     weight: (O, I), or (B, O, I) of B problems, any float dtype; scales: (I,) or (B, I) float32, `smooth_scales`; dtype: what the group
-    scales are stored in; out: where D is to lie, any float dtype. Returns `out` or a new float32 tensor, in the shape of `weight`. On a
-    CPU the rows are worked through in blocks that stay in the cache.
+    scales are stored in. Returns float32, in the shape of `weight`. On a CPU the rows are worked through in blocks that stay in the cache.
     """
-    difference = torch.empty_like(weight, dtype=torch.float32) if out is None else out
     if weight.ndim == 2:
-        rounding_difference(weight.unsqueeze(0), scales.unsqueeze(0), scheme, dtype, difference.unsqueeze(0))
-        return difference
+        return rounding_difference(weight.unsqueeze(0), scales.unsqueeze(0), scheme, dtype).squeeze(0)
+    difference = torch.empty_like(weight, dtype=torch.float32)
     num_problems, num_rows, width = weight.shape
     rows = num_rows if weight.is_cuda else min(num_rows, max(1, CACHED_ELEMENTS // width))
     problems = num_problems if weight.is_cuda else max(1, CACHED_ELEMENTS // (num_rows * width))
@@ -135,6 +131,6 @@ def _difference_of_block(weight: Tensor, scales: Tensor, scheme: WeightScheme, d
         step = ((high - low).div_(limit)).to(dtype).float()
         zero = (low / step).neg_().nan_to_num_(0.0).clamp_(0, limit).round_()
     step.masked_fill_(step == 0, torch.finfo(dtype).eps)
-    rounded = torch.addcdiv(zero, smoothed, step).round_().clamp_(0, limit)
+    rounded = torch.div(smoothed, step).add_(zero).round_().clamp_(0, limit)
     torch.sub(rounded.sub_(zero).mul_(step), smoothed, out=smoothed)
     torch.div(smoothed.flatten(-2), scales, out=out)

@@ -16,7 +16,10 @@ from awqdist.quant.grid import rounding_difference
 from awqdist.quant.stacks import RowErrors
 from awqdist.recipe import WeightScheme
 
-_BLOCK_ELEMENTS = 1 << 22  # of the differences that are multiplied at a time, of several candidates
+_BLOCK_ELEMENTS = {
+    "cpu": 1 << 20,
+    "cuda": 1 << 22,
+}  # of the differences that are multiplied at a time, of several candidates
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,14 +34,15 @@ class RowSample:
     def errors(self, scales: Tensor, dtype: torch.dtype) -> Tensor:
         """Of all rows, as far as these tell, under scales (n, K, I), K being 1 or B: (n, B) float64. dtype: of the group scales."""
         num_groups, size, width = self.weight.shape
-        step = max(1, _BLOCK_ELEMENTS // self.weight.numel())
+        most = _BLOCK_ELEMENTS[self.weight.device.type]
         found = []
-        for part in scales.split(step):
-            differences = self.weight.new_empty(num_groups, part.shape[0] * size, width, dtype=torch.float32)
-            for i, one in enumerate(part):
-                out = differences[:, i * size : (i + 1) * size]
-                rounding_difference(self.weight, one.expand(num_groups, -1), self.scheme, dtype, out)
-            found.append(self.rough(differences).unflatten(1, (-1, size)) @ self.counts)  # (B, n)
+        for part in scales.split(max(1, most // self.weight.numel())):
+            num_tried = part.shape[0]
+            each = part.expand(-1, num_groups, -1).transpose(0, 1).flatten(0, 1)  # (B·n, I)
+            weight = self.weight.repeat_interleave(num_tried, 0)  # (B·n, r, I)
+            differences = rounding_difference(weight, each, self.scheme, dtype)
+            errors = self.rough(differences.view(num_groups, -1, width))  # (B, n·r)
+            found.append(errors.unflatten(1, (num_tried, size)) @ self.counts)
         return torch.cat(found, 1).T
 
 
