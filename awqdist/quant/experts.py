@@ -99,11 +99,13 @@ class ExpertStatistics:
         self._rows: list[Tensor] = []
         self._sum_abs = torch.zeros(num_inputs, dtype=torch.float32, device=device)
         self._gram: Tensor | None = None
+        self._sketch: Tensor | None = None
 
     def add(self, activations: Tensor) -> None:
         """Adds rows (n, I), any float dtype."""
         rows = activations.detach().reshape(-1, self.num_inputs)
         self.num_tokens += rows.shape[0]
+        self._sketch = None
         self._sum_abs += rows.float().abs().sum(0)
         kept = rows[: self._most_rows - self._num_kept]
         if kept.shape[0]:
@@ -155,18 +157,28 @@ class ExpertStatistics:
         return StackedSketches.of([self]).row_errors(difference.unsqueeze(0))[0]
 
     def sketch(self) -> Tensor:
-        """(SKETCHED_ROWS, I) float32, a new tensor: rows Z with ‖Z·dᵀ‖² = d·Ĝ·dᵀ on average, for the prior as some of its tokens tell it.
-        Where there are fewer rows than that, they are these themselves, and zeros."""
+        """(SKETCHED_ROWS, I), in bfloat16 where the hardware multiplies that: rows Z with ‖Z·dᵀ‖² = d·Ĝ·dᵀ on average, for the prior as
+        some of its tokens tell it. Where there are fewer rows than that, they are these themselves, and zeros."""
+        if self._sketch is not None:
+            return self._sketch
         prior = self._prior.sample()
-        own = self._kept() if self._rows else prior[:0]
-        num_own, num_rows = own.shape[0], own.shape[0] + prior.shape[0]
+        num_rows = self._num_kept + prior.shape[0]
         num_parts = max(-(-num_rows // SKETCHED_ROWS), 1)
-        rows = self._sum_abs.new_zeros(num_parts * SKETCHED_ROWS, self.num_inputs)
-        rows[:num_own], rows[num_own:num_rows] = own, prior
+        rows = self._sum_abs.new_empty(num_parts * SKETCHED_ROWS, self.num_inputs)
+        start = 0
+        for own in (*self._rows, prior):
+            rows[start : start + own.shape[0]].copy_(own)
+            start += own.shape[0]
+        rows[num_rows:] = 0
         factors = _signs(num_parts, rows.device).clone()
-        factors[:num_own] *= (self.num_tokens / max(num_own, 1)) ** 0.5
-        factors[num_own:] *= (PRIOR_TOKENS / max(prior.shape[0], 1)) ** 0.5
-        return rows.mul_(factors).view(num_parts, SKETCHED_ROWS, -1).sum(0)
+        factors[: self._num_kept] *= (self.num_tokens / max(self._num_kept, 1)) ** 0.5
+        factors[self._num_kept :] *= (PRIOR_TOKENS / max(prior.shape[0], 1)) ** 0.5
+        sketch = rows.mul_(factors).view(num_parts, SKETCHED_ROWS, -1).sum(0)
+        return sketch.bfloat16() if has_fast_bfloat16(rows.device) else sketch
+
+    def keep_sketch(self) -> None:
+        """Makes the sketch once for all that is asked later, unless rows are to lie in host memory."""
+        self._sketch = self.sketch() if self._host is None else None
 
     def is_finite(self) -> bool:
         """Whether every activation that was added was finite."""
@@ -183,15 +195,13 @@ def _signs(num_parts: int, device: torch.device) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class StackedSketches:
-    """Of B experts. rows: (B, SKETCHED_ROWS, I), in bfloat16 where the hardware multiplies that."""
+    """Of B experts. rows: (B, SKETCHED_ROWS, I), see `ExpertStatistics.sketch`."""
 
     rows: Tensor
 
     @classmethod
     def of(cls, experts: Sequence[ExpertStatistics]) -> StackedSketches:
-        device = experts[0].mean_abs.device
-        dtype = torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
-        return cls(torch.stack([expert.sketch().to(dtype) for expert in experts]))
+        return cls(torch.stack([expert.sketch() for expert in experts]))
 
     def row_errors(self, difference: Tensor) -> Tensor:
         """Of difference (B, r, I), float: (B, r) float64."""

@@ -93,6 +93,8 @@ class Stack:
         """`row_errors` to rank by, which for experts is that of their sketches."""
         experts = [g.statistics for g in self.groups if isinstance(g.statistics, ExpertStatistics)]
         if experts:
+            for expert in experts:
+                expert.keep_sketch()
             return StackedSketches.of(experts).row_errors
         if isinstance(self.groups[0].statistics, CompensatedStatistics):
             return self.row_errors

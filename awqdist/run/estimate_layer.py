@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from math import ceil, prod
 
 from awqdist.model.expert_products import takes_rows_by_expert
-from awqdist.quant.experts import max_rows
+from awqdist.quant.experts import SKETCHED_ROWS, max_rows
 from awqdist.quant.rounding_experts import num_side_by_side
 from awqdist.quant.stacks import BATCH_BYTES
 from awqdist.recipe import WeightScheme
@@ -112,7 +112,9 @@ def _expert_statistics(job: Job, task: LayerTask, num_tokens: int) -> int:
     if job.settings.all_experts:
         inner = [task.shapes[first][1] for first, routed in task.routed.items() if routed.inner]
         return sum(4 * width_in * min(width_in, num_tokens) for width_in in inner)
-    return _expert_rows(job, task, num_tokens) * compute_bytes(job)
+    sketched = not job.recipe.fits_weights and job.recipe.smoothing is not None
+    sketches = sum(SKETCHED_ROWS * task.shapes[first][1] for first in task.routed) if sketched else 0
+    return (_expert_rows(job, task, num_tokens) + sketches) * compute_bytes(job)
 
 
 def _can_be_lent(job: Job, task: LayerTask) -> bool:

@@ -83,8 +83,7 @@ def _round_batch(
     task: LayerTask, batch: Sequence[tuple[str, ...]], smoothed: Parameters, sites: SmoothedSites, recipe: Recipe
 ) -> Iterator[tuple[str, QuantizedWeight, LinearRecord]]:
     """The linears of sites that are rounded together. Their matrices live no longer than this."""
-    drafts = [d for paths in batch for d in _drafts(task, paths, smoothed, _site(task, paths, sites, recipe), recipe)]
-    for draft, result in zip(drafts, _rounded(drafts, recipe), strict=True):
+    for draft, result in _rounded(task, batch, smoothed, sites, recipe):
         first = 0
         sizes = [task.shapes[path][0] for path in draft.paths]
         for path, errors in zip(draft.paths, _errors(draft, result, sizes), strict=True):
@@ -140,7 +139,9 @@ def _drafts(
     quantized = [path for path in paths if path in task.schemes]
     for scheme in dict.fromkeys(task.schemes[path] for path in quantized):
         stacked = [path for path in quantized if task.schemes[path] == scheme]
-        weight = torch.cat([smoothed[f"{path}.weight"].float() for path in stacked])
+        weights = [smoothed[f"{path}.weight"].float() for path in stacked]
+        weight = torch.cat(weights) if len(weights) > 1 else weights[0]
+        del weights
         clipped = 0.0
         if recipe.clip:
             assert site.gram is not None
@@ -152,19 +153,26 @@ def _drafts(
         yield _Draft(stacked, weight, scheme, site, weight_scale, zero_point, clipped)
 
 
-def _rounded(drafts: Sequence[_Draft], recipe: Recipe) -> Iterator[QuantizedWeight]:
-    """The drafts of a batch on their grids; all of one shape and scheme where they are of several sites."""
-    grams = [draft.site.gram for draft in drafts if draft.site.gram is not None]
+def _rounded(
+    task: LayerTask, batch: Sequence[tuple[str, ...]], smoothed: Parameters, sites: SmoothedSites, recipe: Recipe
+) -> Iterator[tuple[_Draft, QuantizedWeight]]:
+    """The linears of a batch of sites on their grids: to nearest one draft at a time, else together, and then all of one shape and scheme
+    where they are of several sites."""
+    every = (d for paths in batch for d in _drafts(task, paths, smoothed, _site(task, paths, sites, recipe), recipe))
     if recipe.rounding.method == "nearest":
-        for d in drafts:
-            yield round_to_nearest(d.weight, d.weight_scale, d.zero_point, d.scheme, d.site.grid_dtype)
-    elif len({id(d.site) for d in drafts}) == 1:
+        for d in every:
+            yield d, round_to_nearest(d.weight, d.weight_scale, d.zero_point, d.scheme, d.site.grid_dtype)
+        return
+    drafts = list(every)
+    grams = [draft.site.gram for draft in drafts if draft.site.gram is not None]
+    if len({id(d.site) for d in drafts}) == 1:
         for d, gram in zip(drafts, grams, strict=True):
-            yield round_gptq(d.weight, gram, d.weight_scale, d.zero_point, d.scheme, recipe.rounding)
+            yield d, round_gptq(d.weight, gram, d.weight_scale, d.zero_point, d.scheme, recipe.rounding)
     else:
         grids = [(d.weight_scale, d.zero_point) for d in drafts]
         weights = [d.weight for d in drafts]
-        yield from round_gptq_side_by_side(weights, grams, grids, drafts[0].scheme, recipe.rounding)
+        results = round_gptq_side_by_side(weights, grams, grids, drafts[0].scheme, recipe.rounding)
+        yield from zip(drafts, results, strict=True)
 
 
 def _errors(draft: _Draft, result: QuantizedWeight, sizes: Sequence[int]) -> Tensor:
