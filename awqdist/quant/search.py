@@ -28,11 +28,13 @@ from awqdist.quant.stats import Statistics
 from awqdist.recipe import Smoothing
 
 _ROWS = (256, 8192)  # that rank the candidates, and the best few; used where a mapping has at least twice the former
-_ROWS_OF_GROUPS = (2048, 8192)  # the same of all groups together, where there are several
-_ROWS_OF_EXPERT = (64, 256)  # the same of a mapping within an expert
+_ROWS_OF_GROUPS = (2048, 16384)  # the same of all groups together, where there are several
+_ROWS_OF_EXPERT = (128, 512)  # the same of a mapping within an expert
+_DECIDING_ROWS_OF_GROUPS = (2048, 8192)  # the same where all rows are not looked at afterwards
+_DECIDING_ROWS_OF_EXPERT = (64, 256)
 _LEAST_ROWS = 8  # of each group
 _NUM_FINALISTS = 3
-_NUM_FINALISTS_OF_EXPERTS = 6  # where the larger sample decides, and not all rows
+_NUM_DECIDED = 6  # as many where the larger sample decides
 
 
 def search_scales(
@@ -52,8 +54,8 @@ def search_groups(
 ) -> ScaleChoice:
     """The same for several groups of balance layers. mean_abs: (I,), of the smoothed tensor."""
     stacks = [stack for batch in batches(groups) for stack in stacked(batch)]
-    sizes = _ROWS if len(groups) == 1 else tuple(max(_LEAST_ROWS, rows // len(groups)) for rows in _ROWS_OF_GROUPS)
-    (choice,) = _Search(stacks, sizes, dtype, shared=True).choices(mean_abs.unsqueeze(0), source, settings)
+    search = _Search(stacks, len(groups), dtype, shared=True)
+    (choice,) = search.choices(mean_abs.unsqueeze(0), source, settings)
     return choice
 
 
@@ -64,37 +66,39 @@ def search_side_by_side(
     choices: list[ScaleChoice] = []
     for batch in batches(groups):
         mean_abs = torch.stack([group.statistics.mean_abs for group in batch])
-        search = _Search(stacked(batch), _ROWS_OF_EXPERT, dtype, shared=False)
+        search = _Search(stacked(batch), len(batch), dtype, shared=False)
         choices += search.choices(mean_abs, source, settings)
     return choices
 
 
 class _Search:
-    """K mappings at a time: one whose errors are summed over the groups of all stacks, or one for each of their B groups.
+    """K mappings at a time: one whose errors are summed over the groups of all stacks, or one for each of their B groups."""
 
-    sizes: how many rows of a group rank all candidates, and the best few.
-    """
-
-    def __init__(self, stacks: Sequence[Stack], sizes: Sequence[int], dtype: torch.dtype, *, shared: bool) -> None:
-        self._stacks, self._sizes, self._dtype, self._shared = stacks, sizes, dtype, shared
+    def __init__(self, stacks: Sequence[Stack], num_groups: int, dtype: torch.dtype, *, shared: bool) -> None:
+        self._stacks, self._dtype, self._shared = stacks, dtype, shared
         self._num_rows = sum(stack.num_rows * (len(stack.groups) if shared else 1) for stack in stacks)
         self._screened = self._num_rows >= 2 * _ROWS[0]
+        self._on_samples = self._screened and any(stack.of_experts for stack in stacks)
+        of_expert, of_groups = _ROWS_OF_EXPERT, _ROWS_OF_GROUPS
+        if self._on_samples:
+            of_expert, of_groups = _DECIDING_ROWS_OF_EXPERT, _DECIDING_ROWS_OF_GROUPS
+        several = tuple(max(_LEAST_ROWS, rows // num_groups) for rows in of_groups)
+        self._sizes = (_ROWS if num_groups == 1 else several) if shared else of_expert  # rows of a group, by step
 
     def choices(self, mean_abs: Tensor, source: Tensor, settings: Smoothing) -> list[ScaleChoice]:
         """mean_abs: (K, I)."""
-        on_samples = self._screened and any(stack.of_experts for stack in self._stacks)
         samples: list[list[RowSample]] = [[] for _ in self._sizes]
         sums = torch.zeros_like(mean_abs)
         for stack in self._stacks:
             weight = stack.weight()
             own, peaks = sums_and_peaks(weight, stack.scheme)  # (B, I), (B, R, G)
             sums += own.sum(0, keepdim=True) if self._shared else own
-            if on_samples:
+            if self._on_samples:
                 importance, rough = _expected_errors(stack, peaks), stack.rough()
                 for size, found in zip(self._sizes, samples, strict=True):
                     found.append(RowSample(*sample_rows(weight, importance, size), stack.scheme, rough))
         tried = candidates(sums / self._num_rows, mean_abs, source, settings)
-        return self._decide_on_samples(tried, samples) if on_samples else self._decide(tried)
+        return self._decide_on_samples(tried, samples) if self._on_samples else self._decide(tried)
 
     def _decide(self, tried: Sequence[Candidate]) -> list[ScaleChoice]:
         """By the errors of all rows, of those that samples leave over."""
@@ -124,7 +128,7 @@ class _Search:
         if left.shape[0]:
             errors = total_error(samples[0], _of(scales, left), self._dtype, shared=self._shared)
             sound = torch.isfinite(errors)
-            left = left.gather(0, _order(errors)[:_NUM_FINALISTS_OF_EXPERTS])
+            left = left.gather(0, _order(errors)[:_NUM_DECIDED])
         finalists = torch.cat([torch.zeros_like(left[:1]), left])
         errors = total_error(samples[1], _of(scales, finalists), self._dtype, shared=self._shared)
         return _choices(tried, left, errors, sound)

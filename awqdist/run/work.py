@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from math import ceil, prod
 from typing import Literal
 
-from awqdist.quant.experts import max_rows
+from awqdist.quant.experts import SKETCHED_ROWS, max_rows
 from awqdist.quant.rounding import SUB_BLOCK
 from awqdist.quant.rounding_experts import num_side_by_side
 from awqdist.quant.sketch import SKETCH_ROWS
@@ -32,8 +32,10 @@ _GRID_OPERATIONS = 30
 _COLUMN_PASSES = 18  # GPTQ: the same for each weight, one column at a time
 _COLUMN_OPERATIONS = 12
 _RANKED, _RANKED_OF_GROUPS, _RANKED_OF_EXPERT = (256, 8192), (2048, 16384), (128, 512)  # rows of the search's samples
+_DECIDING_OF_GROUPS, _DECIDING_OF_EXPERT = (2048, 8192), (64, 256)  # the same where no other rows are looked at
 _LEAST_ROWS = 8
-_NUM_FINALISTS = 3
+_NUM_FINALISTS, _NUM_DECIDED = 3, 7
+_JUDGED_ROWS = 64  # of a linear of an expert
 _FACTOR_COLUMNS = 3000  # at so many columns factorising and inverting reach half the rate of a product
 _LINEAR_OPERATIONS = 300  # around the rounding of a site, and of each of its linears
 _SHRINKS = 11  # of a clip
@@ -163,19 +165,24 @@ class LayerWork:
         units = list(self._groups(balance))
         num_units = sum(unit.count for unit in units)
         screened = sum(unit.count * unit.rows for unit in units) >= 2 * _RANKED[0]
-        first, second = (max(_LEAST_ROWS, rows // num_units) for rows in _RANKED_OF_GROUPS)
+        decides = screened and self._job.recipe.rounding.method == "nearest" and any(unit.is_expert for unit in units)
+        of_groups = _DECIDING_OF_GROUPS if decides else _RANKED_OF_GROUPS
+        of_expert = _DECIDING_OF_EXPERT if decides else _RANKED_OF_EXPERT
+        first, second = (max(_LEAST_ROWS, rows // num_units) for rows in of_groups)
         if num_units == 1:
-            first, second = _RANKED_OF_EXPERT if units[0].is_expert else _RANKED
+            first, second = of_expert if units[0].is_expert else _RANKED
         for unit in units:
             weights = unit.count * unit.rows * unit.columns
             work.add(values=7 * weights, operations=12 * unit.count)  # stacked, their means, scaled at the end
-            looks = 2 if screened else smoothing.n_grid
-            rough = screened and unit.is_expert
-            self._candidates(work, unit, looks * unit.count * unit.rows, looks * unit.count, rough=rough)
-            for tries, rows in ((smoothing.n_grid - 1, first), (_NUM_FINALISTS, second)) if screened else ():
+            if not decides:
+                looks = 2 if screened else smoothing.n_grid
+                rough = screened and unit.is_expert
+                self._candidates(work, unit, looks * unit.count * unit.rows, looks * unit.count, rough=rough)
+            finalists = _NUM_DECIDED if decides else _NUM_FINALISTS
+            for tries, rows in ((smoothing.n_grid - 1, first), (finalists, second)) if screened else ():
                 tried = tries * unit.count
                 self._candidates(work, unit, tried * min(rows, unit.rows), tried, rough=True)
-            if unit.is_expert:
+            if unit.is_expert and not decides:
                 self._expert_gram(work, unit)
 
     def _candidates(
@@ -192,7 +199,8 @@ class LayerWork:
         if not unit.is_expert and self._tokens < unit.columns:
             work.add(flops=2 * rows * unit.columns * unit.tokens, values=2 * rows * unit.tokens, operations=4 * calls)
         elif rough:
-            width = SKETCH_ROWS if sketched and unit.columns >= 2 * SKETCH_ROWS and not unit.is_expert else unit.columns
+            width = SKETCH_ROWS if sketched and unit.columns >= 2 * SKETCH_ROWS else unit.columns
+            width = SKETCHED_ROWS if unit.is_expert else width
             work.add(product="rough", flops=2 * rows * unit.columns * width)
             work.add(values=2 * rows * (unit.columns + width), operations=6 * calls)
         else:
@@ -214,9 +222,9 @@ class LayerWork:
     def _round(self, work: Work, unit: _Unit) -> None:
         recipe, columns = self._job.recipe, unit.columns
         weights = unit.count * unit.rows * columns
-        if unit.is_expert:
+        if unit.is_expert and recipe.fits_weights:
             self._expert_gram(work, unit)
-        elif self._tokens < columns:
+        elif not unit.is_expert and self._tokens < columns:
             work.add(flops=2 * unit.tokens * columns**2)
         work.add(values=unit.count * (4 + 2 * unit.linears) * columns**2 + 12 * weights)
         work.add(operations=_LINEAR_OPERATIONS * unit.count * (1 + unit.linears))
@@ -231,9 +239,10 @@ class LayerWork:
             pieces = ceil(unit.count / side_by_side) * columns
             work.add(values=(_COLUMN_PASSES + SUB_BLOCK / 2) * weights, operations=_COLUMN_OPERATIONS * pieces)
         linears = unit.count * unit.linears
-        self._form(work, unit, unit.count * unit.rows, linears, rough=True)  # the signal; to nearest; what is written
-        self._candidates(work, unit, unit.count * unit.rows, linears, rough=True, sketched=False)
-        self._form(work, unit, unit.count * unit.rows, linears)
+        rows = min(unit.count * unit.rows, _JUDGED_ROWS * linears) if unit.is_expert else unit.count * unit.rows
+        self._form(work, unit, rows, linears, rough=True)  # the signal; to nearest; what is written
+        self._candidates(work, unit, rows, linears, rough=True, sketched=False)
+        self._form(work, unit, rows, linears, rough=unit.is_expert)
 
 
 def _group_size(scheme: WeightScheme, columns: int) -> int:
