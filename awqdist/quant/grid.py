@@ -94,7 +94,7 @@ def round_to_nearest(
         block = slice(start, start + rows)
         signed = grouped(weight[block].to(dtype), scheme) / scale[block]  # (rows, G, g)
         signed.add_(zero[block]).clamp_(-offset, offset - 1).round_()
-        codes[block] = signed.add_(offset).flatten(1)
+        codes[block] = signed.to(torch.int8).view(torch.uint8).add_(offset).flatten(1)  # modulo 256
     return QuantizedWeight(codes, weight_scale, zero_point, scheme)
 
 
