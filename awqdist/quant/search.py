@@ -129,7 +129,7 @@ class _Search:
             errors = total_error(samples[0], _of(scales, left), self._dtype, shared=self._shared)
             sound = torch.isfinite(errors)
             left = left.gather(0, _order(errors)[:_NUM_DECIDED])
-        finalists = torch.cat([torch.zeros_like(left[:1]), left])
+        finalists = torch.cat([_identity(left), left])
         errors = total_error(samples[1], _of(scales, finalists), self._dtype, shared=self._shared)
         return _choices(tried, left, errors, sound)
 
@@ -163,6 +163,11 @@ def _others(scales: Tensor) -> Tensor:
     return numbers.unsqueeze(1).expand(-1, scales.shape[1])
 
 
+def _identity(left: Tensor) -> Tensor:
+    """Its number for as many mappings, (1, K), as candidates (n, K) are of."""
+    return left.new_zeros(1, left.shape[1])
+
+
 def _of(scales: Tensor, left: Tensor) -> Tensor:
     """Scales (n, K, I) of candidates (n, K)."""
     return scales[left, torch.arange(left.shape[1], device=left.device)]
@@ -179,7 +184,7 @@ def _choices(tried: Sequence[Candidate], left: Tensor, errors: Tensor, sound: Te
     best = _order(errors)[:1]  # (1, K)
     finite = torch.isfinite(errors)
     num_unsound = (~finite[0]).long() + (~sound).sum(0) + (sound.gather(0, left - 1) & ~finite[1:]).sum(0)
-    numbers = torch.cat([torch.zeros_like(left[:1]), left]).gather(0, best)[0] if left.shape[0] else best[0]
+    numbers = torch.cat([_identity(left), left]).gather(0, best)[0]
     columns = (numbers, errors[0], errors.gather(0, best)[0], num_unsound)
     found = zip(*(column.tolist() for column in columns), strict=True)
     return [
