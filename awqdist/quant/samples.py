@@ -23,7 +23,7 @@ _BLOCK_ELEMENTS = {
 
 
 @dataclass(frozen=True, slots=True)
-class RowSample:
+class WeightSample:
     """weight: (B, r, I); counts: how many rows each stands for, (r,) float64; rough: tells errors of changes (B, n, I)."""
 
     weight: Tensor
@@ -63,7 +63,7 @@ def sample_rows(weight: Tensor, importance: Tensor, num_rows: int) -> tuple[Tens
     return weight[torch.arange(weight.shape[0], device=weight.device).unsqueeze(1), rows], counts
 
 
-def total_error(samples: Sequence[RowSample], scales: Tensor, dtype: torch.dtype, *, shared: bool) -> Tensor:
+def total_error(samples: Sequence[WeightSample], scales: Tensor, dtype: torch.dtype, *, shared: bool) -> Tensor:
     """Errors under scales (n, K, I), summed over the samples, and over their groups where one set of scales serves all: (n, K)."""
     errors = [sample.errors(scales, dtype) for sample in samples]
     return torch.stack([e.sum(1, keepdim=True) if shared else e for e in errors]).sum(0)

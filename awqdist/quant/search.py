@@ -22,7 +22,7 @@ from torch import Tensor
 
 from awqdist.quant.candidates import Candidate, ScaleChoice, candidates, sums_and_peaks
 from awqdist.quant.grid import grouped, rounding_difference
-from awqdist.quant.samples import RowSample, sample_rows, total_error
+from awqdist.quant.samples import WeightSample, sample_rows, total_error
 from awqdist.quant.stacks import BalanceWeight, SearchGroup, Stack, batches, stacked
 from awqdist.quant.stats import Statistics
 from awqdist.recipe import Smoothing
@@ -87,7 +87,7 @@ class _Search:
 
     def choices(self, mean_abs: Tensor, source: Tensor, settings: Smoothing) -> list[ScaleChoice]:
         """mean_abs: (K, I)."""
-        samples: list[list[RowSample]] = [[] for _ in self._sizes]
+        samples: list[list[WeightSample]] = [[] for _ in self._sizes]
         sums = torch.zeros_like(mean_abs)
         for stack in self._stacks:
             weight = stack.weight()
@@ -96,7 +96,7 @@ class _Search:
             if self._on_samples:
                 importance, rough = _expected_errors(stack, peaks), stack.rough()
                 for size, found in zip(self._sizes, samples, strict=True):
-                    found.append(RowSample(*sample_rows(weight, importance, size), stack.scheme, rough))
+                    found.append(WeightSample(*sample_rows(weight, importance, size), stack.scheme, rough))
         tried = candidates(sums / self._num_rows, mean_abs, source, settings)
         return self._decide_on_samples(tried, samples) if self._on_samples else self._decide(tried)
 
@@ -109,7 +109,7 @@ class _Search:
         if self._screened and left.shape[0]:
             for step, num_kept in enumerate((_NUM_FINALISTS, 1)):
                 samples = [
-                    RowSample(*sample_rows(s.weight(), errors[0], self._sizes[step]), s.scheme, s.rough())
+                    WeightSample(*sample_rows(s.weight(), errors[0], self._sizes[step]), s.scheme, s.rough())
                     for s, errors in zip(self._stacks, before, strict=True)
                 ]
                 found = total_error(samples, _of(scales, left), self._dtype, shared=self._shared)
@@ -120,7 +120,7 @@ class _Search:
         return _choices(tried, left, errors, sound)
 
     def _decide_on_samples(
-        self, tried: Sequence[Candidate], samples: Sequence[Sequence[RowSample]]
+        self, tried: Sequence[Candidate], samples: Sequence[Sequence[WeightSample]]
     ) -> list[ScaleChoice]:
         scales = torch.stack([candidate.scales for candidate in tried])  # (C, K, I)
         left = _others(scales)
