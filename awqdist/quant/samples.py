@@ -47,20 +47,29 @@ class WeightSample:
 
 
 def sample_rows(weight: Tensor, importance: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
-    """Rows of every group, (B, r, I), and how many rows each stands for, (r,) float64; r is `num_rows`, or R if that is less.
+    """Rows of every group, (B, r, I), and how many rows each stands for, (r,) float64, see `sampled_rows`.
 
-    weight: (B, R, I); importance: (B, R), which grows with a row's error.
+    weight: (B, R, I); importance: (B, R).
     """
-    total = weight.shape[1]
+    if num_rows >= weight.shape[1]:
+        return weight, importance.new_ones(weight.shape[1], dtype=torch.float64)
+    rows, counts = sampled_rows(importance, num_rows)
+    return weight[torch.arange(weight.shape[0], device=weight.device).unsqueeze(1), rows], counts
+
+
+def sampled_rows(importance: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    """The numbers of rows of every group, (B, r) int64, and how many rows each stands for, (r,) float64; r is `num_rows`, or R if that is
+    less. importance: (B, R), which grows with a row's error."""
+    num_groups, total = importance.shape
     if num_rows >= total:
-        return weight, importance.new_ones(total, dtype=torch.float64)
+        rows = torch.arange(total, device=importance.device).expand(num_groups, -1)
+        return rows, importance.new_ones(total, dtype=torch.float64)
     half = num_rows // 2
-    spaced = torch.arange(num_rows - half, device=weight.device) * (total - half) // (num_rows - half)
+    spaced = torch.arange(num_rows - half, device=importance.device) * (total - half) // (num_rows - half)
     order = torch.argsort(importance, dim=1, descending=True, stable=True)
-    rows = torch.cat([order[:, :half], order[:, half + spaced]], 1)
     counts = importance.new_ones(num_rows, dtype=torch.float64)
     counts[half:] = (total - half) / (num_rows - half)
-    return weight[torch.arange(weight.shape[0], device=weight.device).unsqueeze(1), rows], counts
+    return torch.cat([order[:, :half], order[:, half + spaced]], 1), counts
 
 
 def total_error(samples: Sequence[WeightSample], scales: Tensor, dtype: torch.dtype, *, shared: bool) -> Tensor:

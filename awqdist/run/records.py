@@ -28,7 +28,7 @@ class MappingRecord:
 @dataclass(frozen=True, slots=True)
 class LinearRecord:
     """The outcome of one quantized linear. Errors are relative, ‖X·Dᵀ‖²_F / ‖X·Wᵀ‖²_F, to about three digits; those of
-    experts are estimates."""
+    experts are estimates, to about a tenth."""
 
     name: str
     shape: tuple[int, int]  # (O, I)
