@@ -12,15 +12,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from awqdist.quant.absorb import correction
 from awqdist.quant.clip import clipped_range
 from awqdist.quant.experts import ExpertStatistics
 from awqdist.quant.grid import QuantizedWeight, grid_parameters, group_range, round_to_nearest, rounding_difference
-from awqdist.quant.rounding import round_gptq
+from awqdist.quant.rounding import Columns, round_in_order
 from awqdist.quant.rounding_experts import num_side_by_side, round_gptq_side_by_side
 from awqdist.quant.stats import quadratic_form_rows, rough_form
+from awqdist.quant.two_sided import OutputOrder, round_two_sided
 from awqdist.recipe import Recipe, WeightScheme
 from awqdist.run.device import release_host_memory
 from awqdist.run.gather import SiteStatistics
+from awqdist.run.inner import InnerStatistics
 from awqdist.run.plan import LayerTask
 from awqdist.run.records import LinearRecord
 
@@ -30,37 +33,59 @@ Parameters = Mapping[str, Tensor]
 @dataclass(frozen=True, slots=True)
 class SmoothedSites:
     """statistics: by the first linear of a site; scales (I,), the dtype of the group scales to store, and where the codes are to lie: by
-    linear."""
+    linear; outputs: how what is written to the residual stream is compensated over."""
 
     statistics: Mapping[str, SiteStatistics]
     scales: Mapping[str, Tensor]
     grid_dtypes: Mapping[str, torch.dtype]
     homes: Mapping[str, torch.device]
+    outputs: OutputOrder | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class _Site:
     """An input site after smoothing. gram: (I, I) of the input divided by scales (I,), if it is of use; grid_dtype: of the group scales to
-    store."""
+    store; correction: (O, I), what its linear makes up for of those before it; outputs: what its linears' errors count by."""
 
     statistics: SiteStatistics
     gram: Tensor | None
     scales: Tensor
     num_dead_inputs: int
     grid_dtype: torch.dtype
+    correction: Tensor | None = None
+    outputs: OutputOrder | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class _Draft:
-    """Stacked linears on a fixed grid, to be rounded. weight: (ΣO, I) float32, smoothed; weight_scale, zero_point: (ΣO, G)."""
+    """Stacked linears on a fixed grid, to be rounded. weight: (ΣO, I) float32, smoothed; target: what is to be rounded, the same or
+    corrected; weight_scale, zero_point: (ΣO, G)."""
 
     paths: list[str]
     weight: Tensor
+    target: Tensor
     scheme: WeightScheme
     site: _Site
     weight_scale: Tensor
     zero_point: Tensor
     clipped: float
+
+
+@dataclass(frozen=True, slots=True)
+class _State:
+    """What is known when a site's turn comes. rounded: the linears of the sites before it, by path."""
+
+    task: LayerTask
+    smoothed: Parameters
+    rounded: Mapping[str, QuantizedWeight]
+    sites: SmoothedSites
+    recipe: Recipe
+
+    def scales(self, path: str) -> Tensor:
+        """(I,), what the input of linear `path` is divided by."""
+        first = next(site[0] for site in self.task.sites if path in site)
+        scales = self.sites.scales.get(path)
+        return torch.ones_like(self.sites.statistics[first].mean_abs) if scales is None else scales
 
 
 def round_sites(
@@ -71,18 +96,19 @@ def round_sites(
     records: list[LinearRecord] = []
     for batch in _batches(task, sites):
         release_host_memory()
-        for path, weight, record in _round_batch(task, batch, smoothed, sites, recipe):
+        for path, weight, record in _round_batch(batch, _State(task, smoothed, weights, sites, recipe)):
             weights[path] = weight.to(sites.homes[path])
             records.append(record)
     return weights, records
 
 
 def _round_batch(
-    task: LayerTask, batch: Sequence[tuple[str, ...]], smoothed: Parameters, sites: SmoothedSites, recipe: Recipe
+    batch: Sequence[tuple[str, ...]], state: _State
 ) -> Iterator[tuple[str, QuantizedWeight, LinearRecord]]:
     """The linears of sites that are rounded together. Their matrices live no longer than this."""
-    drafts = [d for paths in batch for d in _drafts(task, paths, smoothed, _site(task, paths, sites, recipe), recipe)]
-    for draft, result in zip(drafts, _rounded(drafts, recipe), strict=True):
+    task = state.task
+    drafts = [draft for paths in batch for draft in _drafts(paths, state)]
+    for draft, result in zip(drafts, _rounded(drafts, state.recipe), strict=True):
         errors = _row_errors(draft, result)
         first = 0
         for path in draft.paths:
@@ -118,36 +144,55 @@ def _alike(task: LayerTask, one: tuple[str, ...], other: tuple[str, ...]) -> boo
     )
 
 
-def _site(task: LayerTask, paths: tuple[str, ...], sites: SmoothedSites, recipe: Recipe) -> _Site:
+def _site(paths: tuple[str, ...], state: _State) -> _Site:
     """Takes the Gram matrix out of the statistics, to hold only one. An expert's is made only if its linears are fitted to it."""
-    statistics = sites.statistics[paths[0]]
-    scales = sites.scales.get(paths[0])
-    if scales is None:
-        scales = torch.ones_like(statistics.mean_abs)
-    num_dead_inputs = int((statistics.mean_abs == 0).sum())
-    grid_dtype = next(sites.grid_dtypes[path] for path in paths if path in task.schemes)
+    statistics, recipe = state.sites.statistics[paths[0]], state.recipe
+    scales = state.scales(paths[0])
     fitted = recipe.clip or recipe.rounding.method == "gptq" or not isinstance(statistics, ExpertStatistics)
-    gram = statistics.take_smoothed_gram(scales) if fitted else None
-    return _Site(statistics, gram, scales, num_dead_inputs, grid_dtype)
+    gram, corrected = None, None
+    if isinstance(statistics, InnerStatistics):
+        gram, corrected = _refitted(statistics, state)
+    elif fitted:
+        gram = statistics.take_smoothed_gram(scales)
+    return _Site(
+        statistics,
+        gram,
+        scales,
+        num_dead_inputs=int((statistics.mean_abs == 0).sum()),
+        grid_dtype=next(state.sites.grid_dtypes[path] for path in paths if path in state.task.schemes),
+        correction=corrected,
+        outputs=state.sites.outputs if len(paths) == 1 and paths[0] in state.task.writers else None,
+    )
 
 
-def _drafts(
-    task: LayerTask, paths: tuple[str, ...], smoothed: Parameters, site: _Site, recipe: Recipe
-) -> Iterator[_Draft]:
+def _refitted(statistics: InnerStatistics, state: _State) -> tuple[Tensor, Tensor]:
+    """The Gram matrix (I, I) of an inner linear's input as it comes from rounded linears, and what the linear makes up for (O, I)."""
+    prefix = f"{statistics.owner.path}."
+    before = {name.removeprefix(prefix): state.smoothed[name] for name in state.smoothed if name.startswith(prefix)}
+    rounded = [path for path in state.rounded if path.startswith(prefix)]
+    after = before | {f"{path.removeprefix(prefix)}.weight": state.rounded[path].dequantize() for path in rounded}
+    outer = next(path for site in state.task.sites for path in site if path.startswith(prefix))
+    found = statistics.refitting(before, after, state.scales(outer))
+    gram = found.statistics.take_smoothed_gram(torch.ones_like(statistics.mean_abs))  # it is of smoothed inputs
+    return gram, correction(gram, found.lost, state.recipe.rounding.dampening_frac)
+
+
+def _drafts(paths: tuple[str, ...], state: _State) -> Iterator[_Draft]:
     """Fixes the grid of the linears of one site, stacked by scheme."""
-    quantized = [path for path in paths if path in task.schemes]
-    for scheme in dict.fromkeys(task.schemes[path] for path in quantized):
-        stacked = [path for path in quantized if task.schemes[path] == scheme]
-        weight = torch.cat([smoothed[f"{path}.weight"].float() for path in stacked])
+    site, schemes = _site(paths, state), state.task.schemes
+    for scheme in dict.fromkeys(schemes[path] for path in paths if path in schemes):
+        stacked = [path for path in paths if schemes.get(path) == scheme]
+        weight = torch.cat([state.smoothed[f"{path}.weight"].float() for path in stacked])
+        target = weight if site.correction is None else weight + site.correction
         clipped = 0.0
-        if recipe.clip:
+        if state.recipe.clip:
             assert site.gram is not None
-            low, high, clipped = clipped_range(weight, site.gram, scheme)
+            low, high, clipped = clipped_range(target, site.gram, scheme)
             low, high = low.to(site.grid_dtype), high.to(site.grid_dtype)
         else:
-            low, high = group_range(weight.to(site.grid_dtype), scheme)  # what compressed-tensors' observer would see
+            low, high = group_range(target.to(site.grid_dtype), scheme)  # what compressed-tensors' observer would see
         weight_scale, zero_point = grid_parameters(low, high, scheme)
-        yield _Draft(stacked, weight, scheme, site, weight_scale, zero_point, clipped)
+        yield _Draft(stacked, weight, target, scheme, site, weight_scale, zero_point, clipped)
 
 
 def _rounded(drafts: Sequence[_Draft], recipe: Recipe) -> Iterator[QuantizedWeight]:
@@ -155,27 +200,32 @@ def _rounded(drafts: Sequence[_Draft], recipe: Recipe) -> Iterator[QuantizedWeig
     grams = [draft.site.gram for draft in drafts if draft.site.gram is not None]
     if recipe.rounding.method == "nearest":
         for d in drafts:
-            yield round_to_nearest(d.weight.to(d.site.grid_dtype), d.weight_scale, d.zero_point, d.scheme)
+            yield round_to_nearest(d.target.to(d.site.grid_dtype), d.weight_scale, d.zero_point, d.scheme)
     elif len({id(d.site) for d in drafts}) == 1:
-        for d, gram in zip(drafts, grams, strict=True):
-            yield round_gptq(d.weight, gram, d.weight_scale, d.zero_point, d.scheme, recipe.rounding)
+        columns = Columns.of(grams[0], recipe.rounding)
+        for d in drafts:
+            grid = d.weight_scale, d.zero_point
+            if d.site.outputs is None:
+                yield round_in_order(d.target, columns, grid, d.scheme)
+            else:
+                yield round_two_sided(d.target, columns, grid, d.scheme, d.site.outputs)
     else:
         grids = [(d.weight_scale, d.zero_point) for d in drafts]
-        weights = [d.weight for d in drafts]
+        weights = [d.target for d in drafts]
         yield from round_gptq_side_by_side(weights, grams, grids, drafts[0].scheme, recipe.rounding)
 
 
 def _row_errors(draft: _Draft, result: QuantizedWeight) -> Tensor:
-    """Of every row its output, its output error if it were not smoothed and rounded to nearest, and that of the result, squared and summed
-    over the tokens: (3, ΣO) float64."""
+    """Of every row its output, its output error if it were not smoothed and rounded to nearest, and that of the result to its target,
+    squared and summed over the tokens: (3, ΣO) float64."""
     site, weight = draft.site, draft.weight
     if isinstance(site.statistics, ExpertStatistics):
-        difference = result.dequantize().sub_(weight).div_(site.scales)
+        difference = result.dequantize().sub_(draft.target).div_(site.scales)
         stacked = torch.cat([weight / site.scales, _nearest(draft), difference])
         return site.statistics.rough_row_errors(stacked).view(3, -1)
     assert site.gram is not None
     signal = rough_form(weight, site.gram), rough_form(_nearest(draft).mul_(site.scales), site.gram)
-    return torch.stack([*signal, quadratic_form_rows(result.dequantize().sub_(weight), site.gram)])
+    return torch.stack([*signal, quadratic_form_rows(result.dequantize().sub_(draft.target), site.gram)])
 
 
 def _nearest(draft: _Draft) -> Tensor:
