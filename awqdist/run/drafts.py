@@ -1,0 +1,41 @@
+"""Linears on their way to their codes: an input site after smoothing, and what is to be rounded on a fixed grid."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from awqdist.quant.two_sided import OutputOrder
+from awqdist.recipe import WeightScheme
+from awqdist.run.gather import SiteStatistics
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """An input site after smoothing. gram: (I, I) of the input divided by scales (I,), if it is of use; grid_dtype: of the group scales to
+    store; correction: (O, I), what its linear makes up for of those before it; outputs: what its linears' errors count by."""
+
+    statistics: SiteStatistics
+    gram: Tensor | None
+    scales: Tensor
+    num_dead_inputs: int
+    grid_dtype: torch.dtype
+    correction: Tensor | None = None
+    outputs: OutputOrder | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """Stacked linears on a fixed grid, to be rounded. weight: (ΣO, I) float32, smoothed; target: what is to be rounded, the same or
+    corrected; weight_scale, zero_point: (ΣO, G)."""
+
+    paths: list[str]
+    weight: Tensor
+    target: Tensor
+    scheme: WeightScheme
+    site: Site
+    weight_scale: Tensor
+    zero_point: Tensor
+    clipped: float
