@@ -17,6 +17,7 @@ from awqdist.recipe import Rounding, WeightScheme
 SCHEME = WeightScheme(4, False, 16)
 ROUNDING = Rounding("gptq", 0.01)
 NUM_OUTPUTS, NUM_INPUTS = 96, 48
+TIES = 0.002  # share of codes that may differ, where float32 puts a weight on the other side of a half
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,16 @@ def error(result: QuantizedWeight, weight: Tensor, gram: Tensor, weighting: Tens
 
 def test_where_all_outputs_count_alike_it_is_gptq(weight: Tensor, gram: Tensor) -> None:
     result = two_sided(weight, gram, torch.eye(NUM_OUTPUTS))
-    assert torch.equal(result.codes, one_sided(weight, gram).codes)
+    assert (result.codes != one_sided(weight, gram).codes).float().mean() < TIES
+
+
+@pytest.mark.parametrize("num_outputs", [96, 80, 20])
+@pytest.mark.parametrize("block_size", [128, 16, 20])
+def test_blocks_of_any_size_give_the_same(weight: Tensor, gram: Tensor, num_outputs: int, block_size: int) -> None:
+    part, weighting = weight[:num_outputs], correlated()[:num_outputs, :num_outputs]
+    columns = Columns.of(gram, Rounding("gptq", 0.01, block_size=block_size))
+    result = round_two_sided(part, columns, grid_of(part), SCHEME, OutputOrder.of(weighting))
+    assert (result.codes != two_sided(part, gram, weighting).codes).float().mean() < 10 * TIES
 
 
 def test_what_counts_suffers_less_than_under_one_sided_compensation(weight: Tensor, gram: Tensor) -> None:
@@ -91,7 +101,7 @@ def test_each_block_is_rounded_from_the_target_that_the_blocks_before_it_have_mo
         expected = round_in_order(
             torch.from_numpy(target).float(), Columns.of(gram, ROUNDING), (grid[0], grid[1]), SCHEME
         )
-        assert (expected.codes != result.codes[block]).float().mean() < 0.002  # ties
+        assert (expected.codes != result.codes[block]).float().mean() < TIES
         done += list(block)
 
 
