@@ -11,7 +11,7 @@ from torch import Tensor
 from awqdist.errors import NumericalError
 from awqdist.quant.grid import QuantizedWeight, grid_parameters, group_range
 from awqdist.quant.rounding import Columns, round_in_order
-from awqdist.quant.two_sided import OutputOrder, logit_weighting, round_two_sided
+from awqdist.quant.two_sided import OutputOrder, Problem, logit_weighting, round_two_sided
 from awqdist.recipe import Rounding, WeightScheme
 
 SCHEME = WeightScheme(4, False, 16)
@@ -46,8 +46,11 @@ def one_sided(weight: Tensor, gram: Tensor) -> QuantizedWeight:
 
 
 def two_sided(weight: Tensor, gram: Tensor, weighting: Tensor) -> QuantizedWeight:
-    columns, outputs = Columns.of(gram, ROUNDING), OutputOrder.of(weighting)
-    return round_two_sided(weight, columns, grid_of(weight), SCHEME, outputs)
+    return round_two_sided([problem(weight, gram)], SCHEME, OutputOrder.of(weighting))[0]
+
+
+def problem(weight: Tensor, gram: Tensor, rounding: Rounding = ROUNDING) -> Problem:
+    return Problem(weight, Columns.of(gram, rounding), grid_of(weight))
 
 
 def error(result: QuantizedWeight, weight: Tensor, gram: Tensor, weighting: Tensor) -> float:
@@ -61,12 +64,23 @@ def test_where_all_outputs_count_alike_it_is_gptq(weight: Tensor, gram: Tensor) 
     assert (result.codes != one_sided(weight, gram).codes).float().mean() < TIES
 
 
+def test_several_problems_side_by_side_are_each_rounded_as_by_itself(weight: Tensor, gram: Tensor) -> None:
+    weights = [weight, random_weight(NUM_OUTPUTS, NUM_INPUTS, 7)]
+    x = activations(150, NUM_INPUTS, seed=5)
+    grams, weighting = [gram, x.T @ x], correlated()
+    problems = [problem(*pair) for pair in zip(weights, grams, strict=True)]
+    for result, own, its_gram in zip(
+        round_two_sided(problems, SCHEME, OutputOrder.of(weighting)), weights, grams, strict=True
+    ):
+        assert (result.codes != two_sided(own, its_gram, weighting).codes).float().mean() < TIES
+
+
 @pytest.mark.parametrize("num_outputs", [96, 80, 20])
 @pytest.mark.parametrize("block_size", [128, 16, 20])
 def test_blocks_of_any_size_give_the_same(weight: Tensor, gram: Tensor, num_outputs: int, block_size: int) -> None:
     part, weighting = weight[:num_outputs], correlated()[:num_outputs, :num_outputs]
-    columns = Columns.of(gram, Rounding("gptq", 0.01, block_size=block_size))
-    result = round_two_sided(part, columns, grid_of(part), SCHEME, OutputOrder.of(weighting))
+    blocked = problem(part, gram, Rounding("gptq", 0.01, block_size=block_size))
+    result = round_two_sided([blocked], SCHEME, OutputOrder.of(weighting))[0]
     assert (result.codes != two_sided(part, gram, weighting).codes).float().mean() < 10 * TIES
 
 

@@ -47,6 +47,13 @@ class OutputOrder:
         backwards, _ = factorised(weighting, order, _DAMPENING)
         return cls(order, backwards.mT.flip(0, 1).contiguous())
 
+    def moves(self, blocks: Sequence[slice]) -> list[Tensor]:
+        """Of every block of outputs, in this order: what the errors (…, p) of all before it are multiplied by, (p, o)."""
+        return [
+            torch.linalg.solve_triangular(self.factor[own, own], self.factor[own, : own.start], upper=False).T
+            for own in blocks
+        ]
+
 
 def block_of_outputs(num_outputs: int) -> int:
     """How many outputs are rounded at a time."""
@@ -70,75 +77,83 @@ def logit_weighting(head: Tensor, counts: Tensor, norm_weight: Tensor | None) ->
     return moment.addr_(mean, mean, alpha=-1)
 
 
-def round_two_sided(
-    weight: Tensor, columns: Columns, grid: tuple[Tensor, Tensor], scheme: WeightScheme, outputs: OutputOrder
-) -> QuantizedWeight:
-    """Codes of `weight` (O, I) float32, smoothed, under compensation over inputs and outputs. grid: weight_scale, zero_point (O, G).
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A weight (O, I) float32, smoothed, to be rounded: the order of its inputs, and its grid, weight_scale and zero_point (O, G)."""
+
+    weight: Tensor
+    columns: Columns
+    grid: tuple[Tensor, Tensor]
+
+
+def round_two_sided(problems: Sequence[Problem], scheme: WeightScheme, outputs: OutputOrder) -> list[QuantizedWeight]:
+    """Codes of every weight under compensation over inputs and outputs; all are of one shape.
 
     A block of outputs needs the errors of those before it only at the inputs that it rounds. So all blocks go on at a time, each one block
     of inputs behind the one before it: there are hardly more steps than under one-sided compensation.
     """
-    blocks = _Blocks(weight, columns, grid, scheme, outputs)
-    for step in range(blocks.num_outer + blocks.num_inner - 1):
-        places = [(outer, step - outer) for outer in range(blocks.num_outer) if 0 <= step - outer < blocks.num_inner]
-        for shape in dict.fromkeys(blocks.shape(*place) for place in places):  # the last blocks may be smaller
-            blocks.round([place for place in places if blocks.shape(*place) == shape])
-    return QuantizedWeight(blocks.codes, *grid, scheme)
+    blocks = [_Blocks(problem, scheme, outputs) for problem in problems]
+    num_outer, num_inner = len(blocks[0].outputs), len(blocks[0].inputs)
+    for step in range(num_outer + num_inner - 1):
+        places = [(outer, step - outer) for outer in range(num_outer) if 0 <= step - outer < num_inner]
+        for shape in dict.fromkeys(blocks[0].shape(*place) for place in places):  # the last blocks may be smaller
+            alike = [place for place in places if blocks[0].shape(*place) == shape]
+            _round([(own, *place) for own in blocks for place in alike], float((1 << scheme.num_bits) - 1))
+    return [QuantizedWeight(own.codes, *own.problem.grid, scheme) for own in blocks]
 
 
 class _Blocks:
-    """Blocks of outputs, each with its own weights that are still to be rounded, and blocks of inputs."""
+    """One problem as blocks of outputs, each with its own weights that are still to be rounded, and blocks of inputs."""
 
-    def __init__(
-        self,
-        weight: Tensor,
-        columns: Columns,
-        grid: tuple[Tensor, Tensor],
-        scheme: WeightScheme,
-        outputs: OutputOrder,
-    ) -> None:
+    def __init__(self, problem: Problem, scheme: WeightScheme, outputs: OutputOrder) -> None:
+        weight = problem.weight
         num_outputs, num_inputs = weight.shape
-        order = columns.order.to(weight.device)
-        self._weight, self._factor, self._order = weight, columns.factor, order
-        self._outputs = _slices(num_outputs, block_of_outputs(num_outputs))
-        self._inputs = _slices(num_inputs, columns.block_size)
-        self._rows = [outputs.order[own] for own in self._outputs]
-        self._work = [weight[rows].T[order] for rows in self._rows]  # (I, o) each
-        self._moves = [
-            torch.linalg.solve_triangular(outputs.factor[own, own], outputs.factor[own, : own.start], upper=False).T
-            for own in self._outputs
-        ]  # (outputs before, o) each
-        self._groups = order // (scheme.group_size if scheme.group_size > 0 else num_inputs)
-        self._scales, self._zeros, self._limit = grid[0].float(), grid[1].float(), float((1 << scheme.num_bits) - 1)
-        self._errors = torch.zeros(num_inputs, num_outputs, device=weight.device)  # both in the order of rounding
+        self.problem = problem
+        self.order = problem.columns.order.to(weight.device)
+        self.outputs = _slices(num_outputs, block_of_outputs(num_outputs))
+        self.inputs = _slices(num_inputs, problem.columns.block_size)
+        self.rows = [outputs.order[own] for own in self.outputs]
+        self.work = [weight[rows].T[self.order] for rows in self.rows]  # (I, o) each
+        self.errors = torch.zeros(num_inputs, num_outputs, device=weight.device)  # both in the order of rounding
         self.codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
-        self.num_outer, self.num_inner = len(self._outputs), len(self._inputs)
+        self._moves = outputs.moves(self.outputs)
+        self._groups = self.order // (scheme.group_size if scheme.group_size > 0 else num_inputs)
+        self._tables = [table.float() for table in problem.grid]
 
     def shape(self, outer: int, inner: int) -> tuple[int, int]:
         """How many inputs, and how many outputs."""
-        own, part = self._outputs[outer], self._inputs[inner]
+        own, part = self.outputs[outer], self.inputs[inner]
         return part.stop - part.start, own.stop - own.start
 
-    def round(self, places: Sequence[tuple[int, int]]) -> None:
-        """Rounds blocks of outputs, each at a block of inputs; all of one shape."""
-        pairs = [(outer, self._inputs[inner]) for outer, inner in places]
-        factors = [self._factor[part].to(self._weight.device) for _, part in pairs]  # (k, I) each
-        scales, zeros = (
-            torch.stack([table[self._rows[outer]][:, self._groups[part]].T for outer, part in pairs])
-            for table in (self._scales, self._zeros)
-        )
-        targets = [
-            self._work[outer][part] - self._errors[part, : self._outputs[outer].start] @ self._moves[outer]
-            for outer, part in pairs
-        ]
-        diagonal = torch.stack([factor[:, part] for factor, (_, part) in zip(factors, pairs, strict=True)])
-        codes, pushed = round_block(torch.stack(targets), diagonal, (scales, zeros, self._limit))
-        restored = (codes - zeros).mul_(scales)  # (B, k, o)
-        for i, (outer, part) in enumerate(pairs):
-            places_of = self._rows[outer].unsqueeze(1), self._order[part]
-            self.codes[places_of] = codes[i].T
-            self._errors[part, self._outputs[outer]] = restored[i] - self._weight[places_of].T
-            self._work[outer][part.stop :].addmm_(factors[i][:, part.stop :].T, pushed[i], alpha=-1)
+    def target(self, outer: int, inner: int) -> Tensor:
+        """(k, o): what is to be rounded."""
+        part = self.inputs[inner]
+        return self.work[outer][part] - self.errors[part, : self.outputs[outer].start] @ self._moves[outer]
+
+    def grid(self, outer: int, inner: int) -> Tensor:
+        """Scales and zero points, (2, k, o)."""
+        groups = self._groups[self.inputs[inner]]
+        return torch.stack([table[self.rows[outer]][:, groups].T for table in self._tables])
+
+    def factor(self, inner: int) -> Tensor:
+        """(k, I), with the weights."""
+        return self.problem.columns.factor[self.inputs[inner]].to(self.order.device)
+
+
+def _round(places: Sequence[tuple[_Blocks, int, int]], limit: float) -> None:
+    """Rounds blocks of outputs, each at a block of inputs; all of one shape."""
+    factors = [own.factor(inner) for own, _, inner in places]
+    targets = torch.stack([own.target(outer, inner) for own, outer, inner in places])
+    scales, zeros = torch.stack([own.grid(outer, inner) for own, outer, inner in places], 1)
+    diagonal = torch.stack([f[:, own.inputs[inner]] for f, (own, _, inner) in zip(factors, places, strict=True)])
+    codes, pushed = round_block(targets, diagonal, (scales, zeros, limit))
+    restored = (codes - zeros).mul_(scales)  # (B, k, o)
+    for i, (own, outer, inner) in enumerate(places):
+        part = own.inputs[inner]
+        where = own.rows[outer].unsqueeze(1), own.order[part]
+        own.codes[where] = codes[i].T
+        own.errors[part, own.outputs[outer]] = restored[i] - own.problem.weight[where].T
+        own.work[outer][part.stop :].addmm_(factors[i][:, part.stop :].T, pushed[i], alpha=-1)
 
 
 def _slices(size: int, step: int) -> list[slice]:

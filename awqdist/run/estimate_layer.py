@@ -173,10 +173,10 @@ def _rounding_bytes(
     written to the residual stream the errors are kept, and its targets. alike: sites of each fused parameter."""
     columns = task.shapes[site[0]][1]
     rows = sum(task.shapes[path][0] for path in site if path in task.schemes)
+    errors = 5 * rows * columns if site[0] in task.writers else 0
     if site[0] in task.routed:  # side by side: stacks, and what they are made of
         side_by_side = min(alike[task.routed[site[0]].fused], num_side_by_side(rows, columns, device))
-        return side_by_side * (20 * rows * columns + 16 * columns * columns)
-    errors = 5 * rows * columns if site[0] in task.writers else 0
+        return side_by_side * (errors + 20 * rows * columns + 16 * columns * columns)
     if residency.factors:
         return errors + 17 * rows * columns + 4 * min(columns, _TILE_COLUMNS) * columns
     return errors + max(9 * rows * columns + 10 * columns * columns, 17 * rows * columns + 6 * columns * columns)

@@ -19,7 +19,7 @@ from awqdist.quant.grid import QuantizedWeight, grid_parameters, group_range, ro
 from awqdist.quant.rounding import Columns, round_in_order
 from awqdist.quant.rounding_experts import num_side_by_side, round_gptq_side_by_side
 from awqdist.quant.stats import quadratic_form_rows, rough_form
-from awqdist.quant.two_sided import OutputOrder, round_two_sided
+from awqdist.quant.two_sided import OutputOrder, Problem, round_two_sided
 from awqdist.recipe import Recipe, WeightScheme
 from awqdist.run.device import release_host_memory
 from awqdist.run.gather import SiteStatistics
@@ -201,14 +201,14 @@ def _rounded(drafts: Sequence[_Draft], recipe: Recipe) -> Iterator[QuantizedWeig
     if recipe.rounding.method == "nearest":
         for d in drafts:
             yield round_to_nearest(d.target.to(d.site.grid_dtype), d.weight_scale, d.zero_point, d.scheme)
+    elif (outputs := drafts[0].site.outputs) is not None:
+        columns = [Columns.of(gram, recipe.rounding) for gram in grams]
+        problems = [Problem(d.target, c, (d.weight_scale, d.zero_point)) for d, c in zip(drafts, columns, strict=True)]
+        yield from round_two_sided(problems, drafts[0].scheme, outputs)
     elif len({id(d.site) for d in drafts}) == 1:
-        columns = Columns.of(grams[0], recipe.rounding)
+        shared = Columns.of(grams[0], recipe.rounding)
         for d in drafts:
-            grid = d.weight_scale, d.zero_point
-            if d.site.outputs is None:
-                yield round_in_order(d.target, columns, grid, d.scheme)
-            else:
-                yield round_two_sided(d.target, columns, grid, d.scheme, d.site.outputs)
+            yield round_in_order(d.target, shared, (d.weight_scale, d.zero_point), d.scheme)
     else:
         grids = [(d.weight_scale, d.zero_point) for d in drafts]
         weights = [d.target for d in drafts]

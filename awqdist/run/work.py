@@ -94,8 +94,9 @@ class LayerWork:
         for unit in self._units(task.sites):
             self._round(self.stages["round"], unit)
         if job.compensates_outputs:
-            for path in sorted(task.writers & task.schemes.keys()):
-                self._compensate(self.stages["round"], *task.shapes[path])
+            written = tuple((path,) for path in sorted(task.writers & task.schemes.keys()))
+            for unit in self._units(written):
+                self._compensate(self.stages["round"], unit)
         for path in inner_owners(job, task, self._tokens):
             self._refit(self.stages["round"], path)
 
@@ -242,11 +243,12 @@ class LayerWork:
         self._candidates(work, unit, unit.count * unit.rows, linears, rough=True, sketched=False)
         self._form(work, unit, unit.count * unit.rows, linears)
 
-    def _compensate(self, work: Work, rows: int, columns: int) -> None:
+    def _compensate(self, work: Work, unit: _Unit) -> None:
         """What two-sided compensation adds: targets that are moved, and the way from the first block of outputs to the last."""
-        blocks, block = ceil(rows / block_of_outputs(rows)), self._job.recipe.rounding.block_size
-        work.add(flops=rows**2 * columns, values=6 * rows * columns)
-        work.add(operations=_COLUMN_OPERATIONS * (blocks * block + blocks * ceil(columns / block)))
+        blocks, block = ceil(unit.rows / block_of_outputs(unit.rows)), self._job.recipe.rounding.block_size
+        work.add(flops=unit.count * unit.rows**2 * unit.columns, values=6 * unit.count * unit.rows * unit.columns)
+        steps = unit.count * blocks * ceil(unit.columns / block)
+        work.add(operations=_COLUMN_OPERATIONS * (steps + blocks * block))
 
     def _refit(self, work: Work, path: str) -> None:
         """Fits inner linear `path` to what its module's rounded linears give: two passes of rows through the module."""
