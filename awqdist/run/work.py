@@ -16,8 +16,10 @@ from awqdist.quant.experts import SKETCHED_ROWS, max_rows
 from awqdist.quant.rounding import SUB_BLOCK
 from awqdist.quant.rounding_experts import num_side_by_side
 from awqdist.quant.sketch import SKETCH_ROWS
+from awqdist.quant.two_sided import block_of_outputs
 from awqdist.recipe import WeightScheme
 from awqdist.run.estimate_layer import chunk_tokens, compute_bytes, routed_tokens
+from awqdist.run.inner import inner_owners, num_kept_rows
 from awqdist.run.job import Job
 from awqdist.run.plan import LayerTask
 
@@ -93,6 +95,12 @@ class LayerWork:
             self._check(self.stages["check"])
         for unit in self._units(task.sites):
             self._round(self.stages["round"], unit)
+        if job.compensates_outputs:
+            written = tuple((path,) for path in sorted(task.writers & task.schemes.keys()))
+            for unit in self._units(written):
+                self._compensate(self.stages["round"], unit)
+        for path in inner_owners(job, task, self._tokens):
+            self._refit(self.stages["round"], path)
 
     def _share(self, path: str) -> float:
         """Share of the tokens that linear `path` is given."""
@@ -243,6 +251,24 @@ class LayerWork:
         self._form(work, unit, rows, linears, rough=True)  # the signal; to nearest; what is written
         self._candidates(work, unit, rows, linears, rough=True, sketched=False)
         self._form(work, unit, rows, linears, rough=unit.is_expert)
+
+    def _compensate(self, work: Work, unit: _Unit) -> None:
+        """What two-sided compensation adds: targets that are moved, and the way from the first block of outputs to the last."""
+        blocks, block = ceil(unit.rows / block_of_outputs(unit.rows)), self._job.recipe.rounding.block_size
+        work.add(flops=unit.count * unit.rows**2 * unit.columns, values=6 * unit.count * unit.rows * unit.columns)
+        steps = unit.count * blocks * ceil(unit.columns / block)
+        work.add(operations=_COLUMN_OPERATIONS * (steps + blocks * block))
+
+    def _refit(self, work: Work, path: str) -> None:
+        """Fits inner linear `path` to what its module's rounded linears give: two passes of rows through the module."""
+        rows, columns = self._task.shapes[path]
+        tokens = num_kept_rows(columns, self._tokens)
+        owner = self._task.inner[path]
+        weights = sum(prod(shape) for name, shape in self._task.shapes.items() if name.rpartition(".")[0] == owner)
+        work.add(product="layer", flops=2 * 2 * tokens * weights, values=2 * 9 * tokens * 3 * columns)
+        work.add(product="statistics", flops=tokens * columns * (columns + _BLOCK + 2 * rows))
+        work.add(product="factor", flops=columns**3 / 3 * (1 + _FACTOR_COLUMNS / columns))
+        work.add(flops=2 * columns**2 * rows)
 
 
 def _group_size(scheme: WeightScheme, columns: int) -> int:
