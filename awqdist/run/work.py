@@ -8,9 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from math import ceil, prod
-from typing import Literal
 
 from awqdist.quant.experts import SKETCHED_ROWS, max_rows
 from awqdist.quant.rounding import SUB_BLOCK
@@ -21,13 +19,8 @@ from awqdist.recipe import WeightScheme
 from awqdist.run.estimate_layer import chunk_tokens, compute_bytes, routed_tokens
 from awqdist.run.inner import inner_owners, num_kept_rows
 from awqdist.run.job import Job
+from awqdist.run.operations import STAGES, Stage, Unit, Work
 from awqdist.run.plan import LayerTask
-
-Product = Literal[
-    "layer", "attention", "statistics", "exact", "rough", "factor"
-]  # which dtype a matrix product is carried out in
-Stage = Literal["forward", "statistics", "search", "check", "round"]
-STAGES: tuple[Stage, ...] = ("forward", "statistics", "search", "check", "round")
 
 _GRID_PASSES = 10  # rounding_difference: values read or written for each weight
 _GRID_OPERATIONS = 30
@@ -42,38 +35,6 @@ _FACTOR_COLUMNS = 3000  # at so many columns factorising and inverting reach hal
 _LINEAR_OPERATIONS = 300  # around the rounding of a site, and of each of its linears
 _SHRINKS = 11  # of a clip
 _BLOCK = 256  # columns per block of a Gram matrix, of which those above the diagonal are left out
-
-
-@dataclass(slots=True)
-class Work:
-    """flops: by kind of product; values: float32 numbers that elementwise operations read or write; operations: started."""
-
-    flops: dict[Product, float] = field(default_factory=lambda: defaultdict(float))
-    values: float = 0.0
-    operations: float = 0.0
-
-    def add(
-        self, *, product: Product = "exact", flops: float = 0.0, values: float = 0.0, operations: float = 0.0
-    ) -> None:
-        self.flops[product] += flops
-        self.values += values
-        self.operations += operations
-
-    @property
-    def total_flops(self) -> float:
-        return sum(self.flops.values())
-
-
-@dataclass(frozen=True, slots=True)
-class _Unit:
-    """Quantized linears that read the same rows: ΣO, I, and the tokens that these rows are; how many such units there are alike."""
-
-    rows: int
-    columns: int
-    linears: int
-    tokens: int
-    is_expert: bool
-    count: int = 1
 
 
 class LayerWork:
@@ -145,9 +106,9 @@ class LayerWork:
                 work.add(product="statistics", flops=gram, operations=blocks + 6 * self._chunks)
                 work.add(values=2 * self._chunks * unit.columns * (unit.columns + _BLOCK) / 2)
 
-    def _units(self, sites: Iterable[tuple[str, ...]], *, whole_sites: bool = False) -> Iterator[_Unit]:
+    def _units(self, sites: Iterable[tuple[str, ...]], *, whole_sites: bool = False) -> Iterator[Unit]:
         """Units of sites; with `whole_sites` also those without a quantized linear. Experts alike are one unit that counts many times."""
-        counts: dict[_Unit, int] = defaultdict(int)
+        counts: dict[Unit, int] = defaultdict(int)
         for site in sites:
             quantized = [path for path in site if path in self._task.schemes]
             if quantized or whole_sites:
@@ -155,11 +116,11 @@ class LayerWork:
                 is_expert = site[0] in self._routed
                 tokens = round(self._tokens * self._share(site[0]))
                 columns = self._task.shapes[site[0]][1]
-                counts[_Unit(sum(o for o, _ in shapes), columns, len(quantized), tokens, is_expert)] += 1
+                counts[Unit(sum(o for o, _ in shapes), columns, len(quantized), tokens, is_expert)] += 1
         for unit, count in counts.items():
-            yield _Unit(unit.rows, unit.columns, unit.linears, unit.tokens, unit.is_expert, count)
+            yield Unit(unit.rows, unit.columns, unit.linears, unit.tokens, unit.is_expert, count)
 
-    def _groups(self, balance: tuple[str, ...]) -> Iterator[_Unit]:
+    def _groups(self, balance: tuple[str, ...]) -> Iterator[Unit]:
         """The units of one mapping: the linears that all tokens go to, and each expert's."""
         parts: dict[str, list[str]] = defaultdict(list)
         firsts = {path: site[0] for site in self._task.sites for path in site}
@@ -194,14 +155,14 @@ class LayerWork:
                 self._expert_gram(work, unit)
 
     def _candidates(
-        self, work: Work, unit: _Unit, rows: float, calls: float, *, rough: bool = False, sketched: bool = True
+        self, work: Work, unit: Unit, rows: float, calls: float, *, rough: bool = False, sketched: bool = True
     ) -> None:
         """Rounds `rows` rows in `calls` pieces and asks what that changes."""
         work.add(values=_GRID_PASSES * rows * unit.columns, operations=_GRID_OPERATIONS * calls)
         self._form(work, unit, rows, calls, rough=rough, sketched=sketched)
 
     def _form(
-        self, work: Work, unit: _Unit, rows: float, calls: float, *, rough: bool = False, sketched: bool = False
+        self, work: Work, unit: Unit, rows: float, calls: float, *, rough: bool = False, sketched: bool = False
     ) -> None:
         """d·G·dᵀ of rows d, or the same through the kept rows of the activations, or through a sketch of them."""
         if not unit.is_expert and self._tokens < unit.columns:
@@ -215,7 +176,7 @@ class LayerWork:
             work.add(flops=rows * unit.columns * (unit.columns + _BLOCK))
             work.add(values=4 * rows * unit.columns, operations=8 * calls * ceil(unit.columns / _BLOCK))
 
-    def _expert_gram(self, work: Work, unit: _Unit) -> None:
+    def _expert_gram(self, work: Work, unit: Unit) -> None:
         kept = min(unit.tokens, max_rows(self._experts, unit.columns, compute_bytes(self._job)))
         work.add(product="statistics", flops=2 * unit.count * kept * unit.columns**2)
         work.add(values=unit.count * (5 * unit.columns**2 + 2 * kept * unit.columns), operations=10 * unit.count)
@@ -227,7 +188,7 @@ class LayerWork:
         work.add(flops=2 * 2 * length * self._linear_values(), values=2 * (2 * values + 2 * experts))
         work.add(operations=2 * (60 + 6 * self._experts))
 
-    def _round(self, work: Work, unit: _Unit) -> None:
+    def _round(self, work: Work, unit: Unit) -> None:
         recipe, columns = self._job.recipe, unit.columns
         weights = unit.count * unit.rows * columns
         if unit.is_expert and recipe.fits_weights:
@@ -252,7 +213,7 @@ class LayerWork:
         self._candidates(work, unit, rows, linears, rough=True, sketched=False)
         self._form(work, unit, rows, linears, rough=unit.is_expert)
 
-    def _compensate(self, work: Work, unit: _Unit) -> None:
+    def _compensate(self, work: Work, unit: Unit) -> None:
         """What two-sided compensation adds: targets that are moved, and the way from the first block of outputs to the last."""
         blocks, block = ceil(unit.rows / block_of_outputs(unit.rows)), self._job.recipe.rounding.block_size
         work.add(flops=unit.count * unit.rows**2 * unit.columns, values=6 * unit.count * unit.rows * unit.columns)
