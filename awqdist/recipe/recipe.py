@@ -81,6 +81,11 @@ class Recipe:
     groups: tuple[SchemeGroup, ...]
     ignore: tuple[str, ...]
 
+    @property
+    def needs_gram(self) -> bool:
+        """Whether ranges or codes are fitted to Gram matrices. The search alone does with sketches."""
+        return self.clip or self.rounding.method == "gptq"
+
     def scheme_for(self, name: str, kind: str = "Linear") -> SchemeGroup | None:
         """The group of module `name` of class `kind`, or None when it is ignored or not targeted.
 

@@ -50,7 +50,8 @@ class _Sample:
 class Gathering:
     """The statistics of one layer, by the first linear of a site.
 
-    token_chunks: what will go through, (B, L) each; on: where and how the layer is run; all_experts: whether each is given all tokens.
+    token_chunks: what will go through, (B, L) each; on: where and how the layer is run; all_experts: whether each is given all tokens;
+    exact: whether sketches will not do.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Gathering:
         on: Bench,
         *,
         all_experts: bool = False,
+        exact: bool = True,
     ) -> None:
         device, matrices, of_experts = on.device, on.residency.for_matrices(on.lend), on.residency.for_experts(on.lend)
         num_tokens = sum(tokens.numel() for tokens in token_chunks)
@@ -78,7 +80,7 @@ class Gathering:
                 continue
             if routed is None or all_experts:
                 home = matrices if routed is None else of_experts
-                self._filled[first] = InputStatistics(width, num_tokens, device, home)
+                self._filled[first] = InputStatistics(width, num_tokens, device, home, exact=exact)
             else:
                 prior = self._shared(routed)
                 if routed.inner:

@@ -119,15 +119,14 @@ def _alike(task: LayerTask, one: tuple[str, ...], other: tuple[str, ...]) -> boo
 
 
 def _site(task: LayerTask, paths: tuple[str, ...], sites: SmoothedSites, recipe: Recipe) -> _Site:
-    """Takes the Gram matrix out of the statistics, to hold only one. An expert's is made only if its linears are fitted to it."""
+    """Takes the Gram matrix out of the statistics, to hold only one. None is made if no linear is fitted to it."""
     statistics = sites.statistics[paths[0]]
     scales = sites.scales.get(paths[0])
     if scales is None:
         scales = torch.ones_like(statistics.mean_abs)
     num_dead_inputs = int((statistics.mean_abs == 0).sum())
     grid_dtype = next(sites.grid_dtypes[path] for path in paths if path in task.schemes)
-    fitted = recipe.clip or recipe.rounding.method == "gptq" or not isinstance(statistics, ExpertStatistics)
-    gram = statistics.take_smoothed_gram(scales) if fitted else None
+    gram = statistics.take_smoothed_gram(scales) if recipe.needs_gram else None
     return _Site(statistics, gram, scales, num_dead_inputs, grid_dtype)
 
 
@@ -169,11 +168,10 @@ def _row_errors(draft: _Draft, result: QuantizedWeight) -> Tensor:
     """Of every row its output, its output error if it were not smoothed and rounded to nearest, and that of the result, squared and summed
     over the tokens: (3, ΣO) float64."""
     site, weight = draft.site, draft.weight
-    if isinstance(site.statistics, ExpertStatistics):
+    if site.gram is None or isinstance(site.statistics, ExpertStatistics):
         difference = result.dequantize().sub_(weight).div_(site.scales)
         stacked = torch.cat([weight / site.scales, _nearest(draft), difference])
         return site.statistics.rough_row_errors(stacked).view(3, -1)
-    assert site.gram is not None
     signal = rough_form(weight, site.gram), rough_form(_nearest(draft).mul_(site.scales), site.gram)
     return torch.stack([*signal, quadratic_form_rows(result.dequantize().sub_(weight), site.gram)])
 

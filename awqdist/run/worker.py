@@ -161,8 +161,8 @@ class Worker:
         return {name: tensor.cpu() for name, tensor in tensors.items()}
 
     def _gathering(self, task: LayerTask, on: Bench) -> Gathering:
-        all_experts = self._job.settings.all_experts
-        return Gathering(task, self._experts(task), self._token_chunks, on, all_experts=all_experts)
+        all_experts, exact = self._job.settings.all_experts, self._job.recipe.needs_gram
+        return Gathering(task, self._experts(task), self._token_chunks, on, all_experts=all_experts, exact=exact)
 
     def _experts(self, task: LayerTask) -> tuple[FusedParameter, ...]:
         skeleton = self._job.skeleton
