@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import ceil, prod
 
@@ -11,6 +11,7 @@ from awqdist.model.expert_products import takes_rows_by_expert
 from awqdist.quant.experts import max_rows
 from awqdist.quant.rounding_experts import num_side_by_side
 from awqdist.quant.stacks import BATCH_BYTES
+from awqdist.quant.stats import is_sketched, num_kept_rows
 from awqdist.recipe import WeightScheme
 from awqdist.run.device import compute_dtype
 from awqdist.run.job import Job
@@ -72,7 +73,7 @@ def _held_bytes(job: Job, task: LayerTask, residency: Residency) -> tuple[int, i
     num_values = sum(prod(e.shape) for e in entries.values())
     num_tokens, compute, width = _num_tokens(job), compute_bytes(job), job.skeleton.dtype.itemsize
     shared = [task.shapes[site[0]][1] for site in task.sites if site[0] not in task.routed]
-    matrices = sum(4 * width_in * min(width_in, num_tokens) for width_in in shared)
+    sketches, matrices = (_kept_bytes(job, shared, num_tokens, sketched=sketched) for sketched in (True, False))
     rows = _expert_statistics(job, task, num_tokens)
     loaded = sum(e.num_bytes for e in entries.values())
     at_hand = 4 * 3 * largest  # an expert's slice, its parts, and these in float32
@@ -91,7 +92,7 @@ def _held_bytes(job: Job, task: LayerTask, residency: Residency) -> tuple[int, i
     rounding = codes + max(
         (_rounding_bytes(task, site, alike, residency, job.device.type) for site in task.sites), default=0
     )
-    device = loaded + max(forward, search, check, rounding)
+    device = loaded + sketches + max(forward, search, check, rounding)
     tiles = max((4 * width_in * min(width_in, _TILE_COLUMNS) for width_in in shared), default=0)
     device += tiles if residency.matrices else matrices
     device += 0 if residency.experts else rows
@@ -103,6 +104,16 @@ def _held_bytes(job: Job, task: LayerTask, residency: Residency) -> tuple[int, i
     return device, resting
 
 
+def _kept_bytes(job: Job, widths: Iterable[int], num_tokens: int, *, sketched: bool) -> int:
+    """Bytes of what is kept of inputs that are, or are not, kept as sketches."""
+    exact = job.recipe.needs_gram
+    return sum(
+        4 * width * num_kept_rows(width, num_tokens, exact=exact)
+        for width in widths
+        if is_sketched(width, num_tokens, exact=exact) == sketched
+    )
+
+
 def _num_tokens(job: Job) -> int:
     return job.settings.num_samples * job.settings.sequence_length
 
@@ -111,7 +122,7 @@ def _expert_statistics(job: Job, task: LayerTask, num_tokens: int) -> int:
     """Bytes of what is kept of the inputs of experts."""
     if job.settings.all_experts:
         inner = [task.shapes[first][1] for first, routed in task.routed.items() if routed.inner]
-        return sum(4 * width_in * min(width_in, num_tokens) for width_in in inner)
+        return sum(_kept_bytes(job, inner, num_tokens, sketched=sketched) for sketched in (True, False))
     return _expert_rows(job, task, num_tokens) * compute_bytes(job)
 
 

@@ -16,6 +16,7 @@ from awqdist.quant.experts import max_rows
 from awqdist.quant.rounding import SUB_BLOCK
 from awqdist.quant.rounding_experts import num_side_by_side
 from awqdist.quant.sketch import SKETCH_ROWS
+from awqdist.quant.stats import is_sketched
 from awqdist.recipe import WeightScheme
 from awqdist.run.estimate_layer import chunk_tokens, compute_bytes, routed_tokens
 from awqdist.run.job import Job
@@ -130,10 +131,15 @@ class LayerWork:
             if unit.is_expert:
                 continue
             blocks = self._chunks * ceil(unit.columns / _BLOCK)
-            if self._tokens >= unit.columns:
+            if self._is_sketched(unit.columns):
+                work.add(values=3 * unit.tokens * unit.columns, operations=4 * self._chunks)
+            elif self._tokens >= unit.columns:
                 gram = unit.tokens * unit.columns * (unit.columns + _BLOCK)  # on and below the diagonal
                 work.add(product="statistics", flops=gram, operations=blocks + 6 * self._chunks)
                 work.add(values=2 * self._chunks * unit.columns * (unit.columns + _BLOCK) / 2)
+
+    def _is_sketched(self, columns: int) -> bool:
+        return is_sketched(columns, self._tokens, exact=self._job.recipe.needs_gram)
 
     def _units(self, sites: Iterable[tuple[str, ...]], *, whole_sites: bool = False) -> Iterator[_Unit]:
         """Units of sites; with `whole_sites` also those without a quantized linear. Experts alike are one unit that counts many times."""
@@ -189,7 +195,10 @@ class LayerWork:
         self, work: Work, unit: _Unit, rows: float, calls: float, *, rough: bool = False, sketched: bool = False
     ) -> None:
         """d·G·dᵀ of rows d, or the same through the kept rows of the activations, or through a sketch of them."""
-        if not unit.is_expert and self._tokens < unit.columns:
+        if not unit.is_expert and self._is_sketched(unit.columns):
+            work.add(product="rough", flops=2 * rows * unit.columns * SKETCH_ROWS)
+            work.add(values=2 * rows * (unit.columns + SKETCH_ROWS), operations=6 * calls)
+        elif not unit.is_expert and self._tokens < unit.columns:
             work.add(flops=2 * rows * unit.columns * unit.tokens, values=2 * rows * unit.tokens, operations=4 * calls)
         elif rough:
             width = SKETCH_ROWS if sketched and unit.columns >= 2 * SKETCH_ROWS and not unit.is_expert else unit.columns
@@ -214,12 +223,13 @@ class LayerWork:
     def _round(self, work: Work, unit: _Unit) -> None:
         recipe, columns = self._job.recipe, unit.columns
         weights = unit.count * unit.rows * columns
-        if unit.is_expert:
-            self._expert_gram(work, unit)
-        elif self._tokens < columns:
-            work.add(flops=2 * unit.tokens * columns**2)
-        work.add(values=unit.count * (4 + 2 * unit.linears) * columns**2 + 12 * weights)
-        work.add(operations=_LINEAR_OPERATIONS * unit.count * (1 + unit.linears))
+        if recipe.needs_gram:
+            work.add(values=unit.count * (4 + 2 * unit.linears) * columns**2)
+            if unit.is_expert:
+                self._expert_gram(work, unit)
+            elif self._tokens < columns:
+                work.add(flops=2 * unit.tokens * columns**2)
+        work.add(values=12 * weights, operations=_LINEAR_OPERATIONS * unit.count * (1 + unit.linears))
         if recipe.clip:
             group = _group_size(next(iter(self._task.schemes.values())), columns)
             work.add(flops=_SHRINKS * 2 * group * weights, values=_SHRINKS * 14 * weights, operations=_SHRINKS * 20)
