@@ -22,8 +22,8 @@ from quant_oracles import (
 )
 from torch import Tensor
 
-from awqdist.quant.candidates import weight_mean
-from awqdist.quant.search import ScaleChoice, search_scales
+from awqdist.quant.candidates import ScaleChoice, sums_and_peaks
+from awqdist.quant.search import search_scales
 from awqdist.quant.stacks import BalanceWeight
 from awqdist.recipe import Smoothing, WeightScheme
 
@@ -267,13 +267,17 @@ def test_no_activation_at_all_leaves_the_identity() -> None:
     assert choice.error_after == 0
 
 
-def test_weight_mean_is_over_all_rows_of_all_quantized_linears() -> None:
-    balance = [*linears(8, 4), BalanceWeight(random_weight(6, NUM_INPUTS, 7), WeightScheme(4, True, -1))]
-    stacks = [
-        (torch.cat([b.weight for b in balance[:2]]), ASYMMETRIC_4),
-        (balance[2].weight, WeightScheme(4, True, -1)),
-    ]
-    np.testing.assert_allclose(weight_mean(stacks), slow_weight_mean(balance), rtol=1e-5)
+@pytest.mark.parametrize("scheme", [ASYMMETRIC_4, WeightScheme(4, True, -1)], ids=["groups", "channels"])
+def test_the_sums_of_a_weight_mean_are_over_all_rows_and_relative_to_the_largest_weight_of_a_group(
+    scheme: WeightScheme,
+) -> None:
+    weight = random_weight(700, 256)  # more than one block
+    sums, peaks = sums_and_peaks(torch.stack([weight, 2 * weight]), scheme)
+    for factor, own, peak in zip((1, 2), sums, peaks, strict=True):
+        balance = [BalanceWeight(factor * weight, scheme)]
+        np.testing.assert_allclose(own / 700, slow_weight_mean(balance), rtol=1e-4)
+        expected = (factor * weight).abs().unflatten(1, (peak.shape[1], -1)).amax(2)
+        torch.testing.assert_close(peak, expected)
 
 
 @pytest.mark.parametrize("spread", [0.3, 2.0], ids=["rows alike", "a few rows carry most of the error"])

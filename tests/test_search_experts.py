@@ -6,8 +6,8 @@ import pytest
 import torch
 from quant_oracles import activations, random_weight, statistics_of
 
-from awqdist.quant.candidates import candidates, weight_mean
-from awqdist.quant.experts import PRIOR_TOKENS, ExpertStatistics
+from awqdist.quant.candidates import candidates, sums_and_peaks
+from awqdist.quant.experts import ExpertStatistics
 from awqdist.quant.grid import rounding_difference
 from awqdist.quant.search import search_groups, search_scales, search_side_by_side
 from awqdist.quant.stacks import BalanceWeight, SearchGroup
@@ -59,14 +59,18 @@ def test_one_set_of_scales_in_front_of_experts_is_nearly_the_best_for_all_of_the
     mean_abs = statistics_of(activations(300, WIDTH)).mean_abs
     choice = search_groups(groups, mean_abs, SOURCE, PLAIN, BF16)
 
-    stacks = ((b.weight, SCHEME) for group in groups for b in group.balance)
-    tried = [c.scales[0] for c in candidates(weight_mean(stacks).unsqueeze(0), mean_abs.unsqueeze(0), SOURCE, PLAIN)]
+    weights = torch.cat([b.weight for group in groups for b in group.balance])
+    w_mean = sums_and_peaks(weights, SCHEME)[0] / weights.shape[0]
+    tried = [c.scales[0] for c in candidates(w_mean.unsqueeze(0), mean_abs.unsqueeze(0), SOURCE, PLAIN)]
     best = min(sum(errors) for errors in zip(*(exact_errors(group, tried) for group in groups), strict=True))
     assert sum(exact_errors(group, [choice.scales])[0] for group in groups) <= 1.02 * best
 
 
-def test_errors_by_rows_are_those_under_the_gram_of_an_expert_but_for_the_sample_of_the_prior() -> None:
-    (group,) = experts([500], 30)
+def test_a_sketch_tells_errors_under_the_gram_of_an_expert_on_average_and_a_few_rows_are_their_own_sketch() -> None:
     difference = random_weight(30, WIDTH)
-    exact, rough = group.statistics.row_errors(difference), group.statistics.rough_row_errors(difference)
-    assert float(rough.sum()) == pytest.approx(float(exact.sum()), rel=PRIOR_TOKENS / 500 * 0.5)
+    for num_tokens, tolerance in ((500, 0.1), (5000, 0.1), (20, 0.01)):
+        prior = statistics_of(activations(60, WIDTH, outlier=2.0))
+        own = ExpertStatistics(WIDTH, 4096, prior, torch.device("cpu"))
+        own.add(activations(num_tokens, WIDTH, outlier=2.0))
+        exact, rough = own.row_errors(difference), own.rough_row_errors(difference)
+        assert float(rough.sum()) == pytest.approx(float(exact.sum()), rel=tolerance)

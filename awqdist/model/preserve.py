@@ -74,4 +74,5 @@ def preserves_function(
 
 def _weight_of_expert(parameters: Mapping[str, Tensor], fused: FusedParameter, expert: int) -> Tensor:
     """An expert's slice (R, I) of a fused parameter, float32."""
-    return torch.cat([parameters[f"{path}.weight"].float() for path in fused.parts[expert]])
+    parts = [parameters[f"{path}.weight"].float() for path in fused.parts[expert]]
+    return torch.cat(parts) if len(parts) > 1 else parts[0]

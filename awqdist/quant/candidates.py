@@ -3,13 +3,12 @@ s /= sqrt(max·min). All functions take leading dimensions: K mappings at a time
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from awqdist.quant.grid import grouped
+from awqdist.quant.grid import CACHED_ELEMENTS, grouped
 from awqdist.recipe import Smoothing, WeightScheme
 
 
@@ -22,18 +21,32 @@ class Candidate:
     duo_scaling: bool
 
 
-def weight_mean(stacks: Iterable[tuple[Tensor, WeightScheme]]) -> Tensor:
-    """(..., I) float32: mean over all rows of |W| / (max |W| of its group + 1e-6).
+@dataclass(frozen=True, slots=True)
+class ScaleChoice:
+    """The outcome of a search. scales: (I,) float32, tied over the channels of one smooth-layer output."""
 
-    stacks: weights (..., O, I), any float dtype, and their scheme.
+    scales: Tensor
+    ratio: float | None  # None: the identity
+    duo_scaling: bool
+    error_before: float
+    error_after: float
+    num_nonfinite: int
+
+
+def sums_and_peaks(weight: Tensor, scheme: WeightScheme) -> tuple[Tensor, Tensor]:
+    """Sums over the rows of |W| / (max |W| of its group + 1e-6), (..., I), and these maxima, (..., O, G); both float32.
+
+    weight: (..., O, I), any float dtype. On a CPU its rows are worked through in blocks that stay in the cache.
     """
-    total, num_rows = torch.zeros(()), 0
-    for weight, scheme in stacks:
-        magnitude = grouped(weight.float().abs(), scheme)  # (..., O, G, g)
-        sums = (magnitude / (magnitude.amax(-1, keepdim=True) + 1e-6)).flatten(-2).sum(-2)
-        total = total + sums if num_rows else sums
-        num_rows += weight.shape[-2]
-    return total / num_rows
+    sums = weight.new_zeros(*weight.shape[:-2], weight.shape[-1], dtype=torch.float32)
+    peaks = []
+    num_rows = weight.shape[-2] if weight.is_cuda else max(1, CACHED_ELEMENTS // sums.numel())
+    for block in weight.split(num_rows, -2):
+        magnitude = grouped(block.abs().float(), scheme)  # (..., rows, G, g)
+        peak = magnitude.amax(-1)
+        peaks.append(peak)
+        sums += magnitude.div_((peak + 1e-6).unsqueeze(-1)).flatten(-2).sum(-2)
+    return sums, torch.cat(peaks, -2)
 
 
 def candidates(w_mean: Tensor, mean_abs: Tensor, source: Tensor, settings: Smoothing) -> list[Candidate]:

@@ -13,7 +13,7 @@ With `--all-experts` every expert is given all tokens of its block, and there is
 statistics, and those of inner linears are like any other site's.
 
 Rows are kept up to a cap, in the dtype that they came in; of more, the first stand for all. Gram matrices are made one expert at a time.
-Where an error need not be exact none is made: mostly an expert has fewer rows than inputs, and ‖X·Dᵀ‖² takes less than D·Ĝ·Dᵀ.
+Where an error need not be exact none is made, but a CountSketch (`sketch.py`) of the expert's rows and of a sample of the prior's.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from awqdist.quant.lending import HOST, HostMemory
 from awqdist.quant.precision import exact_for, has_fast_bfloat16
 from awqdist.quant.stats import InputStatistics, quadratic_form_rows
 
 PRIOR_TOKENS = 32.0
-_ROUGH_ROWS = 1024  # of an expert that are multiplied for a rough error, or as many as there are inputs
+SKETCHED_ROWS = 96  # that stand for what an expert reads, where an error need not be exact
 _ROW_BUDGET_BYTES = 4 << 30  # of all experts' rows of one kind, unless that were less than _MIN_ROWS each
 _MIN_ROWS = 512
 
@@ -58,6 +58,11 @@ class SharedStatistics:
         """(I,) float32: mean |x| of every channel."""
         return self.block.mean_abs
 
+    @property
+    def is_sketch(self) -> bool:
+        """Whether a sketch of the block's input is all that is kept."""
+        return self.block.is_sketch
+
     def hold(self) -> AbstractContextManager[None]:
         """Keeps what is made for several questions."""
         return self.block.hold()
@@ -82,6 +87,8 @@ class SharedStatistics:
 class ExpertStatistics:
     """See the module. num_inputs: I; prior: complete by the time that anything is asked for; host: if rows are to lie in host memory."""
 
+    is_sketch = True  # where an error need not be exact
+
     def __init__(
         self,
         num_inputs: int,
@@ -99,11 +106,13 @@ class ExpertStatistics:
         self._rows: list[Tensor] = []
         self._sum_abs = torch.zeros(num_inputs, dtype=torch.float32, device=device)
         self._gram: Tensor | None = None
+        self._sketch: Tensor | None = None
 
     def add(self, activations: Tensor) -> None:
         """Adds rows (n, I), any float dtype."""
         rows = activations.detach().reshape(-1, self.num_inputs)
         self.num_tokens += rows.shape[0]
+        self._sketch = None
         self._sum_abs += rows.float().abs().sum(0)
         kept = rows[: self._most_rows - self._num_kept]
         if kept.shape[0]:
@@ -151,39 +160,57 @@ class ExpertStatistics:
         return quadratic_form_rows(difference, self.gram())
 
     def rough_row_errors(self, difference: Tensor) -> Tensor:
-        """`row_errors` to about three digits, but with the prior as some of its tokens tell it."""
-        return StackedRows.of([self]).row_errors(difference.unsqueeze(0))[0]
+        """`row_errors` as the sketch tells it."""
+        return StackedSketches.of([self]).row_errors(difference.unsqueeze(0))[0]
 
-    def weighted_rows(self) -> tuple[Tensor, Tensor]:
-        """Rows (m, I) and how many tokens each stands for, (m,) float32: a sample of its own, and one of the prior's."""
+    def sketch(self) -> Tensor:
+        """(SKETCHED_ROWS, I), in bfloat16 where the hardware multiplies that: rows Z with ‖Z·dᵀ‖² = d·Ĝ·dᵀ on average, for the prior as
+        some of its tokens tell it. Where there are fewer rows than that, they are these themselves, and zeros."""
+        if self._sketch is not None:
+            return self._sketch
         prior = self._prior.sample()
-        own = self._kept() if self._rows else prior[:0]
-        own = own[:: -(-own.shape[0] // max(_ROUGH_ROWS, self.num_inputs)) or 1]
-        counts = self._sum_abs.new_full((own.shape[0] + prior.shape[0],), PRIOR_TOKENS / max(prior.shape[0], 1))
-        counts[: own.shape[0]] = self.num_tokens / max(own.shape[0], 1)
-        return torch.cat([own, prior.to(own.dtype)]), counts
+        num_rows = self._num_kept + prior.shape[0]
+        num_parts = max(-(-num_rows // SKETCHED_ROWS), 1)
+        rows = self._sum_abs.new_empty(num_parts * SKETCHED_ROWS, self.num_inputs)
+        start = 0
+        for own in (*self._rows, prior):
+            rows[start : start + own.shape[0]].copy_(own)
+            start += own.shape[0]
+        rows[num_rows:] = 0
+        factors = _signs(num_parts, rows.device).clone()
+        factors[: self._num_kept] *= (self.num_tokens / max(self._num_kept, 1)) ** 0.5
+        factors[self._num_kept :] *= (PRIOR_TOKENS / max(prior.shape[0], 1)) ** 0.5
+        sketch = rows.mul_(factors).view(num_parts, SKETCHED_ROWS, -1).sum(0)
+        return sketch.bfloat16() if has_fast_bfloat16(rows.device) else sketch
+
+    def keep_sketch(self) -> None:
+        """Makes the sketch once for all that is asked later, unless rows are to lie in host memory."""
+        self._sketch = self.sketch() if self._host is None else None
 
     def is_finite(self) -> bool:
         """Whether every activation that was added was finite."""
         return bool(torch.isfinite(self._sum_abs).all())
 
 
+@cache
+def _signs(num_parts: int, device: torch.device) -> Tensor:
+    """(num_parts · SKETCHED_ROWS, 1) float32: 1 or -1 at random, the same for every expert."""
+    generator = torch.Generator().manual_seed(0)
+    signs = torch.randint(0, 2, (num_parts * SKETCHED_ROWS, 1), generator=generator)
+    return signs.mul_(2).sub_(1).to(device, torch.float32)
+
+
 @dataclass(frozen=True, slots=True)
-class StackedRows:
-    """Rows of B experts that stand for what they read. rows: (B, m, I), short ones filled up; counts: (B, m) float32, tokens per row."""
+class StackedSketches:
+    """Of B experts. rows: (B, SKETCHED_ROWS, I), see `ExpertStatistics.sketch`."""
 
     rows: Tensor
-    counts: Tensor
 
     @classmethod
-    def of(cls, experts: Sequence[ExpertStatistics]) -> StackedRows:
-        """In bfloat16 where the hardware multiplies that."""
-        found = [expert.weighted_rows() for expert in experts]
-        rows = pad_sequence([rows for rows, _ in found], batch_first=True)
-        dtype = torch.bfloat16 if has_fast_bfloat16(rows.device) else torch.float32
-        return cls(rows.to(dtype), pad_sequence([counts for _, counts in found], batch_first=True))
+    def of(cls, experts: Sequence[ExpertStatistics]) -> StackedSketches:
+        return cls(torch.stack([expert.sketch() for expert in experts]))
 
     def row_errors(self, difference: Tensor) -> Tensor:
-        """Of difference (B, r, I) float32: (B, r) float64."""
-        outputs = (difference.to(self.rows.dtype) @ self.rows.transpose(1, 2)).float()  # (B, r, m)
-        return (outputs.square_() @ self.counts.unsqueeze(2)).squeeze(2).double()
+        """Of difference (B, r, I), float: (B, r) float64."""
+        outputs = difference.to(self.rows.dtype) @ self.rows.transpose(1, 2)  # (B, r, SKETCHED_ROWS)
+        return outputs.float().square_().sum(2).double()

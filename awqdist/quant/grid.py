@@ -3,9 +3,9 @@
     scale = (hi - lo) / (2^b - 1)      zero = round(clamp(-lo/scale, 0, 2^b - 1))      code = round(clamp(w/scale + zero, 0, 2^b - 1))
 
 with lo = min(w_min, 0) and hi = max(w_max, 0) of a group of `group_size` inputs in one row. Codes and zero points are unsigned
-here; only exporters shift them. What is stored comes from compressed-tensors' own functions (`calculate_qparams`, `quantize`), in
-the checkpoint's dtype, so that any reader of that format computes the same numbers; the search evaluates thousands of candidate
-grids and uses the float32 twin `rounding_difference`, which the tests hold against the library.
+here; only exporters shift them. What is stored is, bit for bit, what compressed-tensors' own functions (`calculate_qparams`, `quantize`)
+give in the checkpoint's dtype, so that any reader of that format computes the same numbers; the search evaluates thousands of candidate
+grids and uses the float32 twin `rounding_difference`. The tests hold both against the library.
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ from dataclasses import dataclass
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy
-from compressed_tensors.quantization.lifecycle.forward import quantize
 from compressed_tensors.quantization.utils import calculate_qparams
 from torch import Tensor
 
 from awqdist.recipe import WeightScheme
 
-_CACHED_ELEMENTS = 1 << 17
+CACHED_ELEMENTS = 1 << 17  # float32 values that a CPU keeps at hand while several operations go over them
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,12 +77,24 @@ def grid_parameters(low: Tensor, high: Tensor, scheme: WeightScheme) -> tuple[Te
     return weight_scale, (zero_point.to(torch.int16) + (1 << (scheme.num_bits - 1))).to(torch.uint8)
 
 
-def round_to_nearest(weight: Tensor, weight_scale: Tensor, zero_point: Tensor, scheme: WeightScheme) -> QuantizedWeight:
-    """Codes of `weight` (O, I), in its own dtype, exactly as compressed-tensors' `quantize` gives them."""
+def round_to_nearest(
+    weight: Tensor, weight_scale: Tensor, zero_point: Tensor, scheme: WeightScheme, dtype: torch.dtype | None = None
+) -> QuantizedWeight:
+    """Codes of `weight` (O, I), any float dtype, on a grid (O, G) that was fixed before.
+
+    They are in every bit what compressed-tensors' `quantize` makes of the weight in `dtype`, or in its own if that is None: its steps in
+    its order, on the signed grid. On a CPU the rows are worked through in blocks that stay in the cache.
+    """
     offset = 1 << (scheme.num_bits - 1)
-    signed_zero = (zero_point.to(torch.int16) - offset).to(torch.int8)
-    signed = quantize(weight, weight_scale, signed_zero, scheme_args(scheme), dtype=torch.int8)
-    codes = (signed.to(torch.int16) + offset).to(torch.uint8)
+    dtype = dtype or weight.dtype
+    scale, zero = weight_scale.unsqueeze(-1), (zero_point.unsqueeze(-1).to(torch.int16) - offset).to(dtype)
+    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    rows = weight.shape[0] if weight.is_cuda else max(1, CACHED_ELEMENTS // weight.shape[1])
+    for start in range(0, weight.shape[0], rows):
+        block = slice(start, start + rows)
+        signed = grouped(weight[block].to(dtype), scheme) / scale[block]  # (rows, G, g)
+        signed.add_(zero[block]).clamp_(-offset, offset - 1).round_()
+        codes[block] = signed.add_(offset).flatten(1)
     return QuantizedWeight(codes, weight_scale, zero_point, scheme)
 
 
@@ -97,8 +108,8 @@ def rounding_difference(weight: Tensor, scales: Tensor, scheme: WeightScheme, dt
         return rounding_difference(weight.unsqueeze(0), scales.unsqueeze(0), scheme, dtype).squeeze(0)
     difference = torch.empty_like(weight, dtype=torch.float32)
     num_problems, num_rows, width = weight.shape
-    rows = num_rows if weight.is_cuda else min(num_rows, max(1, _CACHED_ELEMENTS // width))
-    problems = num_problems if weight.is_cuda else max(1, _CACHED_ELEMENTS // (num_rows * width))
+    rows = num_rows if weight.is_cuda else min(num_rows, max(1, CACHED_ELEMENTS // width))
+    problems = num_problems if weight.is_cuda else max(1, CACHED_ELEMENTS // (num_rows * width))
     for first in range(0, num_problems, problems):
         own = scales[first : first + problems].unsqueeze(1)  # (b, 1, I)
         for start in range(0, num_rows, rows):

@@ -31,3 +31,13 @@ class Sketch:
             signs = self._signs[token : token + length]
             self.rows[bucket : bucket + length].addcmul_(rows[start : start + length], signs)
             start += length
+
+
+def is_sketched(num_inputs: int, num_tokens: int, *, exact: bool) -> bool:
+    """Whether all that is kept of an input is its sketch: if it may be, and is smaller than the rows and the Gram matrix."""
+    return num_kept_rows(num_inputs, num_tokens, exact=exact) < min(num_inputs, num_tokens)
+
+
+def num_kept_rows(num_inputs: int, num_tokens: int, *, exact: bool) -> int:
+    """How many rows of I values are kept of an input: of the activations, of their Gram matrix or of their sketch."""
+    return min(num_inputs, num_tokens) if exact else min(num_inputs, num_tokens, SKETCH_ROWS)

@@ -11,12 +11,12 @@ from torch import Tensor
 
 def balance_linear(weight: Tensor, scales: Tensor) -> Tensor:
     """W·diag(s): (O, I) float32 for weight (O, I) and scales (I,)."""
-    return weight.float() * scales
+    return weight.to(torch.float32, copy=True).mul_(scales)
 
 
 def smooth_linear(weight: Tensor, scales: Tensor) -> Tensor:
     """Divides the last len(scales) rows of `weight` (O, I), or of a bias (O,), by `scales`; a fused layer's other rows stay."""
-    smoothed = weight.float().clone()
+    smoothed = weight.to(torch.float32, copy=True)
     divisor = scales if weight.ndim == 1 else scales.unsqueeze(1)
     smoothed[-scales.shape[0] :] /= divisor
     return smoothed

@@ -6,7 +6,7 @@ the float32 copies are made of.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -14,12 +14,16 @@ import torch
 from torch import Tensor
 
 from awqdist.quant.compensated import CompensatedStatistics, stacked_row_errors
-from awqdist.quant.experts import ExpertStatistics, StackedRows
+from awqdist.quant.experts import ExpertStatistics, StackedSketches
 from awqdist.quant.lending import Lend
 from awqdist.quant.stats import Statistics
 from awqdist.recipe import WeightScheme
 
 BATCH_BYTES = {"cpu": 1 << 23, "cuda": 1 << 28}  # of the float32 weights of a batch of experts
+
+RowErrors = Callable[
+    [Tensor], Tensor
+]  # what a change of the weights (B, r, I) does to the output, row by row: (B, r) float64
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +66,8 @@ class Stack:
         return sum(b.weight.shape[0] for b in self.groups[0].balance if b.scheme == self.scheme)
 
     @property
-    def of_experts(self) -> bool:
-        return isinstance(self.groups[0].statistics, ExpertStatistics)
+    def is_sketched(self) -> bool:
+        return self.groups[0].statistics.is_sketch
 
     @contextmanager
     def hold(self) -> Iterator[None]:
@@ -85,13 +89,18 @@ class Stack:
             return stacked_row_errors(compensated, difference)
         return torch.stack([g.statistics.row_errors(d) for g, d in zip(self.groups, difference, strict=True)])
 
-    def rough_row_errors(self, difference: Tensor) -> Tensor:
-        """`row_errors` to about three digits, for a sample of the tokens of an expert."""
+    def rough(self) -> RowErrors:
+        """`row_errors` to rank by, which for experts is that of their sketches."""
         experts = [g.statistics for g in self.groups if isinstance(g.statistics, ExpertStatistics)]
         if experts:
-            return StackedRows.of(experts).row_errors(difference)
+            for expert in experts:
+                expert.keep_sketch()
+            return StackedSketches.of(experts).row_errors
         if isinstance(self.groups[0].statistics, CompensatedStatistics):
-            return self.row_errors(difference)
+            return self.row_errors
+        return self._rough_row_errors
+
+    def _rough_row_errors(self, difference: Tensor) -> Tensor:
         return torch.stack([g.statistics.rough_row_errors(d) for g, d in zip(self.groups, difference, strict=True)])
 
 

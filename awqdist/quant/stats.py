@@ -25,7 +25,7 @@ from torch import Tensor
 
 from awqdist.quant.lending import HOST, HostMemory, Lend
 from awqdist.quant.precision import exact_for, has_fast_bfloat16
-from awqdist.quant.sketch import SKETCH_ROWS, Sketch
+from awqdist.quant.sketch import SKETCH_ROWS, Sketch, is_sketched
 
 _SAMPLED_TOKENS = 64
 _CACHED_ROWS = 512  # of a chunk: what is made of so many stays in a CPU's cache
@@ -38,6 +38,10 @@ class Statistics(Protocol):
     @property
     def mean_abs(self) -> Tensor:
         """(I,) float32: mean |x| of every channel."""
+
+    @property
+    def is_sketch(self) -> bool:
+        """Whether errors are estimates, so that those of some rows tell as much as those of all."""
 
     def row_errors(self, difference: Tensor) -> Tensor:
         """The output error of every row of difference (O, I) float32: (O,) float64."""
@@ -102,6 +106,11 @@ class InputStatistics:
             self._sketch.add(wide, first_token)
         if self._gram is not None:
             self._add_product(self._gram, wide)
+
+    @property
+    def is_sketch(self) -> bool:
+        """Whether a sketch is all that is kept."""
+        return self._gram is None and self._sketch is not None
 
     @property
     def mean_abs(self) -> Tensor:
@@ -174,7 +183,7 @@ class InputStatistics:
 
     def row_errors(self, difference: Tensor) -> Tensor:
         """The output error of every row of difference (O, I) float32: (O,) float64."""
-        if self._gram is None and self._sketch is not None:
+        if self.is_sketch:
             return self.rough_row_errors(difference)
         if self._gram is None:
             total = torch.zeros(difference.shape[0], dtype=torch.float64, device=difference.device)
@@ -204,16 +213,6 @@ class InputStatistics:
     def is_finite(self) -> bool:
         """Whether every activation that was added was finite."""
         return bool(torch.isfinite(self._sum_abs).all())
-
-
-def is_sketched(num_inputs: int, num_tokens: int, *, exact: bool) -> bool:
-    """Whether all that is kept of an input is its sketch: if it may be, and is smaller than the rows and the Gram matrix."""
-    return num_kept_rows(num_inputs, num_tokens, exact=exact) < min(num_inputs, num_tokens)
-
-
-def num_kept_rows(num_inputs: int, num_tokens: int, *, exact: bool) -> int:
-    """How many rows of I values are kept of an input: of the activations, of their Gram matrix or of their sketch."""
-    return min(num_inputs, num_tokens) if exact else min(num_inputs, num_tokens, SKETCH_ROWS)
 
 
 def rough_form(difference: Tensor, gram: Tensor) -> Tensor:

@@ -82,8 +82,8 @@ class Recipe:
     ignore: tuple[str, ...]
 
     @property
-    def needs_gram(self) -> bool:
-        """Whether ranges or codes are fitted to Gram matrices. The search alone does with sketches."""
+    def fits_weights(self) -> bool:
+        """Whether codes or ranges are fitted to what linears read; else the weights alone decide, once the scales are chosen."""
         return self.clip or self.rounding.method == "gptq"
 
     def scheme_for(self, name: str, kind: str = "Linear") -> SchemeGroup | None:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from math import ceil, prod
 
 from awqdist.model.expert_products import takes_rows_by_expert
-from awqdist.quant.experts import max_rows
+from awqdist.quant.experts import SKETCHED_ROWS, max_rows
 from awqdist.quant.rounding_experts import num_side_by_side
+from awqdist.quant.sketch import is_sketched, num_kept_rows
 from awqdist.quant.stacks import BATCH_BYTES
-from awqdist.quant.stats import is_sketched, num_kept_rows
 from awqdist.recipe import WeightScheme
 from awqdist.run.device import compute_dtype
 from awqdist.run.job import Job
@@ -106,7 +106,7 @@ def _held_bytes(job: Job, task: LayerTask, residency: Residency) -> tuple[int, i
 
 def _kept_bytes(job: Job, widths: Iterable[int], num_tokens: int, *, sketched: bool) -> int:
     """Bytes of what is kept of inputs that are, or are not, kept as sketches."""
-    exact = job.recipe.needs_gram
+    exact = job.recipe.fits_weights
     return sum(
         4 * width * num_kept_rows(width, num_tokens, exact=exact)
         for width in widths
@@ -123,7 +123,9 @@ def _expert_statistics(job: Job, task: LayerTask, num_tokens: int) -> int:
     if job.settings.all_experts:
         inner = [task.shapes[first][1] for first, routed in task.routed.items() if routed.inner]
         return sum(_kept_bytes(job, inner, num_tokens, sketched=sketched) for sketched in (True, False))
-    return _expert_rows(job, task, num_tokens) * compute_bytes(job)
+    sketched = not job.recipe.fits_weights and job.recipe.smoothing is not None
+    sketches = sum(SKETCHED_ROWS * task.shapes[first][1] for first in task.routed) if sketched else 0
+    return (_expert_rows(job, task, num_tokens) + sketches) * compute_bytes(job)
 
 
 def _can_be_lent(job: Job, task: LayerTask) -> bool:
@@ -188,6 +190,19 @@ def _rounding_bytes(
     if residency.factors:
         return 17 * rows * columns + 4 * min(columns, _TILE_COLUMNS) * columns
     return max(9 * rows * columns + 10 * columns * columns, 17 * rows * columns + 6 * columns * columns)
+
+
+def attention_width(job: Job, task: LayerTask) -> int:
+    """Values of queries and of outputs that a token has over all heads of its layer."""
+    config = job.skeleton.model.config.get_text_config(decoder=True)
+    if task.layer >= job.skeleton.num_layers:
+        return 0
+    heads = int(getattr(config, "num_attention_heads", 0) or 0)
+    each = int(getattr(config, "head_dim", 0) or config.hidden_size // max(heads, 1))
+    nope, rope, value = (
+        int(getattr(config, n, 0) or 0) for n in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+    )
+    return heads * ((nope + rope + value) if nope else 2 * each)
 
 
 def chunk_tokens(job: Job) -> int:

@@ -22,6 +22,7 @@ from awqdist.run.plan import LayerTask, RoutedSite
 from awqdist.run.residency import Bench
 
 SAMPLED_ROWS = 256  # of a block's tokens, sent through all of its experts as a prior of what their inner linears read
+_FEW_ROWS = 64  # the same where no linear is fitted to its Gram matrix
 
 Filled = InputStatistics | ExpertStatistics  # by the rows that go by
 SiteStatistics = Filled | SharedStatistics
@@ -51,7 +52,7 @@ class Gathering:
     """The statistics of one layer, by the first linear of a site.
 
     token_chunks: what will go through, (B, L) each; on: where and how the layer is run; all_experts: whether each is given all tokens;
-    exact: whether sketches will not do.
+    fitted: whether linears will be fitted to their Gram matrices.
     """
 
     def __init__(
@@ -62,12 +63,13 @@ class Gathering:
         on: Bench,
         *,
         all_experts: bool = False,
-        exact: bool = True,
+        fitted: bool = True,
     ) -> None:
         device, matrices, of_experts = on.device, on.residency.for_matrices(on.lend), on.residency.for_experts(on.lend)
         num_tokens = sum(tokens.numel() for tokens in token_chunks)
         self._task, self._experts, self._all_experts = task, experts, all_experts
-        rows = None if all_experts else -(-SAMPLED_ROWS // len(token_chunks))
+        num_sampled = SAMPLED_ROWS if fitted else _FEW_ROWS
+        rows = None if all_experts else -(-num_sampled // len(token_chunks))
         self._samples = {routed.shared: _Sample(rows) for routed in task.routed.values() if routed.inner}
         self._priors: dict[str, InputStatistics] = {}  # of inner sites
         self._filled: dict[str, Filled] = {}
@@ -80,11 +82,11 @@ class Gathering:
                 continue
             if routed is None or all_experts:
                 home = matrices if routed is None else of_experts
-                self._filled[first] = InputStatistics(width, num_tokens, device, home, exact=exact)
+                self._filled[first] = InputStatistics(width, num_tokens, device, home, exact=fitted)
             else:
                 prior = self._shared(routed)
                 if routed.inner:
-                    prior = self._priors[first] = InputStatistics(width, SAMPLED_ROWS, device, of_experts)
+                    prior = self._priors[first] = InputStatistics(width, num_sampled, device, of_experts)
                 most_rows = max_rows(self._num_experts(routed.fused), width, on.dtype.itemsize)
                 self._filled[first] = ExpertStatistics(width, most_rows, prior, device, of_experts)
             self.statistics[first] = self._filled[first]

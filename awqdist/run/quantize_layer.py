@@ -17,11 +17,12 @@ from awqdist.model.forward import LayerCall
 from awqdist.model.mapping import ResolvedMapping
 from awqdist.model.preserve import TOLERANCE, change_of_output
 from awqdist.model.smoothed import SmoothedParameters
+from awqdist.quant.candidates import ScaleChoice
 from awqdist.quant.compensated import CompensatedStatistics
 from awqdist.quant.experts import SharedStatistics
 from awqdist.quant.grid import QuantizedWeight
 from awqdist.quant.lending import LentTensors
-from awqdist.quant.search import ScaleChoice, search_groups, search_side_by_side
+from awqdist.quant.search import search_groups, search_side_by_side
 from awqdist.quant.stacks import BalanceWeight, SearchGroup
 from awqdist.quant.stats import Statistics
 from awqdist.recipe import Recipe

@@ -26,6 +26,8 @@ from awqdist.run.records import LinearRecord
 
 Parameters = Mapping[str, Tensor]
 
+_JUDGED_ROWS = 64  # of a linear that reads what is known by a sketch, evenly spaced, that its record is made of
+
 
 @dataclass(frozen=True, slots=True)
 class SmoothedSites:
@@ -81,17 +83,16 @@ def _round_batch(
     task: LayerTask, batch: Sequence[tuple[str, ...]], smoothed: Parameters, sites: SmoothedSites, recipe: Recipe
 ) -> Iterator[tuple[str, QuantizedWeight, LinearRecord]]:
     """The linears of sites that are rounded together. Their matrices live no longer than this."""
-    drafts = [d for paths in batch for d in _drafts(task, paths, smoothed, _site(task, paths, sites, recipe), recipe)]
-    for draft, result in zip(drafts, _rounded(drafts, recipe), strict=True):
-        errors = _row_errors(draft, result)
+    for draft, result in _rounded(task, batch, smoothed, sites, recipe):
         first = 0
-        for path in draft.paths:
+        sizes = [task.shapes[path][0] for path in draft.paths]
+        for path, errors in zip(draft.paths, _errors(draft, result, sizes), strict=True):
             rows = slice(first, first + task.shapes[path][0])
             first = rows.stop
             weight = QuantizedWeight(
                 result.codes[rows], result.weight_scale[rows], result.zero_point[rows], draft.scheme
             )
-            yield path, weight, _linear_record(task.disk_module(path), draft, task.shapes[path], errors[:, rows].sum(1))
+            yield path, weight, _linear_record(task.disk_module(path), draft, task.shapes[path], errors)
 
 
 def _batches(task: LayerTask, sites: SmoothedSites) -> Iterator[list[tuple[str, ...]]]:
@@ -119,14 +120,15 @@ def _alike(task: LayerTask, one: tuple[str, ...], other: tuple[str, ...]) -> boo
 
 
 def _site(task: LayerTask, paths: tuple[str, ...], sites: SmoothedSites, recipe: Recipe) -> _Site:
-    """Takes the Gram matrix out of the statistics, to hold only one. None is made if no linear is fitted to it."""
+    """Takes the Gram matrix out of the statistics, to hold only one. None is made of a sketch, unless linears are fitted to it."""
     statistics = sites.statistics[paths[0]]
     scales = sites.scales.get(paths[0])
     if scales is None:
         scales = torch.ones_like(statistics.mean_abs)
     num_dead_inputs = int((statistics.mean_abs == 0).sum())
     grid_dtype = next(sites.grid_dtypes[path] for path in paths if path in task.schemes)
-    gram = statistics.take_smoothed_gram(scales) if recipe.needs_gram else None
+    needed = recipe.fits_weights or not statistics.is_sketch
+    gram = statistics.take_smoothed_gram(scales) if needed else None
     return _Site(statistics, gram, scales, num_dead_inputs, grid_dtype)
 
 
@@ -137,53 +139,82 @@ def _drafts(
     quantized = [path for path in paths if path in task.schemes]
     for scheme in dict.fromkeys(task.schemes[path] for path in quantized):
         stacked = [path for path in quantized if task.schemes[path] == scheme]
-        weight = torch.cat([smoothed[f"{path}.weight"].float() for path in stacked])
+        weights = [smoothed[f"{path}.weight"].float() for path in stacked]
+        weight = torch.cat(weights) if len(weights) > 1 else weights[0]
+        del weights
         clipped = 0.0
         if recipe.clip:
             assert site.gram is not None
             low, high, clipped = clipped_range(weight, site.gram, scheme)
-            low, high = low.to(site.grid_dtype), high.to(site.grid_dtype)
         else:
-            low, high = group_range(weight.to(site.grid_dtype), scheme)  # what compressed-tensors' observer would see
-        weight_scale, zero_point = grid_parameters(low, high, scheme)
+            low, high = group_range(weight, scheme)
+        # in the dtype of the grid, as compressed-tensors' observer sees them: rounding keeps the order of numbers
+        weight_scale, zero_point = grid_parameters(low.to(site.grid_dtype), high.to(site.grid_dtype), scheme)
         yield _Draft(stacked, weight, scheme, site, weight_scale, zero_point, clipped)
 
 
-def _rounded(drafts: Sequence[_Draft], recipe: Recipe) -> Iterator[QuantizedWeight]:
-    """The drafts of a batch on their grids; all of one shape and scheme where they are of several sites."""
-    grams = [draft.site.gram for draft in drafts if draft.site.gram is not None]
+def _rounded(
+    task: LayerTask, batch: Sequence[tuple[str, ...]], smoothed: Parameters, sites: SmoothedSites, recipe: Recipe
+) -> Iterator[tuple[_Draft, QuantizedWeight]]:
+    """The linears of a batch of sites on their grids: to nearest one draft at a time, else together, and then all of one shape and scheme
+    where they are of several sites."""
+    every = (d for paths in batch for d in _drafts(task, paths, smoothed, _site(task, paths, sites, recipe), recipe))
     if recipe.rounding.method == "nearest":
-        for d in drafts:
-            yield round_to_nearest(d.weight.to(d.site.grid_dtype), d.weight_scale, d.zero_point, d.scheme)
-    elif len({id(d.site) for d in drafts}) == 1:
+        for d in every:
+            yield d, round_to_nearest(d.weight, d.weight_scale, d.zero_point, d.scheme, d.site.grid_dtype)
+        return
+    drafts = list(every)
+    grams = [draft.site.gram for draft in drafts if draft.site.gram is not None]
+    if len({id(d.site) for d in drafts}) == 1:
         for d, gram in zip(drafts, grams, strict=True):
-            yield round_gptq(d.weight, gram, d.weight_scale, d.zero_point, d.scheme, recipe.rounding)
+            yield d, round_gptq(d.weight, gram, d.weight_scale, d.zero_point, d.scheme, recipe.rounding)
     else:
         grids = [(d.weight_scale, d.zero_point) for d in drafts]
         weights = [d.weight for d in drafts]
-        yield from round_gptq_side_by_side(weights, grams, grids, drafts[0].scheme, recipe.rounding)
+        results = round_gptq_side_by_side(weights, grams, grids, drafts[0].scheme, recipe.rounding)
+        yield from zip(drafts, results, strict=True)
 
 
-def _row_errors(draft: _Draft, result: QuantizedWeight) -> Tensor:
-    """Of every row its output, its output error if it were not smoothed and rounded to nearest, and that of the result, squared and summed
-    over the tokens: (3, ΣO) float64."""
-    site, weight = draft.site, draft.weight
-    if site.gram is None or isinstance(site.statistics, ExpertStatistics):
-        difference = result.dequantize().sub_(weight).div_(site.scales)
-        stacked = torch.cat([weight / site.scales, _nearest(draft), difference])
-        return site.statistics.rough_row_errors(stacked).view(3, -1)
-    signal = rough_form(weight, site.gram), rough_form(_nearest(draft).mul_(site.scales), site.gram)
-    return torch.stack([*signal, quadratic_form_rows(result.dequantize().sub_(weight), site.gram)])
+def _errors(draft: _Draft, result: QuantizedWeight, sizes: Sequence[int]) -> Tensor:
+    """Of every linear its output, its output error if it were not smoothed and rounded to nearest, and that of the result, squared and
+    summed over the tokens: (n, 3) float64. sizes: rows of the n linears."""
+    gram = draft.site.gram
+    if gram is None or isinstance(draft.site.statistics, ExpertStatistics):
+        return _sampled_errors(draft, result, sizes)
+    nearest = _nearest(draft, draft.weight / draft.site.scales)
+    signal = rough_form(draft.weight, gram), rough_form(nearest.mul_(draft.site.scales), gram)
+    found = torch.stack([*signal, quadratic_form_rows(result.dequantize().sub_(draft.weight), gram)])  # (3, ΣO)
+    return torch.stack([errors.sum(1) for errors in found.split(list(sizes), 1)])
 
 
-def _nearest(draft: _Draft) -> Tensor:
-    """(ΣO, I): what rounding to nearest without smoothing would change."""
-    scales = draft.site.scales
-    return rounding_difference(draft.weight / scales, torch.ones_like(scales), draft.scheme, draft.site.grid_dtype)
+def _sampled_errors(draft: _Draft, result: QuantizedWeight, sizes: Sequence[int]) -> Tensor:
+    """The same of some rows of every linear, for all of them."""
+    steps = [-(-size // _JUDGED_ROWS) for size in sizes]
+    firsts = [sum(sizes[:i]) for i in range(len(sizes))]
+    spaced = [torch.arange(f, f + size, step) for f, size, step in zip(firsts, sizes, steps, strict=True)]
+    rows = torch.cat(spaced).to(draft.weight.device)
+    found = _sampled_row_errors(draft, result, rows).split([r.shape[0] for r in spaced], 1)
+    shares = [size / r.shape[0] for size, r in zip(sizes, spaced, strict=True)]
+    return torch.stack([errors.sum(1) * share for errors, share in zip(found, shares, strict=True)])
+
+
+def _sampled_row_errors(draft: _Draft, result: QuantizedWeight, rows: Tensor) -> Tensor:
+    """(3, r) float64 of some rows (r,), as far as a sketch tells them."""
+    scales, weight = draft.site.scales, draft.weight[rows]
+    written = QuantizedWeight(result.codes[rows], result.weight_scale[rows], result.zero_point[rows], result.scheme)
+    difference = written.dequantize().sub_(weight).div_(scales)
+    original = weight.div_(scales)
+    stacked = torch.cat([original, _nearest(draft, original), difference])
+    return draft.site.statistics.rough_row_errors(stacked).view(3, -1)
+
+
+def _nearest(draft: _Draft, original: Tensor) -> Tensor:
+    """What rounding to nearest would change of weights that are not smoothed, (r, I)."""
+    return rounding_difference(original, torch.ones_like(draft.site.scales), draft.scheme, draft.site.grid_dtype)
 
 
 def _linear_record(name: str, draft: _Draft, shape: tuple[int, int], errors: Tensor) -> LinearRecord:
-    """errors: (3,), see `_row_errors`."""
+    """errors: (3,), see `_errors`."""
     signal, nearest, found = errors.tolist()
     signal = max(signal, 1e-30)
     return LinearRecord(

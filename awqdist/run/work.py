@@ -12,13 +12,12 @@ from dataclasses import dataclass, field
 from math import ceil, prod
 from typing import Literal
 
-from awqdist.quant.experts import max_rows
+from awqdist.quant.experts import SKETCHED_ROWS, max_rows
 from awqdist.quant.rounding import SUB_BLOCK
 from awqdist.quant.rounding_experts import num_side_by_side
-from awqdist.quant.sketch import SKETCH_ROWS
-from awqdist.quant.stats import is_sketched
+from awqdist.quant.sketch import SKETCH_ROWS, is_sketched
 from awqdist.recipe import WeightScheme
-from awqdist.run.estimate_layer import chunk_tokens, compute_bytes, routed_tokens
+from awqdist.run.estimate_layer import attention_width, chunk_tokens, compute_bytes, routed_tokens
 from awqdist.run.job import Job
 from awqdist.run.plan import LayerTask
 
@@ -32,9 +31,12 @@ _GRID_PASSES = 10  # rounding_difference: values read or written for each weight
 _GRID_OPERATIONS = 30
 _COLUMN_PASSES = 18  # GPTQ: the same for each weight, one column at a time
 _COLUMN_OPERATIONS = 12
-_RANKED, _RANKED_OF_GROUPS, _RANKED_OF_EXPERT = (256, 8192), (2048, 16384), (128, 512)  # rows of the search's samples
+_SCREENED_ROWS = 512  # from which a mapping is screened
+_RANKED = (256, 8192), (2048, 16384), (128, 512)  # rows of the search's samples: of one group, of several, of an expert
+_DECIDING = (256, 512), (2048, 8192), (64, 256)  # the same where no other rows are looked at
 _LEAST_ROWS = 8
-_NUM_FINALISTS = 3
+_NUM_FINALISTS, _NUM_DECIDED = 3, 7
+_JUDGED_ROWS = 64  # of a linear whose input is known by a sketch
 _FACTOR_COLUMNS = 3000  # at so many columns factorising and inverting reach half the rate of a product
 _LINEAR_OPERATIONS = 300  # around the rounding of a site, and of each of its linears
 _SHRINKS = 11  # of a clip
@@ -105,7 +107,7 @@ class LayerWork:
         length = self._job.settings.sequence_length
         work.add(product="layer", flops=2 * self._tokens * self._linear_values())
         work.add(
-            product="attention", flops=self._tokens * length * self._attention_width()
+            product="attention", flops=self._tokens * length * attention_width(self._job, self._task)
         )  # causal: half of all pairs
         widths = sum(sum(shape) * self._share(path) for path, shape in self._task.shapes.items())
         width = compute_bytes(self._job) / 4
@@ -114,32 +116,22 @@ class LayerWork:
         work.add(values=3 * weights * width)  # checked, cast, experts fused
         work.add(operations=self._chunks * (60 + 16 * self._experts))
 
-    def _attention_width(self) -> int:
-        config = self._job.skeleton.model.config.get_text_config(decoder=True)
-        if self._task.layer >= self._job.skeleton.num_layers:
-            return 0
-        heads = int(getattr(config, "num_attention_heads", 0) or 0)
-        each = int(getattr(config, "head_dim", 0) or config.hidden_size // max(heads, 1))
-        nope, rope, value = (
-            int(getattr(config, n, 0) or 0) for n in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-        )
-        return heads * ((nope + rope + value) if nope else 2 * each)
-
     def _statistics(self, work: Work) -> None:
         for unit in self._units(self._task.sites, whole_sites=True):
             work.add(values=10 * unit.count * unit.tokens * unit.columns)
             if unit.is_expert:
                 continue
-            blocks = self._chunks * ceil(unit.columns / _BLOCK)
-            if self._is_sketched(unit.columns):
+            if self._is_sketched(unit):
                 work.add(values=3 * unit.tokens * unit.columns, operations=4 * self._chunks)
             elif self._tokens >= unit.columns:
+                blocks = self._chunks * ceil(unit.columns / _BLOCK)
                 gram = unit.tokens * unit.columns * (unit.columns + _BLOCK)  # on and below the diagonal
                 work.add(product="statistics", flops=gram, operations=blocks + 6 * self._chunks)
                 work.add(values=2 * self._chunks * unit.columns * (unit.columns + _BLOCK) / 2)
 
-    def _is_sketched(self, columns: int) -> bool:
-        return is_sketched(columns, self._tokens, exact=self._job.recipe.needs_gram)
+    def _is_sketched(self, unit: _Unit) -> bool:
+        exact = unit.is_expert or self._job.recipe.fits_weights
+        return is_sketched(unit.columns, self._tokens, exact=exact)
 
     def _units(self, sites: Iterable[tuple[str, ...]], *, whole_sites: bool = False) -> Iterator[_Unit]:
         """Units of sites; with `whole_sites` also those without a quantized linear. Experts alike are one unit that counts many times."""
@@ -168,20 +160,25 @@ class LayerWork:
         assert smoothing is not None
         units = list(self._groups(balance))
         num_units = sum(unit.count for unit in units)
-        screened = sum(unit.count * unit.rows for unit in units) >= 2 * _RANKED[0]
-        first, second = (max(_LEAST_ROWS, rows // num_units) for rows in _RANKED_OF_GROUPS)
+        screened = sum(unit.count * unit.rows for unit in units) >= _SCREENED_ROWS
+        nearest = self._job.recipe.rounding.method == "nearest"
+        decides = screened and nearest and any(unit.is_expert or self._is_sketched(unit) for unit in units)
+        of_one, of_groups, of_expert = _DECIDING if decides else _RANKED
+        first, second = (max(_LEAST_ROWS, rows // num_units) for rows in of_groups)
         if num_units == 1:
-            first, second = _RANKED_OF_EXPERT if units[0].is_expert else _RANKED
+            first, second = of_expert if units[0].is_expert else of_one
         for unit in units:
             weights = unit.count * unit.rows * unit.columns
             work.add(values=7 * weights, operations=12 * unit.count)  # stacked, their means, scaled at the end
-            looks = 2 if screened else smoothing.n_grid
-            rough = screened and unit.is_expert
-            self._candidates(work, unit, looks * unit.count * unit.rows, looks * unit.count, rough=rough)
-            for tries, rows in ((smoothing.n_grid - 1, first), (_NUM_FINALISTS, second)) if screened else ():
+            if not decides:
+                looks = 2 if screened else smoothing.n_grid
+                rough = screened and unit.is_expert
+                self._candidates(work, unit, looks * unit.count * unit.rows, looks * unit.count, rough=rough)
+            finalists = _NUM_DECIDED if decides else _NUM_FINALISTS
+            for tries, rows in ((smoothing.n_grid - 1, first), (finalists, second)) if screened else ():
                 tried = tries * unit.count
                 self._candidates(work, unit, tried * min(rows, unit.rows), tried, rough=True)
-            if unit.is_expert:
+            if unit.is_expert and not decides:
                 self._expert_gram(work, unit)
 
     def _candidates(
@@ -195,13 +192,12 @@ class LayerWork:
         self, work: Work, unit: _Unit, rows: float, calls: float, *, rough: bool = False, sketched: bool = False
     ) -> None:
         """d·G·dᵀ of rows d, or the same through the kept rows of the activations, or through a sketch of them."""
-        if not unit.is_expert and self._is_sketched(unit.columns):
-            work.add(product="rough", flops=2 * rows * unit.columns * SKETCH_ROWS)
-            work.add(values=2 * rows * (unit.columns + SKETCH_ROWS), operations=6 * calls)
-        elif not unit.is_expert and self._tokens < unit.columns:
+        is_sketch = self._is_sketched(unit)
+        if not unit.is_expert and not is_sketch and self._tokens < unit.columns:
             work.add(flops=2 * rows * unit.columns * unit.tokens, values=2 * rows * unit.tokens, operations=4 * calls)
-        elif rough:
-            width = SKETCH_ROWS if sketched and unit.columns >= 2 * SKETCH_ROWS and not unit.is_expert else unit.columns
+        elif rough or is_sketch:
+            narrow = is_sketch or (sketched and unit.columns >= 2 * SKETCH_ROWS)
+            width = SKETCHED_ROWS if unit.is_expert else SKETCH_ROWS if narrow else unit.columns
             work.add(product="rough", flops=2 * rows * unit.columns * width)
             work.add(values=2 * rows * (unit.columns + width), operations=6 * calls)
         else:
@@ -221,9 +217,9 @@ class LayerWork:
         work.add(operations=2 * (60 + 6 * self._experts))
 
     def _round(self, work: Work, unit: _Unit) -> None:
-        recipe, columns = self._job.recipe, unit.columns
+        recipe, columns, sampled = self._job.recipe, unit.columns, unit.is_expert or self._is_sketched(unit)
         weights = unit.count * unit.rows * columns
-        if recipe.needs_gram:
+        if recipe.fits_weights or not sampled:
             work.add(values=unit.count * (4 + 2 * unit.linears) * columns**2)
             if unit.is_expert:
                 self._expert_gram(work, unit)
@@ -241,9 +237,10 @@ class LayerWork:
             pieces = ceil(unit.count / side_by_side) * columns
             work.add(values=(_COLUMN_PASSES + SUB_BLOCK / 2) * weights, operations=_COLUMN_OPERATIONS * pieces)
         linears = unit.count * unit.linears
-        self._form(work, unit, unit.count * unit.rows, linears, rough=True)  # the signal; to nearest; what is written
-        self._candidates(work, unit, unit.count * unit.rows, linears, rough=True, sketched=False)
-        self._form(work, unit, unit.count * unit.rows, linears)
+        rows = min(unit.count * unit.rows, _JUDGED_ROWS * linears) if sampled else unit.count * unit.rows
+        self._form(work, unit, rows, linears, rough=True)  # the signal; to nearest; what is written
+        self._candidates(work, unit, rows, linears, rough=True, sketched=False)
+        self._form(work, unit, rows, linears, rough=sampled)
 
 
 def _group_size(scheme: WeightScheme, columns: int) -> int:

@@ -161,8 +161,9 @@ class Worker:
         return {name: tensor.cpu() for name, tensor in tensors.items()}
 
     def _gathering(self, task: LayerTask, on: Bench) -> Gathering:
-        all_experts, exact = self._job.settings.all_experts, self._job.recipe.needs_gram
-        return Gathering(task, self._experts(task), self._token_chunks, on, all_experts=all_experts, exact=exact)
+        experts, fitted = self._experts(task), self._job.recipe.fits_weights
+        all_experts = self._job.settings.all_experts
+        return Gathering(task, experts, self._token_chunks, on, all_experts=all_experts, fitted=fitted)
 
     def _experts(self, task: LayerTask) -> tuple[FusedParameter, ...]:
         skeleton = self._job.skeleton
