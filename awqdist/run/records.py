@@ -14,7 +14,7 @@ STAGES = ("read", "forward", "search", "round", "check", "write")
 @dataclass(frozen=True, slots=True)
 class MappingRecord:
     """The outcome of one scale search. Errors are ‖X·Dᵀ‖²_F over the calibration tokens, summed over `balance_layers`; under GPTQ what
-    its compensation is expected to leave of them. Estimates where inputs are known by a sketch: of experts, and wide ones under plain AWQ."""
+    its compensation is expected to leave of them. Estimates where inputs are known by a sketch: of experts, and wide ones of plain AWQ."""
 
     smooth_layer: str
     balance_layers: tuple[str, ...]
