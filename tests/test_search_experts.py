@@ -66,6 +66,13 @@ def test_one_set_of_scales_in_front_of_experts_is_nearly_the_best_for_all_of_the
     assert sum(exact_errors(group, [choice.scales])[0] for group in groups) <= 1.02 * best
 
 
+def test_a_grid_of_the_identity_alone_leaves_experts_as_they_are() -> None:
+    settings = Smoothing(mappings=None, duo_scaling=False, n_grid=1)
+    for choice in search_side_by_side(experts([300, 20], 400), SOURCE, settings, BF16):
+        assert choice.ratio is None
+        assert choice.error_after == choice.error_before > 0
+
+
 def test_a_sketch_tells_errors_under_the_gram_of_an_expert_on_average_and_a_few_rows_are_their_own_sketch() -> None:
     difference = random_weight(30, WIDTH)
     for num_tokens, tolerance in ((500, 0.1), (5000, 0.1), (20, 0.01)):

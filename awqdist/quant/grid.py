@@ -19,7 +19,7 @@ from torch import Tensor
 
 from awqdist.recipe import WeightScheme
 
-CACHED_ELEMENTS = 1 << 17  # float32 values that a CPU keeps at hand while several operations go over them
+_CACHED_ELEMENTS = 1 << 17  # of each core
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +65,11 @@ def grouped(weight: Tensor, scheme: WeightScheme) -> Tensor:
     return groups
 
 
+def cached_elements() -> int:
+    """How many float32 values the cores of a CPU keep at hand while several operations go over them."""
+    return _CACHED_ELEMENTS * torch.get_num_threads()
+
+
 def group_range(weight: Tensor, scheme: WeightScheme) -> tuple[Tensor, Tensor]:
     """Smallest and largest weight of every group, each (O, G), dtype of `weight`."""
     groups = grouped(weight.float(), scheme)  # torch is slow at extremes of bfloat16, and at both in one call
@@ -89,12 +94,12 @@ def round_to_nearest(
     dtype = dtype or weight.dtype
     scale, zero = weight_scale.unsqueeze(-1), (zero_point.unsqueeze(-1).to(torch.int16) - offset).to(dtype)
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
-    rows = weight.shape[0] if weight.is_cuda else max(1, CACHED_ELEMENTS // weight.shape[1])
+    rows = weight.shape[0] if weight.is_cuda else max(1, cached_elements() // weight.shape[1])
     for start in range(0, weight.shape[0], rows):
         block = slice(start, start + rows)
         signed = grouped(weight[block].to(dtype), scheme) / scale[block]  # (rows, G, g)
         signed.add_(zero[block]).clamp_(-offset, offset - 1).round_()
-        codes[block] = signed.add_(offset).flatten(1)
+        codes[block] = signed.to(torch.int8).view(torch.uint8).add_(offset).flatten(1)  # modulo 256
     return QuantizedWeight(codes, weight_scale, zero_point, scheme)
 
 
@@ -108,8 +113,8 @@ def rounding_difference(weight: Tensor, scales: Tensor, scheme: WeightScheme, dt
         return rounding_difference(weight.unsqueeze(0), scales.unsqueeze(0), scheme, dtype).squeeze(0)
     difference = torch.empty_like(weight, dtype=torch.float32)
     num_problems, num_rows, width = weight.shape
-    rows = num_rows if weight.is_cuda else min(num_rows, max(1, CACHED_ELEMENTS // width))
-    problems = num_problems if weight.is_cuda else max(1, CACHED_ELEMENTS // (num_rows * width))
+    rows = num_rows if weight.is_cuda else min(num_rows, max(1, cached_elements() // width))
+    problems = num_problems if weight.is_cuda else max(1, cached_elements() // (num_rows * width))
     for first in range(0, num_problems, problems):
         own = scales[first : first + problems].unsqueeze(1)  # (b, 1, I)
         for start in range(0, num_rows, rows):

@@ -23,7 +23,7 @@ _BLOCK_ELEMENTS = {
 
 
 @dataclass(frozen=True, slots=True)
-class RowSample:
+class WeightSample:
     """weight: (B, r, I); counts: how many rows each stands for, (r,) float64; rough: tells errors of changes (B, n, I)."""
 
     weight: Tensor
@@ -47,23 +47,32 @@ class RowSample:
 
 
 def sample_rows(weight: Tensor, importance: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
-    """Rows of every group, (B, r, I), and how many rows each stands for, (r,) float64; r is `num_rows`, or R if that is less.
+    """Rows of every group, (B, r, I), and how many rows each stands for, (r,) float64, see `sampled_rows`.
 
-    weight: (B, R, I); importance: (B, R), which grows with a row's error.
+    weight: (B, R, I); importance: (B, R).
     """
-    total = weight.shape[1]
-    if num_rows >= total:
-        return weight, importance.new_ones(total, dtype=torch.float64)
-    half = num_rows // 2
-    spaced = torch.arange(num_rows - half, device=weight.device) * (total - half) // (num_rows - half)
-    order = torch.argsort(importance, dim=1, descending=True, stable=True)
-    rows = torch.cat([order[:, :half], order[:, half + spaced]], 1)
-    counts = importance.new_ones(num_rows, dtype=torch.float64)
-    counts[half:] = (total - half) / (num_rows - half)
+    if num_rows >= weight.shape[1]:
+        return weight, importance.new_ones(weight.shape[1], dtype=torch.float64)
+    rows, counts = sampled_rows(importance, num_rows)
     return weight[torch.arange(weight.shape[0], device=weight.device).unsqueeze(1), rows], counts
 
 
-def total_error(samples: Sequence[RowSample], scales: Tensor, dtype: torch.dtype, *, shared: bool) -> Tensor:
+def sampled_rows(importance: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    """The numbers of rows of every group, (B, r) int64, and how many rows each stands for, (r,) float64; r is `num_rows`, or R if that is
+    less. importance: (B, R), which grows with a row's error."""
+    num_groups, total = importance.shape
+    if num_rows >= total:
+        rows = torch.arange(total, device=importance.device).expand(num_groups, -1)
+        return rows, importance.new_ones(total, dtype=torch.float64)
+    half = num_rows // 2
+    spaced = torch.arange(num_rows - half, device=importance.device) * (total - half) // (num_rows - half)
+    order = torch.argsort(importance, dim=1, descending=True, stable=True)
+    counts = importance.new_ones(num_rows, dtype=torch.float64)
+    counts[half:] = (total - half) / (num_rows - half)
+    return torch.cat([order[:, :half], order[:, half + spaced]], 1), counts
+
+
+def total_error(samples: Sequence[WeightSample], scales: Tensor, dtype: torch.dtype, *, shared: bool) -> Tensor:
     """Errors under scales (n, K, I), summed over the samples, and over their groups where one set of scales serves all: (n, K)."""
     errors = [sample.errors(scales, dtype) for sample in samples]
     return torch.stack([e.sum(1, keepdim=True) if shared else e for e in errors]).sum(0)

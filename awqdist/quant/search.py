@@ -22,7 +22,7 @@ from torch import Tensor
 
 from awqdist.quant.candidates import Candidate, ScaleChoice, candidates, sums_and_peaks
 from awqdist.quant.grid import grouped, rounding_difference
-from awqdist.quant.samples import RowSample, sample_rows, total_error
+from awqdist.quant.samples import WeightSample, sample_rows, total_error
 from awqdist.quant.stacks import BalanceWeight, SearchGroup, Stack, batches, stacked
 from awqdist.quant.stats import Statistics
 from awqdist.recipe import Smoothing
@@ -84,7 +84,7 @@ class _Search:
 
     def choices(self, mean_abs: Tensor, source: Tensor, settings: Smoothing) -> list[ScaleChoice]:
         """mean_abs: (K, I)."""
-        samples: list[list[RowSample]] = [[] for _ in self._sizes]
+        samples: list[list[WeightSample]] = [[] for _ in self._sizes]
         sums = torch.zeros_like(mean_abs)
         for stack in self._stacks:
             weight = stack.weight()
@@ -93,7 +93,7 @@ class _Search:
             if self._on_samples:
                 importance, rough = _expected_errors(stack, peaks), stack.rough()
                 for size, found in zip(self._sizes, samples, strict=True):
-                    found.append(RowSample(*sample_rows(weight, importance, size), stack.scheme, rough))
+                    found.append(WeightSample(*sample_rows(weight, importance, size), stack.scheme, rough))
         tried = candidates(sums / self._num_rows, mean_abs, source, settings)
         return self._decide_on_samples(tried, samples) if self._on_samples else self._decide(tried)
 
@@ -106,7 +106,7 @@ class _Search:
         if self._screened and left.shape[0]:
             for step, num_kept in enumerate((_NUM_FINALISTS, 1)):
                 samples = [
-                    RowSample(*sample_rows(s.weight(), errors[0], self._sizes[step]), s.scheme, s.rough())
+                    WeightSample(*sample_rows(s.weight(), errors[0], self._sizes[step]), s.scheme, s.rough())
                     for s, errors in zip(self._stacks, before, strict=True)
                 ]
                 found = total_error(samples, _of(scales, left), self._dtype, shared=self._shared)
@@ -117,7 +117,7 @@ class _Search:
         return _choices(tried, left, errors, sound)
 
     def _decide_on_samples(
-        self, tried: Sequence[Candidate], samples: Sequence[Sequence[RowSample]]
+        self, tried: Sequence[Candidate], samples: Sequence[Sequence[WeightSample]]
     ) -> list[ScaleChoice]:
         scales = torch.stack([candidate.scales for candidate in tried])  # (C, K, I)
         left = _others(scales)
@@ -126,7 +126,7 @@ class _Search:
             errors = total_error(samples[0], _of(scales, left), self._dtype, shared=self._shared)
             sound = torch.isfinite(errors)
             left = left.gather(0, _order(errors)[:_NUM_DECIDED])
-        finalists = torch.cat([torch.zeros_like(left[:1]), left])
+        finalists = torch.cat([_identity(left), left])
         errors = total_error(samples[1], _of(scales, finalists), self._dtype, shared=self._shared)
         return _choices(tried, left, errors, sound)
 
@@ -160,6 +160,11 @@ def _others(scales: Tensor) -> Tensor:
     return numbers.unsqueeze(1).expand(-1, scales.shape[1])
 
 
+def _identity(left: Tensor) -> Tensor:
+    """Its number for as many mappings, (1, K), as candidates (n, K) are of."""
+    return left.new_zeros(1, left.shape[1])
+
+
 def _of(scales: Tensor, left: Tensor) -> Tensor:
     """Scales (n, K, I) of candidates (n, K)."""
     return scales[left, torch.arange(left.shape[1], device=left.device)]
@@ -176,7 +181,7 @@ def _choices(tried: Sequence[Candidate], left: Tensor, errors: Tensor, sound: Te
     best = _order(errors)[:1]  # (1, K)
     finite = torch.isfinite(errors)
     num_unsound = (~finite[0]).long() + (~sound).sum(0) + (sound.gather(0, left - 1) & ~finite[1:]).sum(0)
-    numbers = torch.cat([torch.zeros_like(left[:1]), left]).gather(0, best)[0] if left.shape[0] else best[0]
+    numbers = torch.cat([_identity(left), left]).gather(0, best)[0]
     columns = (numbers, errors[0], errors.gather(0, best)[0], num_unsound)
     found = zip(*(column.tolist() for column in columns), strict=True)
     return [

@@ -11,7 +11,7 @@ from torch import Tensor
 
 def balance_linear(weight: Tensor, scales: Tensor) -> Tensor:
     """W·diag(s): (O, I) float32 for weight (O, I) and scales (I,)."""
-    return weight.to(torch.float32, copy=True).mul_(scales)
+    return weight * scales if weight.dtype == torch.float32 else weight.float().mul_(scales)
 
 
 def smooth_linear(weight: Tensor, scales: Tensor) -> Tensor:

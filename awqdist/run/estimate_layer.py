@@ -86,7 +86,7 @@ def _held_bytes(job: Job, task: LayerTask, residency: Residency) -> tuple[int, i
     forward = working + chunk_tokens(job) * per_token * compute
     alike = Counter(routed.fused for routed in task.routed.values())
     batch = BATCH_BYTES[job.device.type] // 4
-    search = max((_search_bytes(task, site, alike, batch) for site in task.sites), default=0)
+    search = max((_search_bytes(task, site, alike, batch) for site in task.sites), default=0) + _sketches(job, task)
     check = 4 * (num_values - of_experts) + at_hand if task.mappings else 0
     codes = sum(prod(task.shapes[path]) for path in task.schemes if not (residency.experts and path in experts))
     rounding = codes + max(
@@ -123,9 +123,14 @@ def _expert_statistics(job: Job, task: LayerTask, num_tokens: int) -> int:
     if job.settings.all_experts:
         inner = [task.shapes[first][1] for first, routed in task.routed.items() if routed.inner]
         return sum(_kept_bytes(job, inner, num_tokens, sketched=sketched) for sketched in (True, False))
-    sketched = not job.recipe.fits_weights and job.recipe.smoothing is not None
-    sketches = sum(SKETCHED_ROWS * task.shapes[first][1] for first in task.routed) if sketched else 0
-    return (_expert_rows(job, task, num_tokens) + sketches) * compute_bytes(job)
+    return _expert_rows(job, task, num_tokens) * compute_bytes(job) + _sketches(job, task)
+
+
+def _sketches(job: Job, task: LayerTask) -> int:
+    """Bytes of the sketches of what experts read, which a search holds that decides by them."""
+    if job.settings.all_experts or job.recipe.smoothing is None or job.recipe.rounding.method == "gptq":
+        return 0
+    return sum(SKETCHED_ROWS * task.shapes[first][1] for first in task.routed) * compute_bytes(job)
 
 
 def _can_be_lent(job: Job, task: LayerTask) -> bool:

@@ -27,8 +27,8 @@ class MappingRecord:
 
 @dataclass(frozen=True, slots=True)
 class LinearRecord:
-    """The outcome of one quantized linear. Errors are relative, ‖X·Dᵀ‖²_F / ‖X·Wᵀ‖²_F, to about three digits; estimates where
-    the input is known by a sketch."""
+    """The outcome of one quantized linear. Errors are relative, ‖X·Dᵀ‖²_F / ‖X·Wᵀ‖²_F, to about three digits; estimates, to about a
+    tenth, where the input is known by a sketch."""
 
     name: str
     shape: tuple[int, int]  # (O, I)

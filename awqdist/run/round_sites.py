@@ -14,9 +14,17 @@ from torch import Tensor
 
 from awqdist.quant.clip import clipped_range
 from awqdist.quant.experts import ExpertStatistics
-from awqdist.quant.grid import QuantizedWeight, grid_parameters, group_range, round_to_nearest, rounding_difference
+from awqdist.quant.grid import (
+    QuantizedWeight,
+    grid_parameters,
+    group_range,
+    grouped,
+    round_to_nearest,
+    rounding_difference,
+)
 from awqdist.quant.rounding import round_gptq
 from awqdist.quant.rounding_experts import num_side_by_side, round_gptq_side_by_side
+from awqdist.quant.samples import sampled_rows
 from awqdist.quant.stats import quadratic_form_rows, rough_form
 from awqdist.recipe import Recipe, WeightScheme
 from awqdist.run.device import release_host_memory
@@ -26,7 +34,7 @@ from awqdist.run.records import LinearRecord
 
 Parameters = Mapping[str, Tensor]
 
-_JUDGED_ROWS = 64  # of a linear that reads what is known by a sketch, evenly spaced, that its record is made of
+_JUDGED_ROWS = 64  # of a linear whose input is known by a sketch, that its record is made of
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,18 +196,27 @@ def _errors(draft: _Draft, result: QuantizedWeight, sizes: Sequence[int]) -> Ten
 
 
 def _sampled_errors(draft: _Draft, result: QuantizedWeight, sizes: Sequence[int]) -> Tensor:
-    """The same of some rows of every linear, for all of them."""
-    steps = [-(-size // _JUDGED_ROWS) for size in sizes]
-    firsts = [sum(sizes[:i]) for i in range(len(sizes))]
-    spaced = [torch.arange(f, f + size, step) for f, size, step in zip(firsts, sizes, steps, strict=True)]
-    rows = torch.cat(spaced).to(draft.weight.device)
-    found = _sampled_row_errors(draft, result, rows).split([r.shape[0] for r in spaced], 1)
-    shares = [size / r.shape[0] for size, r in zip(sizes, spaced, strict=True)]
-    return torch.stack([errors.sum(1) * share for errors, share in zip(found, shares, strict=True)])
+    """The same as some rows of every linear tell it."""
+    judged = list(_judged_rows(draft, sizes))
+    found = _sampled_row_errors(draft, result, torch.cat([rows for rows, _ in judged]))
+    each = found.split([rows.shape[0] for rows, _ in judged], 1)
+    return torch.stack([errors @ counts for errors, (_, counts) in zip(each, judged, strict=True)])
+
+
+def _judged_rows(draft: _Draft, sizes: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows of each linear that its record is made of, (r,) int64, and how many rows each stands for, (r,) float64."""
+    energy = (draft.site.statistics.mean_abs / draft.site.scales).square()
+    carried = grouped(energy, draft.scheme).sum(-1)  # (G,)
+    importance = draft.weight_scale.float().square() @ carried  # (ΣO,)
+    first = 0
+    for size in sizes:
+        rows, counts = sampled_rows(importance[first : first + size].unsqueeze(0), _JUDGED_ROWS)
+        yield rows[0] + first, counts
+        first += size
 
 
 def _sampled_row_errors(draft: _Draft, result: QuantizedWeight, rows: Tensor) -> Tensor:
-    """(3, r) float64 of some rows (r,), as far as a sketch tells them."""
+    """(3, r) float64 of some rows (r,), as a sketch tells them."""
     scales, weight = draft.site.scales, draft.weight[rows]
     written = QuantizedWeight(result.codes[rows], result.weight_scale[rows], result.zero_point[rows], result.scheme)
     difference = written.dequantize().sub_(weight).div_(scales)
