@@ -18,7 +18,10 @@ from torch import Tensor
 from awqdist.errors import CalibrationError
 
 _TEXT_SUFFIXES = {".txt", ".text", ".md", ".json", ".jsonl", ".parquet", ".csv", ".gz"}
-_CHARACTERS_PER_TOKEN = (6, 16)  # a sample's piece of text is cut to so many before it is tokenized; to more if they were too few
+_CHARACTERS_PER_TOKEN = (
+    6,
+    16,
+)  # of a piece of text that is tokenized for a sample; the second if the first were too few
 
 
 def load_calibration(source: Any, tokenizer: Any, num_samples: int, sequence_length: int, seed: int = 0) -> Tensor:

@@ -77,6 +77,12 @@ class Skeleton:
             if name.startswith(start) and not name.startswith(f"{self.prefix}.")
         }
 
+    @property
+    def head_weight(self) -> str:
+        """Name of the weight that logits are made with, tied or not; "" where there is none."""
+        head = self.model.get_output_embeddings()
+        return next((f"{name}.weight" for name, module in self.model.named_modules() if module is head), "")
+
     def linears(self) -> dict[str, tuple[int, int]]:
         """All linears of the model by their names in it, with their (O, I)."""
         return {

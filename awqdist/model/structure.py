@@ -12,18 +12,19 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from awqdist.errors import ModelError
 from awqdist.model.experts import FusedParameter
 from awqdist.model.forward import LayerCall, forward_layer, record_calls, with_buffers
+from awqdist.model.norms import has_unit_offset, norms_of
+from awqdist.model.residual import Identity, ResidualTrail, identity
 from awqdist.model.skeleton import Skeleton, first_line
 
 _TRACE_TOKENS = 8
@@ -49,6 +50,8 @@ class LayerStructure:
     norm_widths: dict[str, int]  # the same norms -> how many weights they have
     routed: tuple[RoutedLinears, ...] = ()
     gates: frozenset[str] = frozenset()  # linears that decide on experts: routers and gates of shared experts
+    writers: frozenset[str] = frozenset()  # linears whose outputs are added to the residual stream as they are
+    inner: dict[str, str] = field(default_factory=dict)  # first linear of a site -> the module that makes what it reads
 
     def site_of(self, linear: str) -> tuple[str, ...]:
         return next(site for site in self.sites if linear in site)
@@ -91,45 +94,48 @@ def trial_calls(skeleton: Skeleton) -> list[LayerCall]:
 class _Sightings:
     """What a run on the meta device shows."""
 
-    readers: dict[tuple[int, int, int], list[str]] = field(default_factory=dict)  # tensor -> linears that read it
-    produced: dict[tuple[int, int, int], str] = field(default_factory=dict)  # tensor -> norm that made it
+    readers: dict[Identity, list[str]] = field(default_factory=dict)  # tensor -> linears that read it
+    produced: dict[Identity, str] = field(default_factory=dict)  # tensor -> norm that made it
     alive: list[Tensor] = field(default_factory=list)  # storages stay distinct only while they live
 
     def read(self, tensor: Tensor, paths: Iterable[str]) -> None:
         self.alive.append(tensor)
-        self.readers.setdefault(_identity(tensor), []).extend(paths)
+        self.readers.setdefault(identity(tensor), []).extend(paths)
 
     def input_of(self, path: str, given: Tensor) -> Tensor:
         """What a module of experts reads: the tensor that it is given, or if no linear reads that, what those beside it read."""
         parent = f"{path.rpartition('.')[0]}."
         beside = [key for key, readers in self.readers.items() if any(reader.startswith(parent) for reader in readers)]
-        if _identity(given) in self.readers or not beside:
+        if identity(given) in self.readers or not beside:
             return given
-        return next(tensor for tensor in self.alive if _identity(tensor) == beside[-1])
+        return next(tensor for tensor in self.alive if identity(tensor) == beside[-1])
 
     def made(self, tensor: Tensor, path: str) -> None:
         self.alive.append(tensor)
-        self.produced[_identity(tensor)] = path
+        self.produced[identity(tensor)] = path
 
 
 def _trace(
     layer: nn.Module, call: LayerCall, hidden_size: int, experts: tuple[FusedParameter, ...] = ()
 ) -> LayerStructure:
     seen = _Sightings()
-    norms = dict(_norms(layer))
+    norms = dict(norms_of(layer))
     shapes = {path: fused.part_shape for fused in experts for part in fused.parts for path in part}
+    trail = ResidualTrail()
     with ExitStack() as stack:
         for path, module in layer.named_modules():
             if isinstance(module, nn.Linear) or (experts and _is_router(module)):
                 shapes[path] = _shape(module)
                 stack.callback(module.register_forward_pre_hook(_reading(seen, path)).remove)
+                stack.callback(module.register_forward_hook(trail.starts(path)).remove)
             elif path in norms:
                 stack.callback(module.register_forward_hook(_making(seen, path)).remove)
         for path in {fused.module for fused in experts}:
             module = layer.get_submodule(path)
             module.forward = _passed_over(seen, [fused for fused in experts if fused.module == path])
             stack.callback(delattr, module, "forward")
-        _run_on_meta(layer, call, hidden_size)
+        stack.enter_context(trail)
+        output = _run_on_meta(layer, call, hidden_size)
     sites = tuple(tuple(site) for site in seen.readers.values())
     routed = tuple(RoutedLinears(part, f.name, e) for f in experts for e, part in enumerate(f.parts))
     return LayerStructure(
@@ -140,6 +146,8 @@ def _trace(
         norm_widths={path: _weight(norm).shape[0] for path, norm in norms.items()},
         routed=routed,
         gates=_gates(sites, shapes, experts),
+        writers=trail.writers(output),
+        inner=_inner_sites(layer, sites),
     )
 
 
@@ -189,45 +197,35 @@ def _gates(
     return frozenset(path for path in gates if not path.endswith("gate_proj"))
 
 
-def _run_on_meta(layer: nn.Module, call: LayerCall, hidden_size: int) -> None:
+def _inner_sites(layer: nn.Module, sites: tuple[tuple[str, ...], ...]) -> dict[str, str]:
+    """Of modules that read one tensor and have linears of two sites, the second: gated MLPs, shared experts. By its linear."""
+    found: dict[str, list[tuple[str, ...]]] = {}
+    for site in sites:
+        for path in dict.fromkeys(linear.rpartition(".")[0] for linear in site):
+            found.setdefault(path, []).append(site)
+    modules = dict(layer.named_modules())  # linears of fused experts are in none
+    return {
+        of_module[1][0]: path
+        for path, of_module in found.items()
+        if path and path in modules and len(of_module) == 2 and len(of_module[1]) == 1
+        if len(inspect.signature(modules[path].forward).parameters) == 1
+    }
+
+
+def _run_on_meta(layer: nn.Module, call: LayerCall, hidden_size: int) -> Tensor:
     """All in float32, so that a cast to it, as in routers, is no new tensor."""
     meta, dtype = torch.device("meta"), torch.float32
     parameters: dict[str, Tensor] = {n: p.detach().to(meta, dtype) for n, p in layer.named_parameters()}
     buffers = {name: buffer.to(meta) for name, buffer in layer.named_buffers()}
     hidden = torch.empty(1, _TRACE_TOKENS, hidden_size, dtype=dtype, device=meta)
-    forward_layer(layer, {**parameters, **buffers}, hidden, call.cast(meta, dtype))
-
-
-def _norms(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    for path, module in layer.named_modules():
-        weight = getattr(module, "weight", None)
-        if "norm" in type(module).__name__.lower() and isinstance(weight, Tensor) and weight.ndim == 1:
-            yield path, module
-
-
-def has_unit_offset(norm: nn.Module) -> bool:
-    """Whether a norm multiplies by (1 + weight), as Gemma's and Qwen3-Next's do: with a weight of zero it still lets something through."""
-    zeros = {name: torch.zeros(parameter.shape) for name, parameter in norm.named_parameters()}
-    trial = torch.linspace(-1.0, 2.0, zeros["weight"].shape[0]).unsqueeze(0)
-    parameters = inspect.signature(norm.forward).parameters.values()
-    inputs = [
-        trial for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD
-    ]  # some read a gate too
-    with torch.no_grad():
-        output: Tensor = functional_call(norm, zeros, tuple(inputs))
-    return bool(output.abs().max() > 0)
+    return forward_layer(layer, {**parameters, **buffers}, hidden, call.cast(meta, dtype))
 
 
 def _shape(linear: nn.Module) -> tuple[int, int]:
-    weight = _weight(linear)
-    return weight.shape[0], weight.shape[1]
+    return _weight(linear).shape[0], _weight(linear).shape[1]
 
 
 def _weight(module: nn.Module) -> Tensor:
     weight = module.weight
     assert isinstance(weight, Tensor)
     return weight
-
-
-def _identity(tensor: Tensor) -> tuple[int, int, int]:
-    return tensor.untyped_storage()._cdata, int(tensor.storage_offset()), tensor.numel()

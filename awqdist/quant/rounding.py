@@ -10,6 +10,8 @@ sub-block are applied just in time as one small product per column, everything b
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -99,32 +101,52 @@ def _reverse(matrix: Tensor) -> None:
         values[end - stop : end - start] = front
 
 
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """The order (I,) in which inputs are rounded, the factor U (I, I) in that order, and how many go through at a time."""
+
+    order: Tensor
+    factor: Tensor
+    block_size: int
+
+    @classmethod
+    def of(cls, gram: Tensor, rounding: Rounding) -> Columns:
+        """gram: (I, I) float32 of the smoothed input. It is factorised where it lies. Raises NumericalError, see `factorised`."""
+        order = rounding_order(gram, rounding)
+        return cls(order, inverse_factor(gram, order, rounding.dampening_frac)[0], rounding.block_size)
+
+
 def round_gptq(
     weight: Tensor, gram: Tensor, weight_scale: Tensor, zero_point: Tensor, scheme: WeightScheme, rounding: Rounding
 ) -> QuantizedWeight:
     """Codes of `weight` under error compensation.
 
-    weight: (O, I) float32, smoothed; gram: (I, I) float32 of the smoothed input; weight_scale, zero_point: (O, G), the fixed grid. The
-    matrix is factorised where it lies, and the factor comes to the weights block by block.
+    weight: (O, I) float32, smoothed; gram: (I, I) float32 of the smoothed input; weight_scale, zero_point: (O, G), the fixed grid.
     """
-    order = rounding_order(gram, rounding)
-    factor, _ = inverse_factor(gram, order, rounding.dampening_frac)
-    order = order.to(weight.device)
+    return round_in_order(weight, Columns.of(gram, rounding), (weight_scale, zero_point), scheme)
+
+
+def round_in_order(
+    weight: Tensor, columns: Columns, grid: tuple[Tensor, Tensor], scheme: WeightScheme
+) -> QuantizedWeight:
+    """The same with the matrix factorised already; the factor comes to the weights block by block. grid: weight_scale, zero_point."""
+    weight_scale, zero_point = grid
+    order, factor = columns.order.to(weight.device), columns.factor
     groups = order // (scheme.group_size if scheme.group_size > 0 else weight.shape[1])
     scales, zeros = weight_scale.float().T, zero_point.float().T  # (G, O)
     work = weight.T[order]  # (I, O): an input's weights lie together
     codes = torch.empty(work.shape, dtype=torch.uint8, device=work.device)
     limit = float((1 << scheme.num_bits) - 1)
-    for start in range(0, work.shape[0], rounding.block_size):
-        stop = min(start + rounding.block_size, work.shape[0])
+    for start in range(0, work.shape[0], columns.block_size):
+        stop = min(start + columns.block_size, work.shape[0])
         errors = torch.empty_like(work[start:stop])
         block = factor[start:stop].to(work.device)  # (k, I)
         for sub_start in range(start, stop, SUB_BLOCK):
             part = slice(sub_start, min(sub_start + SUB_BLOCK, stop))
             own = slice(sub_start - start, part.stop - start)
             sub_errors = errors[own]
-            grid = scales[groups[part]], zeros[groups[part]], limit
-            codes[order[part]] = _round_columns(work[part], block[own, part], grid, sub_errors)
+            here = scales[groups[part]], zeros[groups[part]], limit
+            codes[order[part]] = _round_columns(work[part], block[own, part], here, sub_errors)
             work[part.stop : stop].addmm_(block[own, part.stop : stop].T, sub_errors, alpha=-1)
         work[stop:].addmm_(block[:, stop:].T, errors, alpha=-1)
     return QuantizedWeight(codes.T.contiguous(), weight_scale, zero_point, scheme)

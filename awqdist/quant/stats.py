@@ -157,10 +157,14 @@ class InputStatistics:
         It lies on the device, or in host memory if it does not fit there.
         """
         gram = self.gram()
-        self._gram = self._sketch = self._rough = None
-        self._rows = []
+        self.release()
         scales = scales.to(gram.device)
         return gram.div_(scales.unsqueeze(0)).div_(scales.unsqueeze(1))
+
+    def release(self) -> None:
+        """Gives up all but the means."""
+        self._gram = self._sketch = self._rough = None
+        self._rows = []
 
     def rows(self) -> Tensor:
         """X, (T, I) float32, where the rows are what is kept; or their sketch."""

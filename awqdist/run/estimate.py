@@ -36,7 +36,7 @@ class Estimate:
     peak_device_bytes: int
     peak_host_bytes: int
     activation_bytes: int  # boundary chunks, wherever they lie
-    embedding_bytes: int  # read by every worker
+    embedding_bytes: int  # read by every worker; lm_head among them if it is
     chunks: ChunkEstimate
     snapshot_bytes: int  # written in the whole run
 
@@ -78,8 +78,7 @@ def estimate(job: Job) -> Estimate:
     """The estimate of a prepared job, for one worker. Raises OffloadError if its memory is too small."""
     layers = _layers(job)
     outside_bytes = sum(job.index.entries[name].num_bytes for name in job.plan.outside)
-    embeddings = job.skeleton.outside_names().values()
-    embedding_read = sum(job.index.entries[name].stored_bytes for name in embeddings)
+    embedding_read = sum(job.index.entries[name].stored_bytes for name in job.shared_names())
     copied = sum(job.index.entries[name].stored_bytes for name in job.plan.outside)
     activations = _activation_bytes(job)
     num_snapshots = (len(layers) - 1) // job.settings.snapshot_every
@@ -168,7 +167,7 @@ def _host_bytes(job: Job, layers: Sequence[LayerEstimate]) -> int:
 
 
 def _embedding_bytes(job: Job) -> int:
-    return sum(job.index.entries[name].num_bytes for name in job.skeleton.outside_names().values())
+    return sum(job.index.entries[name].num_bytes for name in job.shared_names())
 
 
 def _embedding_peak(job: Job) -> int:

@@ -6,10 +6,8 @@ With all experts asked for, each is given every token of its block beside what t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 
-import torch
 from torch import Tensor, nn
 
 from awqdist.errors import ModelError
@@ -18,8 +16,10 @@ from awqdist.model.experts import FusedParameter
 from awqdist.model.forward import Watch
 from awqdist.quant.experts import ExpertStatistics, SharedStatistics, max_rows
 from awqdist.quant.stats import InputStatistics
+from awqdist.run.inner import InnerStatistics, Owner
 from awqdist.run.plan import LayerTask, RoutedSite
 from awqdist.run.residency import Bench
+from awqdist.run.row_sample import RowSample
 
 SAMPLED_ROWS = 256  # of a block's tokens, sent through all of its experts as a prior of what their inner linears read
 _FEW_ROWS = 64  # the same where no linear is fitted to its Gram matrix
@@ -28,31 +28,12 @@ Filled = InputStatistics | ExpertStatistics  # by the rows that go by
 SiteStatistics = Filled | SharedStatistics
 
 
-@dataclass(slots=True)
-class _Sample:
-    """Rows of a block's input, evenly spaced over the chunks. rows_per_chunk: None for all."""
-
-    rows_per_chunk: int | None
-    rows: list[Tensor] = field(default_factory=list)
-
-    def add(self, activations: Tensor) -> None:
-        """activations: (..., H)."""
-        flat = activations.detach().reshape(-1, activations.shape[-1])
-        step = max(1, flat.shape[0] // (self.rows_per_chunk or flat.shape[0]))
-        self.rows.append(flat[::step][: self.rows_per_chunk].clone())
-
-    def take(self) -> Tensor:
-        """(m, H), which are given up."""
-        rows = torch.cat(self.rows)
-        self.rows = []
-        return rows
-
-
 class Gathering:
     """The statistics of one layer, by the first linear of a site.
 
     token_chunks: what will go through, (B, L) each; on: where and how the layer is run; all_experts: whether each is given all tokens;
-    fitted: whether linears will be fitted to their Gram matrices.
+    fitted: None if no linear will be fitted to its Gram matrix; else the owners of inner linears that are to be fitted again once those
+    before them are rounded, by the first linear of their site.
     """
 
     def __init__(
@@ -63,14 +44,14 @@ class Gathering:
         on: Bench,
         *,
         all_experts: bool = False,
-        fitted: bool = True,
+        fitted: Mapping[str, Owner] | None = None,
     ) -> None:
         device, matrices, of_experts = on.device, on.residency.for_matrices(on.lend), on.residency.for_experts(on.lend)
         num_tokens = sum(tokens.numel() for tokens in token_chunks)
         self._task, self._experts, self._all_experts = task, experts, all_experts
-        num_sampled = SAMPLED_ROWS if fitted else _FEW_ROWS
-        rows = None if all_experts else -(-num_sampled // len(token_chunks))
-        self._samples = {routed.shared: _Sample(rows) for routed in task.routed.values() if routed.inner}
+        num_sampled = _FEW_ROWS if fitted is None else SAMPLED_ROWS
+        kept = num_tokens if all_experts else num_sampled
+        self._samples = {r.shared: RowSample(kept, num_tokens) for r in task.routed.values() if r.inner}
         self._priors: dict[str, InputStatistics] = {}  # of inner sites
         self._filled: dict[str, Filled] = {}
         self.statistics: dict[str, SiteStatistics] = {}
@@ -80,9 +61,11 @@ class Gathering:
             if routed is not None and all_experts and not routed.inner:
                 self.statistics[first] = SharedStatistics(self._shared(routed))
                 continue
-            if routed is None or all_experts:
+            if fitted and first in fitted:
+                self._filled[first] = InnerStatistics((width, num_tokens), device, matrices, fitted[first])
+            elif routed is None or all_experts:
                 home = matrices if routed is None else of_experts
-                self._filled[first] = InputStatistics(width, num_tokens, device, home, exact=fitted)
+                self._filled[first] = InputStatistics(width, num_tokens, device, home, exact=fitted is not None)
             else:
                 prior = self._shared(routed)
                 if routed.inner:
@@ -98,7 +81,9 @@ class Gathering:
             add, sample = self._filled[first].add, self._samples.get(first)
             return add if sample is None else _both(add, sample.add)
 
-        return {first: watch(first) for first in self._filled if first not in self._task.routed}
+        of_sites = {first: watch(first) for first in self._filled if first not in self._task.routed}
+        inner = [found for found in self._filled.values() if isinstance(found, InnerStatistics)]
+        return of_sites | {found.owner.path: found.module_rows.add for found in inner}
 
     def expert_watches(self) -> dict[str, ExpertWatch]:
         """Whom `forward_layer` tells of the rows of experts."""

@@ -43,6 +43,22 @@ class Job:
     format: Format
     device: torch.device
 
+    @property
+    def compensates_outputs(self) -> bool:
+        """Whether GPTQ rounds something that is written to the residual stream, whose directions lm_head weighs."""
+        is_written = any(task.writers & task.schemes.keys() for task in self.plan.layers)
+        return self.recipe.rounding.method == "gptq" and is_written
+
+    def head_names(self) -> dict[str, str]:
+        """Parameter name in the model -> on-disk name of lm_head's weight, where it has to be read and is not that of the embeddings."""
+        name = self.skeleton.head_weight
+        is_read = self.compensates_outputs and name in self.skeleton.on_disk
+        return {name: self.skeleton.on_disk[name]} if is_read else {}
+
+    def shared_names(self) -> list[str]:
+        """On-disk names of what every worker reads: what is in no layer of the decoder, and lm_head if it has to be read."""
+        return [*self.skeleton.outside_names().values(), *self.head_names().values()]
+
     def source_sample(self, disk_names: Iterable[str]) -> int:
         """Checksum of a few bytes of each of the tensors."""
         return sample_checksum([self.index.entries[name] for name in sorted(disk_names)])
@@ -95,7 +111,7 @@ def fingerprint(job: Job, samples: Tensor) -> dict[str, str]:
         "recipe": job.recipe.to_yaml(),
         "format": job.format.name,
         "source": job.index.fingerprint()[:16],
-        "source embeddings": f"{job.source_sample(job.skeleton.outside_names().values()):08x}",
+        "source embeddings": f"{job.source_sample(job.shared_names()):08x}",
         "source config": _hash((job.settings.model / "config.json").read_bytes()),
         "calibration samples": f"{tuple(samples.shape)} {_hash(samples.numpy().tobytes())}",
         "chunk tokens": str(job.settings.chunk_tokens),

@@ -42,6 +42,8 @@ class LayerTask:
     mappings: tuple[ResolvedMapping, ...]
     skipped: tuple[SkippedMapping, ...]
     routed: dict[str, RoutedSite] = field(default_factory=dict)  # by first linear; shared sites come after them
+    writers: frozenset[str] = frozenset()  # linears whose outputs are added to the residual stream
+    inner: dict[str, str] = field(default_factory=dict)  # first linear of a site -> the module that makes what it reads
 
     def disk_module(self, path: str) -> str:
         return self.disk_names[f"{path}.weight"].removesuffix(".weight")
@@ -139,7 +141,19 @@ def _layer_task(
             label = f"{disk_module(mapping.smooth)} -> {', '.join(mapping.balance)}"
             skipped.append(SkippedMapping(label, "none of its balance layers is quantized"))
     sites, routed = _sites(structure, schemes)
-    return LayerTask(layer, names, sites, structure.linears, schemes, tuple(applied), tuple(skipped), routed)
+    inner = {first: module for first, module in structure.inner.items() if first in schemes}
+    return LayerTask(
+        layer,
+        names,
+        sites,
+        structure.linears,
+        schemes,
+        tuple(applied),
+        tuple(skipped),
+        routed,
+        structure.writers,
+        inner,
+    )
 
 
 def _sites(

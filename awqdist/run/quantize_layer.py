@@ -25,6 +25,7 @@ from awqdist.quant.lending import LentTensors
 from awqdist.quant.search import search_groups, search_side_by_side
 from awqdist.quant.stacks import BalanceWeight, SearchGroup
 from awqdist.quant.stats import Statistics
+from awqdist.quant.two_sided import OutputOrder
 from awqdist.recipe import Recipe
 from awqdist.run.gather import SiteStatistics
 from awqdist.run.plan import LayerTask
@@ -37,10 +38,12 @@ Parameters = Mapping[str, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """How every layer is quantized. layout: the format to be written, which decides the dtype that a grid is fixed in."""
+    """How every layer is quantized. layout: the format to be written, which decides the dtype that a grid is fixed in; outputs: how GPTQ
+    compensates over what is written to the residual stream, if it is to."""
 
     recipe: Recipe
     layout: Format
+    outputs: OutputOrder | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,9 +94,8 @@ def quantize_layer(
     with watch.stage("round"):
         grid_dtypes = {p: method.layout.grid_dtype(tensors.resting[f"{p}.weight"].dtype) for p in task.schemes}
         homes = {path: tensors.resting[f"{path}.weight"].device for path in task.schemes}
-        weights, linears = round_sites(
-            task, smoothed, SmoothedSites(statistics, scales, grid_dtypes, homes), method.recipe
-        )
+        sites = SmoothedSites(statistics, scales, grid_dtypes, homes, method.outputs)
+        weights, linears = round_sites(task, smoothed, sites, method.recipe)
     return LayerResult(
         weights=weights,
         parameters={

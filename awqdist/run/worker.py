@@ -30,10 +30,12 @@ from awqdist.run.device import compute_dtype, peak_memory_bytes, release_host_me
 from awqdist.run.estimate_layer import estimate_layer
 from awqdist.run.events import ChunkForwarded, Emit, MappingSearched, StageStarted
 from awqdist.run.gather import Gathering
+from awqdist.run.inner import inner_owners
 from awqdist.run.job import Job, token_chunks
 from awqdist.run.layer_io import LoadedLayer, SearchedLayer, SourceChecksums, check_named, read_outside
 from awqdist.run.plan import LayerTask
 from awqdist.run.quantize_layer import LayerResult, Method, Trial, quantize_layer
+from awqdist.run.readout import output_order
 from awqdist.run.residency import Bench
 from awqdist.run.stopwatch import Stopwatch
 
@@ -70,6 +72,8 @@ class Worker:
         """Takes in the calibration samples (N, L) int64. Gives the inputs of the first layer, chunks of (B, L, H) on the CPU, one after
         the other; to be gone through to its end."""
         outside = read_outside(self._job, self._dtype, self._emit)
+        outputs = output_order(self._job, samples, outside, self._emit)
+        self._method = Method(self._job.recipe, self._job.format, outputs)
         distinct: list[list[LayerCall]] = []  # calls are equal for chunks of equal shape; they are kept once
         self._token_chunks = token_chunks(self._job.settings, samples)
         for tokens in self._token_chunks:
@@ -161,9 +165,10 @@ class Worker:
         return {name: tensor.cpu() for name, tensor in tensors.items()}
 
     def _gathering(self, task: LayerTask, on: Bench) -> Gathering:
-        experts, fitted = self._experts(task), self._job.recipe.fits_weights
-        all_experts = self._job.settings.all_experts
-        return Gathering(task, experts, self._token_chunks, on, all_experts=all_experts, fitted=fitted)
+        num_tokens = sum(tokens.numel() for tokens in self._token_chunks)
+        owners, all_experts = inner_owners(self._job, task, num_tokens), self._job.settings.all_experts
+        fitted = owners if self._job.recipe.fits_weights else None
+        return Gathering(task, self._experts(task), self._token_chunks, on, all_experts=all_experts, fitted=fitted)
 
     def _experts(self, task: LayerTask) -> tuple[FusedParameter, ...]:
         skeleton = self._job.skeleton

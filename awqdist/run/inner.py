@@ -1,0 +1,102 @@
+"""Inner linears of a module, such as an MLP's down_proj: what they read once the linears before them are rounded.
+
+Rows of what the module reads are kept. When its outer linears are rounded, the module's own forward takes the rows through them as they
+were and as they are, and the inner linear is fitted to the difference (`quant/absorb.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from awqdist.model.forward import with_buffers
+from awqdist.quant.lending import HOST, HostMemory
+from awqdist.quant.precision import exact_for
+from awqdist.quant.stats import InputStatistics
+from awqdist.run.job import Job
+from awqdist.run.plan import LayerTask
+from awqdist.run.row_sample import RowSample
+
+_MOST_ROWS, _LEAST_ROWS = 32, 4  # per input of the inner linear: from fewer, it would be fitted to what is by chance
+_MOST_BITS = 4  # with more, rounding loses no more than the activations' own dtype does
+_AT_ONCE = 1 << 20  # elements of the inner linear's input
+
+
+def num_kept_rows(num_inputs: int, num_tokens: int) -> int:
+    """How many rows of a module's input are kept for an inner linear of that many inputs; 0 where there are too few tokens."""
+    return min(num_tokens, _MOST_ROWS * num_inputs) if num_tokens >= _LEAST_ROWS * num_inputs else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """A module that reads one tensor, its path in the layer, and that of its inner linear in the module."""
+
+    module: nn.Module
+    path: str
+    leaf: str
+
+
+@dataclass(frozen=True, slots=True)
+class Refitting:
+    """What an inner linear is fitted to. statistics: of its input as it comes from rounded linears; lost: Eᵀ, (I, O) float32."""
+
+    statistics: InputStatistics
+    lost: Tensor
+
+
+def inner_owners(job: Job, task: LayerTask, num_tokens: int) -> dict[str, Owner]:
+    """The owners of a layer's inner linears that GPTQ will round to few bits, by these; not where there are too few tokens for it."""
+    if job.recipe.rounding.method != "gptq":
+        return {}
+    layer = job.skeleton.layers[task.layer] if task.inner else nn.Identity()
+    return {
+        inner: Owner(layer.get_submodule(path), path, inner.removeprefix(f"{path}."))
+        for inner, path in task.inner.items()
+        if num_kept_rows(task.shapes[inner][1], num_tokens) and task.schemes[inner].num_bits <= _MOST_BITS
+    }
+
+
+class InnerStatistics(InputStatistics):
+    """Statistics of the input of an inner linear. module_rows: is told of what the module reads."""
+
+    def __init__(self, shape: tuple[int, int], device: torch.device, host: HostMemory | None, owner: Owner) -> None:
+        """shape: I, and how many tokens will be added in all."""
+        super().__init__(*shape, device, host)
+        self.owner = owner
+        self.module_rows = RowSample(num_kept_rows(*shape), shape[1], HOST)
+        self._device, self._room = device, host
+
+    def refitting(self, before: Mapping[str, Tensor], after: Mapping[str, Tensor], scales: Tensor) -> Refitting:
+        """Takes the rows through the module, once. before, after: the module's smoothed parameters, with its outer linears as they were
+        and rounded; scales (H,): what divides the module's input."""
+        self.release()
+        rows = self.module_rows.take()
+        statistics = InputStatistics(self.num_inputs, rows.shape[0], self._device, self._room)
+        lost = torch.zeros(self.num_inputs, before[f"{self.owner.leaf}.weight"].shape[0], device=self._device)
+        sides = [self._working(side, rows.dtype) for side in (before, after)]
+        for part in rows.split(max(1, _AT_ONCE // self.num_inputs)):
+            given = (part.to(self._device) / scales).to(rows.dtype)
+            (_, exact), (inputs, rounded) = (self._inner_product(side, given) for side in sides)
+            with exact_for(rows.dtype):
+                lost.addmm_(inputs.float().T, exact.float().sub_(rounded))
+            statistics.add(inputs)
+        return Refitting(statistics, lost)
+
+    def _working(self, parameters: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+        return with_buffers(self.owner.module, {name: p.to(dtype) for name, p in parameters.items()}, self._device)
+
+    def _inner_product(self, parameters: Mapping[str, Tensor], rows: Tensor) -> tuple[Tensor, Tensor]:
+        """What the inner linear reads (m, I), and makes of it (m, O), when the module reads rows (m, H)."""
+        seen: list[Tensor] = []
+        inner = self.owner.module.get_submodule(self.owner.leaf)
+        hook = inner.register_forward_hook(lambda _, args, output: seen.extend([args[0], output]))
+        try:
+            with torch.no_grad():
+                functional_call(self.owner.module, dict(parameters), (rows.unsqueeze(0),))
+        finally:
+            hook.remove()
+        return seen[0].flatten(0, 1), seen[1].flatten(0, 1)
