@@ -32,8 +32,8 @@ class Gathering:
     """The statistics of one layer, by the first linear of a site.
 
     token_chunks: what will go through, (B, L) each; on: where and how the layer is run; all_experts: whether each is given all tokens;
-    fitted: None if no linear will be fitted to its Gram matrix; else the owners of inner linears that are to be fitted again once those
-    before them are rounded, by the first linear of their site.
+    owners: of inner linears that are to be fitted again once those before them are rounded, by the first linear of their site;
+    fitted: whether linears will be fitted to their Gram matrices.
     """
 
     def __init__(
@@ -44,12 +44,13 @@ class Gathering:
         on: Bench,
         *,
         all_experts: bool = False,
-        fitted: Mapping[str, Owner] | None = None,
+        fitted: bool = True,
+        owners: Mapping[str, Owner] | None = None,
     ) -> None:
         device, matrices, of_experts = on.device, on.residency.for_matrices(on.lend), on.residency.for_experts(on.lend)
         num_tokens = sum(tokens.numel() for tokens in token_chunks)
         self._task, self._experts, self._all_experts = task, experts, all_experts
-        num_sampled = _FEW_ROWS if fitted is None else SAMPLED_ROWS
+        num_sampled = SAMPLED_ROWS if fitted else _FEW_ROWS
         kept = num_tokens if all_experts else num_sampled
         self._samples = {r.shared: RowSample(kept, num_tokens) for r in task.routed.values() if r.inner}
         self._priors: dict[str, InputStatistics] = {}  # of inner sites
@@ -61,11 +62,11 @@ class Gathering:
             if routed is not None and all_experts and not routed.inner:
                 self.statistics[first] = SharedStatistics(self._shared(routed))
                 continue
-            if fitted and first in fitted:
-                self._filled[first] = InnerStatistics((width, num_tokens), device, matrices, fitted[first])
+            if owners and first in owners:
+                self._filled[first] = InnerStatistics((width, num_tokens), device, matrices, owners[first])
             elif routed is None or all_experts:
                 home = matrices if routed is None else of_experts
-                self._filled[first] = InputStatistics(width, num_tokens, device, home, exact=fitted is not None)
+                self._filled[first] = InputStatistics(width, num_tokens, device, home, exact=fitted)
             else:
                 prior = self._shared(routed)
                 if routed.inner:

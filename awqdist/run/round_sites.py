@@ -20,9 +20,10 @@ from awqdist.quant.rounding_experts import num_side_by_side, round_gptq_side_by_
 from awqdist.quant.two_sided import OutputOrder, round_two_sided
 from awqdist.recipe import Recipe
 from awqdist.run.device import release_host_memory
-from awqdist.run.drafts import Draft, Site, output_errors
+from awqdist.run.drafts import Draft, Site
 from awqdist.run.gather import SiteStatistics
 from awqdist.run.inner import InnerStatistics
+from awqdist.run.linear_records import linear_errors, linear_record
 from awqdist.run.plan import LayerTask
 from awqdist.run.records import LinearRecord
 
@@ -80,13 +81,13 @@ def _round_batch(
     for draft, result in _rounded(batch, state):
         first = 0
         sizes = [task.shapes[path][0] for path in draft.paths]
-        for path, errors in zip(draft.paths, output_errors(draft, result, sizes), strict=True):
+        for path, errors in zip(draft.paths, linear_errors(draft, result, sizes), strict=True):
             rows = slice(first, first + task.shapes[path][0])
             first = rows.stop
             weight = QuantizedWeight(
                 result.codes[rows], result.weight_scale[rows], result.zero_point[rows], draft.scheme
             )
-            yield path, weight, _linear_record(task.disk_module(path), draft, task.shapes[path], errors)
+            yield path, weight, linear_record(task.disk_module(path), draft, task.shapes[path], errors)
 
 
 def _batches(task: LayerTask, sites: SmoothedSites) -> Iterator[list[tuple[str, ...]]]:
@@ -176,32 +177,15 @@ def _rounded(batch: Sequence[tuple[str, ...]], state: _State) -> Iterator[tuple[
         return
     drafts = list(every)
     grams = [draft.site.gram for draft in drafts if draft.site.gram is not None]
+    grids = [(d.weight_scale, d.zero_point) for d in drafts]
     if len({id(d.site) for d in drafts}) == 1:
         columns = Columns.of(grams[0], rounding)
-        for d in drafts:
-            grid = d.weight_scale, d.zero_point
+        for d, grid in zip(drafts, grids, strict=True):
             if d.site.outputs is None:
                 yield d, round_in_order(d.target, columns, grid, d.scheme)
             else:
                 yield d, round_two_sided(d.target, columns, grid, d.scheme, d.site.outputs)
     else:
-        grids = [(d.weight_scale, d.zero_point) for d in drafts]
-        results = round_gptq_side_by_side([d.target for d in drafts], grams, grids, drafts[0].scheme, rounding)
+        weights = [d.target for d in drafts]
+        results = round_gptq_side_by_side(weights, grams, grids, drafts[0].scheme, rounding)
         yield from zip(drafts, results, strict=True)
-
-
-def _linear_record(name: str, draft: Draft, shape: tuple[int, int], errors: Tensor) -> LinearRecord:
-    """errors: (3,), see `output_errors`."""
-    signal, nearest, found = errors.tolist()
-    signal = max(signal, 1e-30)
-    return LinearRecord(
-        name=name,
-        shape=shape,
-        num_bits=draft.scheme.num_bits,
-        group_size=draft.scheme.group_size,
-        symmetric=draft.scheme.symmetric,
-        relative_error_nearest=nearest / signal,
-        relative_error=found / signal,
-        clipped_share=draft.clipped,
-        num_dead_inputs=draft.site.num_dead_inputs,
-    )

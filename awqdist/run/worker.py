@@ -167,8 +167,8 @@ class Worker:
     def _gathering(self, task: LayerTask, on: Bench) -> Gathering:
         num_tokens = sum(tokens.numel() for tokens in self._token_chunks)
         owners, all_experts = inner_owners(self._job, task, num_tokens), self._job.settings.all_experts
-        fitted = owners if self._job.recipe.fits_weights else None
-        return Gathering(task, self._experts(task), self._token_chunks, on, all_experts=all_experts, fitted=fitted)
+        fitted, experts = self._job.recipe.fits_weights, self._experts(task)
+        return Gathering(task, experts, self._token_chunks, on, all_experts=all_experts, fitted=fitted, owners=owners)
 
     def _experts(self, task: LayerTask) -> tuple[FusedParameter, ...]:
         skeleton = self._job.skeleton
