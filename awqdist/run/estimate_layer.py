@@ -97,6 +97,7 @@ def _held_bytes(job: Job, task: LayerTask, residency: Residency) -> tuple[int, i
     tiles = max((4 * width_in * min(width_in, _TILE_COLUMNS) for width_in in shared), default=0)
     device += tiles if residency.matrices else matrices
     device += 0 if residency.experts else rows
+    device += 4 * hidden_size(job) ** 2 if job.compensates_outputs else 0  # how much outputs count, from lm_head
     resting = (matrices if residency.matrices else 0) + _module_rows_bytes(job, task)
     if residency.experts:
         resting += rows + sum(prod(task.shapes[path]) for path in task.schemes if path in experts)
@@ -213,4 +214,8 @@ def compute_bytes(job: Job) -> int:
 
 def token_bytes(job: Job) -> int:
     """Of one token's hidden state, as it is kept between layers."""
-    return int(job.skeleton.model.config.get_text_config(decoder=True).hidden_size) * job.skeleton.dtype.itemsize
+    return hidden_size(job) * job.skeleton.dtype.itemsize
+
+
+def hidden_size(job: Job) -> int:
+    return int(job.skeleton.model.config.get_text_config(decoder=True).hidden_size)
