@@ -22,8 +22,8 @@ CASES = {
     "opt": {"self_attn.out_proj", "fc2"},
     "gemma3": set(),  # a norm stands between
     "olmo2": set(),
-    "qwen2-moe": ATTENTION,  # the shared expert is gated
-    "deepseek-v3": ATTENTION | {"mlp.shared_experts.down_proj"},
+    "qwen2-moe": ATTENTION | {f"mlp.experts.{n}.down_proj" for n in range(8)},  # the shared expert is gated
+    "deepseek-v3": ATTENTION | {"mlp.shared_experts.down_proj"} | {f"mlp.experts.{n}.down_proj" for n in range(8)},
 }
 
 

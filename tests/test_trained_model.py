@@ -25,7 +25,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize(("recipe", "largest_kl"), [("default", 0.00012), ("awq", 0.00085)])
+@pytest.mark.parametrize(("recipe", "largest_kl"), [("default", 0.00007), ("awq", 0.00085)])
 def test_the_quantized_model_predicts_nearly_as_the_float_model(recipe: str, largest_kl: float, tmp_path: Path) -> None:
     settings = RunSettings(MODEL, tmp_path / "output", num_samples=64, sequence_length=256)
     quantize(load_recipe(recipe), settings, SHARED / "text" / "calibration.txt")
@@ -36,7 +36,6 @@ def test_the_quantized_model_predicts_nearly_as_the_float_model(recipe: str, lar
 
 
 def test_a_mixture_of_experts_loses_far_less_than_by_rounding_to_nearest(tmp_path: Path) -> None:
-    """Four fifths of what is left come from the dense MLP of the first layer, whose inputs are nearly uncorrelated."""
     (tmp_path / "nearest.yaml").write_text(NEAREST)
     kl = {}
     for name in ("default", str(tmp_path / "nearest.yaml")):
@@ -55,5 +54,4 @@ def test_a_mixture_of_experts_loses_far_less_than_by_rounding_to_nearest(tmp_pat
     default, nearest = kl.values()
     assert default is not None
     assert nearest is not None
-    assert default < 0.00065
-    assert default < 0.35 * nearest
+    assert default <= nearest / 4

@@ -32,9 +32,10 @@ class ResidualTrail(TorchFunctionMode):
         self._writers: dict[Identity, frozenset[str]] = {}
         self._alive: list[Tensor] = []  # storages stay distinct only while they live
 
-    def starts(self, path: str) -> Callable[[nn.Module, Any, Any], None]:
-        """A forward hook for the linear of that path; routers, which give several tensors, write nothing."""
-        return lambda module, args, output: self._mark(output, frozenset({path} if isinstance(output, Tensor) else ()))
+    def starts(self, *paths: str) -> Callable[[nn.Module, Any, Any], None]:
+        """A forward hook for a linear, or for a module that sums up the linears of those paths. What gives several tensors, as routers do,
+        writes nothing."""
+        return lambda module, args, output: self._mark(output, frozenset(paths if isinstance(output, Tensor) else ()))
 
     def writers(self, output: Tensor) -> frozenset[str]:
         """The linears that `output` is a sum of, among others."""

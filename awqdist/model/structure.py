@@ -132,7 +132,10 @@ def _trace(
                 stack.callback(module.register_forward_hook(_making(seen, path)).remove)
         for path in {fused.module for fused in experts}:
             module = layer.get_submodule(path)
-            module.forward = _passed_over(seen, [fused for fused in experts if fused.module == path])
+            own = [fused for fused in experts if fused.module == path]
+            module.forward = _passed_over(seen, own)
+            summed = [linear for fused in own if fused.is_inner for part in fused.parts for linear in part]
+            stack.callback(module.register_forward_hook(trail.starts(*summed)).remove)
             stack.callback(delattr, module, "forward")
         stack.enter_context(trail)
         output = _run_on_meta(layer, call, hidden_size)

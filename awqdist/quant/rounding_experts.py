@@ -43,18 +43,27 @@ def round_gptq_side_by_side(
     codes = torch.empty(work.shape, dtype=torch.uint8, device=work.device)
     limit = float((1 << scheme.num_bits) - 1)
     for start in range(0, num_inputs, rounding.block_size):
-        stop = min(start + rounding.block_size, num_inputs)
-        errors = torch.empty_like(work[:, start:stop])
-        for sub_start in range(start, stop, SUB_BLOCK):
-            part = slice(sub_start, min(sub_start + SUB_BLOCK, stop))
-            sub_errors = errors[:, sub_start - start : part.stop - start]
-            here = groups[:, part]
-            grid = scales[problems, here], zeros[problems, here], limit
-            codes[problems, order[:, part]] = _round_columns(work[:, part], factor[:, part, part], grid, sub_errors)
-            work[:, part.stop : stop] -= factor[:, part, part.stop : stop].transpose(1, 2) @ sub_errors
-        work[:, stop:] -= factor[:, start:stop, stop:].transpose(1, 2) @ errors
+        block = slice(start, min(start + rounding.block_size, num_inputs))
+        here = groups[:, block]
+        grid = scales[problems, here], zeros[problems, here], limit
+        codes[problems, order[:, block]], errors = round_block(work[:, block], factor[:, block, block], grid)
+        work[:, block.stop :] -= factor[:, block, block.stop :].transpose(1, 2) @ errors
     results = codes.transpose(1, 2).contiguous()  # (B, O, I)
     return [QuantizedWeight(c, scale, zero, scheme) for c, (scale, zero) in zip(results, grids, strict=True)]
+
+
+def round_block(work: Tensor, factor: Tensor, grid: tuple[Tensor, Tensor, float]) -> tuple[Tensor, Tensor]:
+    """Rounds a block of the inputs of B problems. Returns their codes (B, k, O) uint8, and the errors (B, k, O) to push onto later inputs.
+
+    work: (B, k, O), used up; factor: (B, k, k); grid: scales and zero points (B, k, O), and the largest code.
+    """
+    codes, errors = torch.empty_like(work, dtype=torch.uint8), torch.empty_like(work)
+    for start in range(0, work.shape[1], SUB_BLOCK):
+        part = slice(start, min(start + SUB_BLOCK, work.shape[1]))
+        own = grid[0][:, part], grid[1][:, part], grid[2]
+        codes[:, part] = _round_columns(work[:, part], factor[:, part, part], own, errors[:, part])
+        work[:, part.stop :] -= factor[:, part, part.stop :].transpose(1, 2) @ errors[:, part]
+    return codes, errors
 
 
 def _round_columns(work: Tensor, factor: Tensor, grid: tuple[Tensor, Tensor, float], errors: Tensor) -> Tensor:

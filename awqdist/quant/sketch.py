@@ -35,9 +35,9 @@ class Sketch:
 
 def is_sketched(num_inputs: int, num_tokens: int, *, exact: bool) -> bool:
     """Whether all that is kept of an input is its sketch: if it may be, and is smaller than the rows and the Gram matrix."""
-    return num_kept_rows(num_inputs, num_tokens, exact=exact) < min(num_inputs, num_tokens)
+    return num_held_rows(num_inputs, num_tokens, exact=exact) < min(num_inputs, num_tokens)
 
 
-def num_kept_rows(num_inputs: int, num_tokens: int, *, exact: bool) -> int:
+def num_held_rows(num_inputs: int, num_tokens: int, *, exact: bool) -> int:
     """How many rows of I values are kept of an input: of the activations, of their Gram matrix or of their sketch."""
     return min(num_inputs, num_tokens) if exact else min(num_inputs, num_tokens, SKETCH_ROWS)

@@ -10,10 +10,11 @@ from math import ceil, prod
 from awqdist.model.expert_products import takes_rows_by_expert
 from awqdist.quant.experts import SKETCHED_ROWS, max_rows
 from awqdist.quant.rounding_experts import num_side_by_side
-from awqdist.quant.sketch import is_sketched, num_kept_rows
+from awqdist.quant.sketch import is_sketched, num_held_rows
 from awqdist.quant.stacks import BATCH_BYTES
 from awqdist.recipe import WeightScheme
 from awqdist.run.device import compute_dtype
+from awqdist.run.inner import inner_owners, num_kept_rows
 from awqdist.run.job import Job
 from awqdist.run.plan import LayerTask
 from awqdist.run.residency import LEVELS, Residency
@@ -92,11 +93,13 @@ def _held_bytes(job: Job, task: LayerTask, residency: Residency) -> tuple[int, i
     rounding = codes + max(
         (_rounding_bytes(task, site, alike, residency, job.device.type) for site in task.sites), default=0
     )
+    rounding = max(rounding, codes + _refitting_bytes(job, task))
     device = loaded + sketches + max(forward, search, check, rounding)
     tiles = max((4 * width_in * min(width_in, _TILE_COLUMNS) for width_in in shared), default=0)
     device += tiles if residency.matrices else matrices
     device += 0 if residency.experts else rows
-    resting = matrices if residency.matrices else 0
+    device += 4 * hidden_size(job) ** 2 if job.compensates_outputs else 0  # how much outputs count, from lm_head
+    resting = (matrices if residency.matrices else 0) + _module_rows_bytes(job, task)
     if residency.experts:
         resting += rows + sum(prod(task.shapes[path]) for path in task.schemes if path in experts)
     if residency.factors:
@@ -108,7 +111,7 @@ def _kept_bytes(job: Job, widths: Iterable[int], num_tokens: int, *, sketched: b
     """Bytes of what is kept of inputs that are, or are not, kept as sketches."""
     exact = job.recipe.fits_weights
     return sum(
-        4 * width * num_kept_rows(width, num_tokens, exact=exact)
+        4 * width * num_held_rows(width, num_tokens, exact=exact)
         for width in widths
         if is_sketched(width, num_tokens, exact=exact) == sketched
     )
@@ -185,29 +188,36 @@ def _search_bytes(task: LayerTask, site: tuple[str, ...], alike: Mapping[str, in
 def _rounding_bytes(
     task: LayerTask, site: tuple[str, ...], alike: Mapping[str, int], residency: Residency, device: str
 ) -> int:
-    """GPTQ's peak: the weights, by input, and what their record takes; the Gram matrix, its factor, and room for inverting.
-    alike: sites of each fused parameter."""
+    """GPTQ's peak: the weights, by input, and what their record takes; the Gram matrix, its factor, and room for inverting. Of what is
+    written to the residual stream the errors are kept, and its targets. alike: sites of each fused parameter."""
     columns = task.shapes[site[0]][1]
     rows = sum(task.shapes[path][0] for path in site if path in task.schemes)
+    errors = 5 * rows * columns if site[0] in task.writers else 0
     if site[0] in task.routed:  # side by side: stacks, and what they are made of
         side_by_side = min(alike[task.routed[site[0]].fused], num_side_by_side(rows, columns, device))
-        return side_by_side * (20 * rows * columns + 16 * columns * columns)
+        return side_by_side * (errors + 20 * rows * columns + 16 * columns * columns)
     if residency.factors:
-        return 17 * rows * columns + 4 * min(columns, _TILE_COLUMNS) * columns
-    return max(9 * rows * columns + 10 * columns * columns, 17 * rows * columns + 6 * columns * columns)
+        return errors + 17 * rows * columns + 4 * min(columns, _TILE_COLUMNS) * columns
+    return errors + max(9 * rows * columns + 10 * columns * columns, 17 * rows * columns + 6 * columns * columns)
 
 
-def attention_width(job: Job, task: LayerTask) -> int:
-    """Values of queries and of outputs that a token has over all heads of its layer."""
-    config = job.skeleton.model.config.get_text_config(decoder=True)
-    if task.layer >= job.skeleton.num_layers:
-        return 0
-    heads = int(getattr(config, "num_attention_heads", 0) or 0)
-    each = int(getattr(config, "head_dim", 0) or config.hidden_size // max(heads, 1))
-    nope, rope, value = (
-        int(getattr(config, n, 0) or 0) for n in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-    )
-    return heads * ((nope + rope + value) if nope else 2 * each)
+def _inner(job: Job, task: LayerTask) -> list[str]:
+    """Inner linears that are fitted again once those before them are rounded."""
+    return list(inner_owners(job, task, _num_tokens(job)))
+
+
+def _module_rows_bytes(job: Job, task: LayerTask) -> int:
+    """Of the rows that are kept, in host memory, of what the modules of inner linears read."""
+    rows = (num_kept_rows(task.shapes[path][1], _num_tokens(job)) * task.shapes[path][0] for path in _inner(job, task))
+    return compute_bytes(job) * sum(rows)
+
+
+def _refitting_bytes(job: Job, task: LayerTask) -> int:
+    """The peak of fitting an inner linear: the module's linears as they were and rounded, a Gram matrix and its factor, what is lost and
+    what is made up for."""
+    sizes = [prod(task.shapes[path]) for path in _inner(job, task)]
+    widths = [task.shapes[path][1] for path in _inner(job, task)]
+    return max((24 * size + 8 * width**2 for size, width in zip(sizes, widths, strict=True)), default=0)
 
 
 def chunk_tokens(job: Job) -> int:
@@ -222,4 +232,8 @@ def compute_bytes(job: Job) -> int:
 
 def token_bytes(job: Job) -> int:
     """Of one token's hidden state, as it is kept between layers."""
-    return int(job.skeleton.model.config.get_text_config(decoder=True).hidden_size) * job.skeleton.dtype.itemsize
+    return hidden_size(job) * job.skeleton.dtype.itemsize
+
+
+def hidden_size(job: Job) -> int:
+    return int(job.skeleton.model.config.get_text_config(decoder=True).hidden_size)

@@ -17,7 +17,8 @@ from awqdist.run.machine import MachineProfile
 from awqdist.run.plan import LayerTask
 from awqdist.run.schedule import Schedule
 from awqdist.run.simulate import Simulation, StepTimes, simulate
-from awqdist.run.work import STAGES, LayerWork, Product, Work
+from awqdist.run.work import LayerWork
+from awqdist.run.work_units import STAGES, Product, Work
 
 _REACHED: dict[Product, float] = {
     "layer": 0.85,

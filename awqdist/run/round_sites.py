@@ -17,7 +17,7 @@ from awqdist.quant.clip import clipped_range
 from awqdist.quant.grid import QuantizedWeight, grid_parameters, group_range, round_to_nearest
 from awqdist.quant.rounding import Columns, round_in_order
 from awqdist.quant.rounding_experts import num_side_by_side, round_gptq_side_by_side
-from awqdist.quant.two_sided import OutputOrder, round_two_sided
+from awqdist.quant.two_sided import OutputOrder, Problem, round_two_sided
 from awqdist.recipe import Recipe
 from awqdist.run.device import release_host_memory
 from awqdist.run.drafts import Draft, Site
@@ -178,13 +178,14 @@ def _rounded(batch: Sequence[tuple[str, ...]], state: _State) -> Iterator[tuple[
     drafts = list(every)
     grams = [draft.site.gram for draft in drafts if draft.site.gram is not None]
     grids = [(d.weight_scale, d.zero_point) for d in drafts]
-    if len({id(d.site) for d in drafts}) == 1:
-        columns = Columns.of(grams[0], rounding)
+    if (outputs := drafts[0].site.outputs) is not None:
+        columns = [Columns.of(gram, rounding) for gram in grams]
+        problems = [Problem(d.target, c, grid) for d, c, grid in zip(drafts, columns, grids, strict=True)]
+        yield from zip(drafts, round_two_sided(problems, drafts[0].scheme, outputs), strict=True)
+    elif len({id(d.site) for d in drafts}) == 1:
+        shared = Columns.of(grams[0], rounding)
         for d, grid in zip(drafts, grids, strict=True):
-            if d.site.outputs is None:
-                yield d, round_in_order(d.target, columns, grid, d.scheme)
-            else:
-                yield d, round_two_sided(d.target, columns, grid, d.scheme, d.site.outputs)
+            yield d, round_in_order(d.target, shared, grid, d.scheme)
     else:
         weights = [d.target for d in drafts]
         results = round_gptq_side_by_side(weights, grams, grids, drafts[0].scheme, rounding)

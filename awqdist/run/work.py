@@ -8,24 +8,19 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from math import ceil, prod
-from typing import Literal
 
 from awqdist.quant.experts import SKETCHED_ROWS, max_rows
 from awqdist.quant.rounding import SUB_BLOCK
 from awqdist.quant.rounding_experts import num_side_by_side
 from awqdist.quant.sketch import SKETCH_ROWS, is_sketched
+from awqdist.quant.two_sided import block_of_outputs
 from awqdist.recipe import WeightScheme
-from awqdist.run.estimate_layer import attention_width, chunk_tokens, compute_bytes, routed_tokens
+from awqdist.run.estimate_layer import chunk_tokens, compute_bytes, routed_tokens
+from awqdist.run.inner import inner_owners, num_kept_rows
 from awqdist.run.job import Job
 from awqdist.run.plan import LayerTask
-
-Product = Literal[
-    "layer", "attention", "statistics", "exact", "rough", "factor"
-]  # which dtype a matrix product is carried out in
-Stage = Literal["forward", "statistics", "search", "check", "round"]
-STAGES: tuple[Stage, ...] = ("forward", "statistics", "search", "check", "round")
+from awqdist.run.work_units import STAGES, Stage, Unit, Work, attention_width
 
 _GRID_PASSES = 10  # rounding_difference: values read or written for each weight
 _GRID_OPERATIONS = 30
@@ -41,38 +36,6 @@ _FACTOR_COLUMNS = 3000  # at so many columns factorising and inverting reach hal
 _LINEAR_OPERATIONS = 300  # around the rounding of a site, and of each of its linears
 _SHRINKS = 11  # of a clip
 _BLOCK = 256  # columns per block of a Gram matrix, of which those above the diagonal are left out
-
-
-@dataclass(slots=True)
-class Work:
-    """flops: by kind of product; values: float32 numbers that elementwise operations read or write; operations: started."""
-
-    flops: dict[Product, float] = field(default_factory=lambda: defaultdict(float))
-    values: float = 0.0
-    operations: float = 0.0
-
-    def add(
-        self, *, product: Product = "exact", flops: float = 0.0, values: float = 0.0, operations: float = 0.0
-    ) -> None:
-        self.flops[product] += flops
-        self.values += values
-        self.operations += operations
-
-    @property
-    def total_flops(self) -> float:
-        return sum(self.flops.values())
-
-
-@dataclass(frozen=True, slots=True)
-class _Unit:
-    """Quantized linears that read the same rows: ΣO, I, and the tokens that these rows are; how many such units there are alike."""
-
-    rows: int
-    columns: int
-    linears: int
-    tokens: int
-    is_expert: bool
-    count: int = 1
 
 
 class LayerWork:
@@ -94,6 +57,12 @@ class LayerWork:
             self._check(self.stages["check"])
         for unit in self._units(task.sites):
             self._round(self.stages["round"], unit)
+        if job.compensates_outputs:
+            written = tuple((path,) for path in sorted(task.writers & task.schemes.keys()))
+            for unit in self._units(written):
+                self._compensate(self.stages["round"], unit)
+        for path in inner_owners(job, task, self._tokens):
+            self._refit(self.stages["round"], path)
 
     def _share(self, path: str) -> float:
         """Share of the tokens that linear `path` is given."""
@@ -129,13 +98,13 @@ class LayerWork:
                 work.add(product="statistics", flops=gram, operations=blocks + 6 * self._chunks)
                 work.add(values=2 * self._chunks * unit.columns * (unit.columns + _BLOCK) / 2)
 
-    def _is_sketched(self, unit: _Unit) -> bool:
+    def _is_sketched(self, unit: Unit) -> bool:
         exact = unit.is_expert or self._job.recipe.fits_weights
         return is_sketched(unit.columns, self._tokens, exact=exact)
 
-    def _units(self, sites: Iterable[tuple[str, ...]], *, whole_sites: bool = False) -> Iterator[_Unit]:
+    def _units(self, sites: Iterable[tuple[str, ...]], *, whole_sites: bool = False) -> Iterator[Unit]:
         """Units of sites; with `whole_sites` also those without a quantized linear. Experts alike are one unit that counts many times."""
-        counts: dict[_Unit, int] = defaultdict(int)
+        counts: dict[Unit, int] = defaultdict(int)
         for site in sites:
             quantized = [path for path in site if path in self._task.schemes]
             if quantized or whole_sites:
@@ -143,11 +112,11 @@ class LayerWork:
                 is_expert = site[0] in self._routed
                 tokens = round(self._tokens * self._share(site[0]))
                 columns = self._task.shapes[site[0]][1]
-                counts[_Unit(sum(o for o, _ in shapes), columns, len(quantized), tokens, is_expert)] += 1
+                counts[Unit(sum(o for o, _ in shapes), columns, len(quantized), tokens, is_expert)] += 1
         for unit, count in counts.items():
-            yield _Unit(unit.rows, unit.columns, unit.linears, unit.tokens, unit.is_expert, count)
+            yield Unit(unit.rows, unit.columns, unit.linears, unit.tokens, unit.is_expert, count)
 
-    def _groups(self, balance: tuple[str, ...]) -> Iterator[_Unit]:
+    def _groups(self, balance: tuple[str, ...]) -> Iterator[Unit]:
         """The units of one mapping: the linears that all tokens go to, and each expert's."""
         parts: dict[str, list[str]] = defaultdict(list)
         firsts = {path: site[0] for site in self._task.sites for path in site}
@@ -182,14 +151,14 @@ class LayerWork:
                 self._expert_gram(work, unit)
 
     def _candidates(
-        self, work: Work, unit: _Unit, rows: float, calls: float, *, rough: bool = False, sketched: bool = True
+        self, work: Work, unit: Unit, rows: float, calls: float, *, rough: bool = False, sketched: bool = True
     ) -> None:
         """Rounds `rows` rows in `calls` pieces and asks what that changes."""
         work.add(values=_GRID_PASSES * rows * unit.columns, operations=_GRID_OPERATIONS * calls)
         self._form(work, unit, rows, calls, rough=rough, sketched=sketched)
 
     def _form(
-        self, work: Work, unit: _Unit, rows: float, calls: float, *, rough: bool = False, sketched: bool = False
+        self, work: Work, unit: Unit, rows: float, calls: float, *, rough: bool = False, sketched: bool = False
     ) -> None:
         """d·G·dᵀ of rows d, or the same through the kept rows of the activations, or through a sketch of them."""
         is_sketch = self._is_sketched(unit)
@@ -204,7 +173,7 @@ class LayerWork:
             work.add(flops=rows * unit.columns * (unit.columns + _BLOCK))
             work.add(values=4 * rows * unit.columns, operations=8 * calls * ceil(unit.columns / _BLOCK))
 
-    def _expert_gram(self, work: Work, unit: _Unit) -> None:
+    def _expert_gram(self, work: Work, unit: Unit) -> None:
         kept = min(unit.tokens, max_rows(self._experts, unit.columns, compute_bytes(self._job)))
         work.add(product="statistics", flops=2 * unit.count * kept * unit.columns**2)
         work.add(values=unit.count * (5 * unit.columns**2 + 2 * kept * unit.columns), operations=10 * unit.count)
@@ -216,7 +185,7 @@ class LayerWork:
         work.add(flops=2 * 2 * length * self._linear_values(), values=2 * (2 * values + 2 * experts))
         work.add(operations=2 * (60 + 6 * self._experts))
 
-    def _round(self, work: Work, unit: _Unit) -> None:
+    def _round(self, work: Work, unit: Unit) -> None:
         recipe, columns, sampled = self._job.recipe, unit.columns, unit.is_expert or self._is_sketched(unit)
         weights = unit.count * unit.rows * columns
         if recipe.fits_weights or not sampled:
@@ -241,6 +210,24 @@ class LayerWork:
         self._form(work, unit, rows, linears, rough=True)  # the signal; to nearest; what is written
         self._candidates(work, unit, rows, linears, rough=True, sketched=False)
         self._form(work, unit, rows, linears, rough=sampled)
+
+    def _compensate(self, work: Work, unit: Unit) -> None:
+        """What two-sided compensation adds: targets that are moved, and the way from the first block of outputs to the last."""
+        blocks, block = ceil(unit.rows / block_of_outputs(unit.rows)), self._job.recipe.rounding.block_size
+        work.add(flops=unit.count * unit.rows**2 * unit.columns, values=6 * unit.count * unit.rows * unit.columns)
+        steps = unit.count * blocks * ceil(unit.columns / block)
+        work.add(operations=_COLUMN_OPERATIONS * (steps + blocks * block))
+
+    def _refit(self, work: Work, path: str) -> None:
+        """Fits inner linear `path` to what its module's rounded linears give: two passes of rows through the module."""
+        rows, columns = self._task.shapes[path]
+        tokens = num_kept_rows(columns, self._tokens)
+        owner = self._task.inner[path]
+        weights = sum(prod(shape) for name, shape in self._task.shapes.items() if name.rpartition(".")[0] == owner)
+        work.add(product="layer", flops=2 * 2 * tokens * weights, values=2 * 9 * tokens * 3 * columns)
+        work.add(product="statistics", flops=tokens * columns * (columns + _BLOCK + 2 * rows))
+        work.add(product="factor", flops=columns**3 / 3 * (1 + _FACTOR_COLUMNS / columns))
+        work.add(flops=2 * columns**2 * rows)
 
 
 def _group_size(scheme: WeightScheme, columns: int) -> int:
