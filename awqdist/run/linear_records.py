@@ -19,17 +19,24 @@ _JUDGED_ROWS = 64  # of a linear whose input is known by a sketch, that its reco
 
 def linear_errors(draft: Draft, result: QuantizedWeight, sizes: Sequence[int]) -> Tensor:
     """Of every linear its output, its output error if it were not smoothed and rounded to nearest, and that of the result to its target,
-    squared and summed over the tokens: (n, 3) float64. sizes: rows of the n linears."""
+    squared and summed over the tokens: (n, 3) float64. sizes: rows of the n linears. Where it is compensated over outputs, all three are
+    of what counts of them; of an expert's, of the outputs themselves."""
     gram = draft.site.gram
     if gram is None or isinstance(draft.site.statistics, ExpertStatistics):
         judged = list(_judged_rows(draft, sizes))
         found = _sampled_row_errors(draft, result, torch.cat([rows for rows, _ in judged]))
         each = found.split([rows.shape[0] for rows, _ in judged], 1)
         return torch.stack([errors @ counts for errors, (_, counts) in zip(each, judged, strict=True)])
-    nearest = _nearest(draft, draft.weight / draft.site.scales)
-    signal = rough_form(draft.weight, gram), rough_form(nearest.mul_(draft.site.scales), gram)
-    found = torch.stack([*signal, quadratic_form_rows(result.dequantize().sub_(draft.target), gram)])  # (3, ΣO)
+    weighted = draft.site.outputs.weighted if draft.site.outputs else _unchanged
+    nearest = _nearest(draft, draft.weight / draft.site.scales).mul_(draft.site.scales)
+    signal = rough_form(weighted(draft.weight), gram), rough_form(weighted(nearest), gram)
+    difference = weighted(result.dequantize().sub_(draft.target))
+    found = torch.stack([*signal, quadratic_form_rows(difference, gram)])  # (3, ΣO)
     return torch.stack([errors.sum(1) for errors in found.split(list(sizes), 1)])
+
+
+def _unchanged(difference: Tensor) -> Tensor:
+    return difference
 
 
 def _judged_rows(draft: Draft, sizes: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
