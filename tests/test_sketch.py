@@ -47,3 +47,33 @@ def test_rough_errors_of_a_wide_input_are_near_the_exact_ones_and_in_their_order
     assert rough == pytest.approx(exact, rel=0.1)
     assert rough == sorted(rough)
     assert exact == sorted(exact)
+
+
+def kept(num_inputs: int, num_tokens: int, *, exact: bool) -> tuple[Tensor, InputStatistics]:
+    x = activations()[:num_tokens, :num_inputs]
+    statistics = InputStatistics(num_inputs, num_tokens, torch.device("cpu"), exact=exact)
+    for chunk in x.split(700):
+        statistics.add(chunk)
+    return x, statistics
+
+
+def test_where_a_sketch_will_do_a_wide_input_is_nothing_else() -> None:
+    x, statistics = kept(NUM_INPUTS, NUM_TOKENS, exact=False)
+    assert statistics.rows().shape == (SKETCH_ROWS, NUM_INPUTS)
+    torch.testing.assert_close(statistics.mean_abs, x.abs().mean(0))
+    found = [float(statistics.row_errors(d).sum()) for d in differences(4)]
+    assert found == pytest.approx([output_error(x.numpy(), d.numpy()) for d in differences(4)], rel=0.1)
+    torch.testing.assert_close(statistics.gram(), statistics.rows().T @ statistics.rows(), rtol=1e-3, atol=1.0)
+
+
+@pytest.mark.parametrize(
+    ("num_inputs", "num_tokens", "exact"),
+    [(NUM_INPUTS, NUM_TOKENS, True), (SKETCH_ROWS, NUM_TOKENS, False), (NUM_INPUTS, SKETCH_ROWS, False)],
+    ids=["asked for more", "narrow", "few tokens"],
+)
+def test_errors_are_exact_where_more_than_a_sketch_is_asked_for_or_as_cheap(
+    num_inputs: int, num_tokens: int, exact: bool
+) -> None:
+    x, statistics = kept(num_inputs, num_tokens, exact=exact)
+    d = differences(1)[0][:, :num_inputs]
+    assert statistics.output_error(d) == pytest.approx(output_error(x.numpy(), d.numpy()), rel=1e-4)

@@ -64,6 +64,16 @@ def test_where_all_outputs_count_alike_it_is_gptq(weight: Tensor, gram: Tensor) 
     assert (result.codes != one_sided(weight, gram).codes).float().mean() < TIES
 
 
+def test_what_counts_of_a_difference_is_its_error_under_the_weighting(weight: Tensor, gram: Tensor) -> None:
+    weighting = correlated()
+    result = one_sided(weight, gram)
+    damped = weighting + 0.1 * weighting.diagonal().mean() * torch.eye(NUM_OUTPUTS)
+    counted = OutputOrder.of(weighting).weighted(result.dequantize() - weight).double()
+    assert float(((counted @ gram.double()) * counted).sum()) == pytest.approx(
+        error(result, weight, gram, damped), rel=1e-4
+    )
+
+
 def test_several_problems_side_by_side_are_each_rounded_as_by_itself(weight: Tensor, gram: Tensor) -> None:
     weights = [weight, random_weight(NUM_OUTPUTS, NUM_INPUTS, 7)]
     x = activations(150, NUM_INPUTS, seed=5)

@@ -18,7 +18,10 @@ from torch import Tensor
 from awqdist.errors import CalibrationError
 
 _TEXT_SUFFIXES = {".txt", ".text", ".md", ".json", ".jsonl", ".parquet", ".csv", ".gz"}
-_CHARACTERS_PER_TOKEN = 16  # generous: a sample's piece of text is cut to this before it is tokenized
+_CHARACTERS_PER_TOKEN = (
+    6,
+    16,
+)  # of a piece of text that is tokenized for a sample; the second if the first were too few
 
 
 def load_calibration(source: Any, tokenizer: Any, num_samples: int, sequence_length: int, seed: int = 0) -> Tensor:
@@ -69,11 +72,13 @@ def samples_of_text(
         turn = random.Random(seed).randrange(len(text))
         text = f"{text[turn:]}\n{text[:turn]}"
     spacing = len(text) // num_samples
-    pieces = [
-        text[i * spacing : i * spacing + min(spacing, wanted * _CHARACTERS_PER_TOKEN)] for i in range(num_samples)
-    ]
-    samples = [ids[:wanted] for ids in _tokenize(tokenizer, pieces)]
-    if any(len(ids) < wanted for ids in samples):  # a short text: tokenize it whole
+    for characters in _CHARACTERS_PER_TOKEN:
+        length = min(spacing, wanted * characters)
+        pieces = [text[i * spacing : i * spacing + length] for i in range(num_samples)]
+        samples = [ids[:wanted] for ids in _tokenize(tokenizer, pieces)]
+        if all(len(ids) == wanted for ids in samples):
+            break
+    else:  # a short text: tokenize it whole
         ids = _tokenize(tokenizer, [text])[0]
         if len(ids) < num_samples * wanted:
             raise CalibrationError(

@@ -36,6 +36,8 @@ class CompensatedStatistics:
         """(I,) float32: mean |x| of every channel."""
         return self._statistics.mean_abs
 
+    is_sketch = False
+
     @cached_property
     def variances(self) -> Tensor:
         """v, (I,) float32. Raises NumericalError where the Gram matrix cannot be factorised."""

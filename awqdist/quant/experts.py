@@ -58,6 +58,11 @@ class SharedStatistics:
         """(I,) float32: mean |x| of every channel."""
         return self.block.mean_abs
 
+    @property
+    def is_sketch(self) -> bool:
+        """Whether a sketch of the block's input is all that is kept."""
+        return self.block.is_sketch
+
     def hold(self) -> AbstractContextManager[None]:
         """Keeps what is made for several questions."""
         return self.block.hold()
@@ -81,6 +86,8 @@ class SharedStatistics:
 
 class ExpertStatistics:
     """See the module. num_inputs: I; prior: complete by the time that anything is asked for; host: if rows are to lie in host memory."""
+
+    is_sketch = True  # where an error need not be exact
 
     def __init__(
         self,

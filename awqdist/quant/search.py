@@ -9,8 +9,8 @@ nearest, or what GPTQ leaves of it.
 
 In front of a mixture of experts one set of scales serves linears that read different rows: the shared ones all tokens, each expert its
 own. Such a mapping has several *groups*, whose errors are summed. Within the experts it is the other way round: as many mappings as
-experts, alike but for their numbers. Both go through in batches of experts, as products of (B, R, I) tensors. Where experts are
-screened, samples also decide: no expert's weights are rounded as a whole, and no error of all its rows is known.
+experts, alike but for their numbers. Both go through in batches of experts, as products of (B, R, I) tensors. Where errors
+are estimates anyway, as of experts and sketches, samples also decide: no weights are rounded as a whole, and no error of all rows is known.
 """
 
 from __future__ import annotations
@@ -27,11 +27,10 @@ from awqdist.quant.stacks import BalanceWeight, SearchGroup, Stack, batches, sta
 from awqdist.quant.stats import Statistics
 from awqdist.recipe import Smoothing
 
-_ROWS = (256, 8192)  # that rank the candidates, and the best few; used where a mapping has at least twice the former
-_ROWS_OF_GROUPS = (2048, 16384)  # the same of all groups together, where there are several
-_ROWS_OF_EXPERT = (128, 512)  # the same of a mapping within an expert
-_DECIDING_ROWS_OF_GROUPS = (2048, 8192)  # the same where all rows are not looked at afterwards
-_DECIDING_ROWS_OF_EXPERT = (64, 256)
+_SCREENED_ROWS = 512  # from which a mapping is screened
+# how many rank the candidates, and the best few: rows of one group, of several, of a mapping within an expert
+_ROWS = (256, 8192), (2048, 16384), (128, 512)
+_DECIDING_ROWS = (256, 512), (2048, 8192), (64, 256)  # the same where all rows are not looked at afterwards
 _LEAST_ROWS = 8  # of each group
 _NUM_FINALISTS = 3
 _NUM_DECIDED = 6  # as many where the larger sample decides
@@ -77,13 +76,11 @@ class _Search:
     def __init__(self, stacks: Sequence[Stack], num_groups: int, dtype: torch.dtype, *, shared: bool) -> None:
         self._stacks, self._dtype, self._shared = stacks, dtype, shared
         self._num_rows = sum(stack.num_rows * (len(stack.groups) if shared else 1) for stack in stacks)
-        self._screened = self._num_rows >= 2 * _ROWS[0]
-        self._on_samples = self._screened and any(stack.of_experts for stack in stacks)
-        of_expert, of_groups = _ROWS_OF_EXPERT, _ROWS_OF_GROUPS
-        if self._on_samples:
-            of_expert, of_groups = _DECIDING_ROWS_OF_EXPERT, _DECIDING_ROWS_OF_GROUPS
+        self._screened = self._num_rows >= _SCREENED_ROWS
+        self._on_samples = self._screened and any(stack.is_sketched for stack in stacks)
+        of_one, of_groups, of_expert = _DECIDING_ROWS if self._on_samples else _ROWS
         several = tuple(max(_LEAST_ROWS, rows // num_groups) for rows in of_groups)
-        self._sizes = (_ROWS if num_groups == 1 else several) if shared else of_expert  # rows of a group, by step
+        self._sizes = (of_one if num_groups == 1 else several) if shared else of_expert  # rows of a group, by step
 
     def choices(self, mean_abs: Tensor, source: Tensor, settings: Smoothing) -> list[ScaleChoice]:
         """mean_abs: (K, I)."""

@@ -1,7 +1,7 @@
 """A few rows that stand for many: a CountSketch (arXiv 1207.6365) of the tokens of an input site.
 
-Row b of the sketch S is the sum of every 512th token from the b-th on, each under a random sign. ‖S·Dᵀ‖² is ‖X·Dᵀ‖² on average, and costs
-O·I·512 instead of the O·I² of a Gram matrix. All candidates are measured with one S, so that they are ranked better than each is measured.
+Row b of the sketch S is the sum of every 256th token from the b-th on, each under a random sign. ‖S·Dᵀ‖² is ‖X·Dᵀ‖² on average, and costs
+O·I·256 instead of the O·I² of a Gram matrix. All candidates are measured with one S, so that they are ranked better than each is measured.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-SKETCH_ROWS = 512
+SKETCH_ROWS = 256
 
 
 class Sketch:
@@ -31,3 +31,13 @@ class Sketch:
             signs = self._signs[token : token + length]
             self.rows[bucket : bucket + length].addcmul_(rows[start : start + length], signs)
             start += length
+
+
+def is_sketched(num_inputs: int, num_tokens: int, *, exact: bool) -> bool:
+    """Whether all that is kept of an input is its sketch: if it may be, and is smaller than the rows and the Gram matrix."""
+    return num_held_rows(num_inputs, num_tokens, exact=exact) < min(num_inputs, num_tokens)
+
+
+def num_held_rows(num_inputs: int, num_tokens: int, *, exact: bool) -> int:
+    """How many rows of I values are kept of an input: of the activations, of their Gram matrix or of their sketch."""
+    return min(num_inputs, num_tokens) if exact else min(num_inputs, num_tokens, SKETCH_ROWS)

@@ -66,8 +66,8 @@ class Stack:
         return sum(b.weight.shape[0] for b in self.groups[0].balance if b.scheme == self.scheme)
 
     @property
-    def of_experts(self) -> bool:
-        return isinstance(self.groups[0].statistics, ExpertStatistics)
+    def is_sketched(self) -> bool:
+        return self.groups[0].statistics.is_sketch
 
     @contextmanager
     def hold(self) -> Iterator[None]:

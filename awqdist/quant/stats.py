@@ -7,7 +7,8 @@ For a candidate weight W' = W + D of a linear that reads X (T, I), the output er
 so XᵀX (I, I) is all that is needed, whatever T is. Where there are fewer tokens than inputs the rows X themselves are smaller
 and cheaper, and are kept instead. Both are exact; sums are float32 and additive over chunks.
 
-To rank candidates a sketch of X does as well where X is wide (`sketch.py`).
+To rank candidates a sketch of X does as well where X is wide (`sketch.py`). Where nobody asks for more, as under plain AWQ, a wide
+input is its sketch, which is kept like rows.
 
 Gram matrices that do not fit the device lie in host memory. A tile of one, all rows below some columns' place on the diagonal, is lent to
 the device for each sum, and for each error.
@@ -24,9 +25,10 @@ from torch import Tensor
 
 from awqdist.quant.lending import HOST, HostMemory, Lend
 from awqdist.quant.precision import exact_for, has_fast_bfloat16
-from awqdist.quant.sketch import SKETCH_ROWS, Sketch
+from awqdist.quant.sketch import SKETCH_ROWS, Sketch, is_sketched
 
 _SAMPLED_TOKENS = 64
+_CACHED_ROWS = 512  # of a chunk: what is made of so many stays in a CPU's cache
 _BLOCK = 256  # columns per block of a Gram matrix; only the blocks on and below its diagonal are multiplied
 
 
@@ -36,6 +38,10 @@ class Statistics(Protocol):
     @property
     def mean_abs(self) -> Tensor:
         """(I,) float32: mean |x| of every channel."""
+
+    @property
+    def is_sketch(self) -> bool:
+        """Whether errors are estimates, so that those of some rows tell as much as those of all."""
 
     def row_errors(self, difference: Tensor) -> Tensor:
         """The output error of every row of difference (O, I) float32: (O,) float64."""
@@ -51,23 +57,32 @@ class InputStatistics:
     """Statistics of one input site.
 
     num_inputs: I; num_tokens: how many tokens will be added in all, which decides the representation; device: where the activations
-    are; host: if the matrix or the rows are to lie in host memory.
+    are; host: if the matrix or the rows are to lie in host memory; exact: if a sketch will not do.
     """
 
-    def __init__(self, num_inputs: int, num_tokens: int, device: torch.device, host: HostMemory | None = None) -> None:
+    def __init__(
+        self,
+        num_inputs: int,
+        num_tokens: int,
+        device: torch.device,
+        host: HostMemory | None = None,
+        *,
+        exact: bool = True,
+    ) -> None:
         self.num_inputs = num_inputs
         self.num_tokens = 0
         self._host, self._home = host, device if host is None else HOST
         self._dtype = torch.float32  # of the activations
         self._sum_abs = torch.zeros(num_inputs, dtype=torch.float32, device=device)
-        self._keeps_rows = num_tokens < num_inputs
-        self._rows: list[Tensor] = []
-        self._gram = None if self._keeps_rows else torch.zeros(num_inputs, num_inputs, device=self._home)
+        sketched = is_sketched(num_inputs, num_tokens, exact=exact)
+        has_gram = num_tokens >= num_inputs and not sketched
+        self._gram = torch.zeros(num_inputs, num_inputs, device=self._home) if has_gram else None
         self._symmetric = True  # whether the blocks above the diagonal are filled in
         self._stride = max(1, num_tokens // _SAMPLED_TOKENS)
         self._sample: list[Tensor] = []
-        has_sketch = self._gram is not None and num_inputs >= 2 * SKETCH_ROWS
+        has_sketch = sketched or (has_gram and num_inputs >= 2 * SKETCH_ROWS)
         self._sketch = Sketch(num_inputs, num_tokens, device) if has_sketch else None
+        self._rows = [self._sketch.rows] if sketched and self._sketch else []
         self._rough: Tensor | None = None  # the sketch, or else the Gram matrix, in bfloat16
 
     def add(self, activations: Tensor) -> None:
@@ -76,17 +91,26 @@ class InputStatistics:
         first_token = self.num_tokens
         self._sample.append(rows[-first_token % self._stride :: self._stride].float())
         self.num_tokens += rows.shape[0]
-        wide = rows.to(
-            torch.float32, copy=self._gram is None
-        )  # rows that are kept are ours: the layer may go on to overwrite them
-        self._sum_abs += wide.abs().sum(0)
         self._dtype = rows.dtype
-        if self._gram is None:
+        for part in rows.split(rows.shape[0] if rows.is_cuda else _CACHED_ROWS):
+            self._add_rows(part, first_token)
+            first_token += part.shape[0]
+
+    def _add_rows(self, rows: Tensor, first_token: int) -> None:
+        keeps_rows = self._gram is None and self._sketch is None
+        wide = rows.to(torch.float32, copy=keeps_rows)  # what is kept is ours: the layer may go on to overwrite its own
+        self._sum_abs += wide.abs().sum(0)
+        if keeps_rows:
             self._rows.append(wide.to(self._home))
-            return
         if self._sketch is not None:
             self._sketch.add(wide, first_token)
-        self._add_product(self._gram, wide)
+        if self._gram is not None:
+            self._add_product(self._gram, wide)
+
+    @property
+    def is_sketch(self) -> bool:
+        """Whether a sketch is all that is kept."""
+        return self._gram is None and self._sketch is not None
 
     @property
     def mean_abs(self) -> Tensor:
@@ -143,7 +167,7 @@ class InputStatistics:
         self._rows = []
 
     def rows(self) -> Tensor:
-        """X, (T, I) float32, where the rows are what is kept."""
+        """X, (T, I) float32, where the rows are what is kept; or their sketch."""
         return torch.cat(self._rows) if self._rows else self._sum_abs.new_zeros(0, self.num_inputs)
 
     def sample(self) -> Tensor:
@@ -163,6 +187,8 @@ class InputStatistics:
 
     def row_errors(self, difference: Tensor) -> Tensor:
         """The output error of every row of difference (O, I) float32: (O,) float64."""
+        if self.is_sketch:
+            return self.rough_row_errors(difference)
         if self._gram is None:
             total = torch.zeros(difference.shape[0], dtype=torch.float64, device=difference.device)
             for rows in self._rows:
@@ -172,14 +198,12 @@ class InputStatistics:
 
     def rough_row_errors(self, difference: Tensor) -> Tensor:
         """`row_errors` of a sketch of the input, or else to about three digits: to rank, not to report. bfloat16 products where fast."""
-        if self._gram is None:
-            return self.row_errors(difference)
         is_fast = has_fast_bfloat16(difference.device)
         if self._sketch is not None:
             if self._rough is None:
                 self._rough = self._sketch.rows.bfloat16() if is_fast else self._sketch.rows
             return (difference.to(self._rough.dtype) @ self._rough.T).float().square_().sum(1).double()
-        if not is_fast:
+        if self._gram is None or not is_fast:
             return self.row_errors(difference)
         if self._rough is None:
             self._rough = self.gram_at_hand().bfloat16()

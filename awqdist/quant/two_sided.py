@@ -47,6 +47,10 @@ class OutputOrder:
         backwards, _ = factorised(weighting, order, _DAMPENING)
         return cls(order, backwards.mT.flip(0, 1).contiguous())
 
+    def weighted(self, difference: Tensor) -> Tensor:
+        """L·D of D (O, I): its squares are what counts of D's."""
+        return self.factor @ difference[self.order]
+
     def moves(self, blocks: Sequence[slice]) -> list[Tensor]:
         """Of every block of outputs, in this order: what the errors (…, p) of all before it are multiplied by, (p, o)."""
         return [

@@ -14,6 +14,8 @@ from awqdist.errors import AwqdistError
 from awqdist.quant.precision import has_fast_bfloat16
 from awqdist.run.events import WorkerStatus
 
+_IDLE_BYTES = 64 << 20  # by which resident memory grows before freed memory is given back
+
 
 def choose_device(name: str) -> torch.device:
     """The device of a name such as "auto", "cpu" or "cuda:1". Raises AwqdistError if it is not there."""
@@ -39,11 +41,26 @@ def compute_dtype(device: torch.device, checkpoint: torch.dtype) -> torch.dtype:
     return checkpoint if checkpoint == torch.bfloat16 and has_fast_bfloat16(device) else torch.float32
 
 
+class _Heap:
+    """Freed memory is given back once there may be much of it: pages that go and come again cost more than the arithmetic of a small
+    model."""
+
+    def __init__(self) -> None:
+        self._trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+        self._before = 0
+
+    def release(self) -> None:
+        if self._trim is not None and _resident_bytes() > self._before + _IDLE_BYTES:
+            self._trim(0)
+            self._before = _resident_bytes()
+
+
+_heap = _Heap()
+
+
 def release_host_memory() -> None:
     """Gives freed memory back to the system: glibc keeps blocks below 32 MB for itself, which over many layers adds up."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
+    _heap.release()
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -54,10 +71,15 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def _resident_bytes() -> int:
+    """Of this process; 0 where the system does not tell."""
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
+
+
 def worker_status(device: torch.device) -> WorkerStatus:
     """What this process and its GPU hold now, and how busy the GPU is where the driver can be asked."""
-    statm = Path("/proc/self/statm")
-    resident = int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
+    resident = _resident_bytes()
     if device.type != "cuda":
         return WorkerStatus(resident, 0, None)
     try:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import ceil, prod
 
 from awqdist.model.expert_products import takes_rows_by_expert
 from awqdist.quant.experts import SKETCHED_ROWS, max_rows
 from awqdist.quant.rounding_experts import num_side_by_side
+from awqdist.quant.sketch import is_sketched, num_held_rows
 from awqdist.quant.stacks import BATCH_BYTES
 from awqdist.recipe import WeightScheme
 from awqdist.run.device import compute_dtype
@@ -73,7 +74,7 @@ def _held_bytes(job: Job, task: LayerTask, residency: Residency) -> tuple[int, i
     num_values = sum(prod(e.shape) for e in entries.values())
     num_tokens, compute, width = _num_tokens(job), compute_bytes(job), job.skeleton.dtype.itemsize
     shared = [task.shapes[site[0]][1] for site in task.sites if site[0] not in task.routed]
-    matrices = sum(4 * width_in * min(width_in, num_tokens) for width_in in shared)
+    sketches, matrices = (_kept_bytes(job, shared, num_tokens, sketched=sketched) for sketched in (True, False))
     rows = _expert_statistics(job, task, num_tokens)
     loaded = sum(e.num_bytes for e in entries.values())
     at_hand = 4 * 3 * largest  # an expert's slice, its parts, and these in float32
@@ -93,16 +94,27 @@ def _held_bytes(job: Job, task: LayerTask, residency: Residency) -> tuple[int, i
         (_rounding_bytes(task, site, alike, residency, job.device.type) for site in task.sites), default=0
     )
     rounding = max(rounding, codes + _refitting_bytes(job, task))
-    device = loaded + max(forward, search, check, rounding)
+    device = loaded + sketches + max(forward, search, check, rounding)
     tiles = max((4 * width_in * min(width_in, _TILE_COLUMNS) for width_in in shared), default=0)
     device += tiles if residency.matrices else matrices
     device += 0 if residency.experts else rows
+    device += 4 * hidden_size(job) ** 2 if job.compensates_outputs else 0  # how much outputs count, from lm_head
     resting = (matrices if residency.matrices else 0) + _module_rows_bytes(job, task)
     if residency.experts:
         resting += rows + sum(prod(task.shapes[path]) for path in task.schemes if path in experts)
     if residency.factors:
         resting += 6 * max(shared, default=0) ** 2  # a factor, and room for inverting it
     return device, resting
+
+
+def _kept_bytes(job: Job, widths: Iterable[int], num_tokens: int, *, sketched: bool) -> int:
+    """Bytes of what is kept of inputs that are, or are not, kept as sketches."""
+    exact = job.recipe.fits_weights
+    return sum(
+        4 * width * num_held_rows(width, num_tokens, exact=exact)
+        for width in widths
+        if is_sketched(width, num_tokens, exact=exact) == sketched
+    )
 
 
 def _num_tokens(job: Job) -> int:
@@ -113,7 +125,7 @@ def _expert_statistics(job: Job, task: LayerTask, num_tokens: int) -> int:
     """Bytes of what is kept of the inputs of experts."""
     if job.settings.all_experts:
         inner = [task.shapes[first][1] for first, routed in task.routed.items() if routed.inner]
-        return sum(4 * width_in * min(width_in, num_tokens) for width_in in inner)
+        return sum(_kept_bytes(job, inner, num_tokens, sketched=sketched) for sketched in (True, False))
     return _expert_rows(job, task, num_tokens) * compute_bytes(job) + _sketches(job, task)
 
 
@@ -220,4 +232,8 @@ def compute_bytes(job: Job) -> int:
 
 def token_bytes(job: Job) -> int:
     """Of one token's hidden state, as it is kept between layers."""
-    return int(job.skeleton.model.config.get_text_config(decoder=True).hidden_size) * job.skeleton.dtype.itemsize
+    return hidden_size(job) * job.skeleton.dtype.itemsize
+
+
+def hidden_size(job: Job) -> int:
+    return int(job.skeleton.model.config.get_text_config(decoder=True).hidden_size)

@@ -66,7 +66,7 @@ class Gathering:
                 self._filled[first] = InnerStatistics((width, num_tokens), device, matrices, owners[first])
             elif routed is None or all_experts:
                 home = matrices if routed is None else of_experts
-                self._filled[first] = InputStatistics(width, num_tokens, device, home)
+                self._filled[first] = InputStatistics(width, num_tokens, device, home, exact=fitted)
             else:
                 prior = self._shared(routed)
                 if routed.inner:

@@ -1,4 +1,4 @@
-"""The records of rounded linears. Those of an expert's are made of some of its rows, and of a sketch of what it reads."""
+"""The records of rounded linears. Where what one reads is known by a sketch, they are made of that, and of some of its rows."""
 
 from __future__ import annotations
 
@@ -14,28 +14,33 @@ from awqdist.quant.stats import quadratic_form_rows, rough_form
 from awqdist.run.drafts import Draft
 from awqdist.run.records import LinearRecord
 
-_JUDGED_ROWS = 64  # of a linear of an expert that its record is made of
+_JUDGED_ROWS = 64  # of a linear whose input is known by a sketch, that its record is made of
 
 
 def linear_errors(draft: Draft, result: QuantizedWeight, sizes: Sequence[int]) -> Tensor:
     """Of every linear its output, its output error if it were not smoothed and rounded to nearest, and that of the result to its target,
-    squared and summed over the tokens: (n, 3) float64. sizes: rows of the n linears."""
-    statistics = draft.site.statistics
-    if isinstance(statistics, ExpertStatistics):
+    squared and summed over the tokens: (n, 3) float64. sizes: rows of the n linears. Where it is compensated over outputs, all three are
+    of what counts of them; of an expert's, of the outputs themselves."""
+    gram = draft.site.gram
+    if gram is None or isinstance(draft.site.statistics, ExpertStatistics):
         judged = list(_judged_rows(draft, sizes))
-        found = _sampled_row_errors(draft, result, torch.cat([rows for rows, _ in judged]), statistics)
+        found = _sampled_row_errors(draft, result, torch.cat([rows for rows, _ in judged]))
         each = found.split([rows.shape[0] for rows, _ in judged], 1)
         return torch.stack([errors @ counts for errors, (_, counts) in zip(each, judged, strict=True)])
-    gram = draft.site.gram
-    assert gram is not None
-    nearest = _nearest(draft, draft.weight / draft.site.scales)
-    signal = rough_form(draft.weight, gram), rough_form(nearest.mul_(draft.site.scales), gram)
-    found = torch.stack([*signal, quadratic_form_rows(result.dequantize().sub_(draft.target), gram)])  # (3, ΣO)
+    weighted = draft.site.outputs.weighted if draft.site.outputs else _unchanged
+    nearest = _nearest(draft, draft.weight / draft.site.scales).mul_(draft.site.scales)
+    signal = rough_form(weighted(draft.weight), gram), rough_form(weighted(nearest), gram)
+    difference = weighted(result.dequantize().sub_(draft.target))
+    found = torch.stack([*signal, quadratic_form_rows(difference, gram)])  # (3, ΣO)
     return torch.stack([errors.sum(1) for errors in found.split(list(sizes), 1)])
 
 
+def _unchanged(difference: Tensor) -> Tensor:
+    return difference
+
+
 def _judged_rows(draft: Draft, sizes: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Rows of each linear of an expert that its record is made of, (r,) int64, and how many rows each stands for, (r,) float64."""
+    """Rows of each linear that its record is made of, (r,) int64, and how many rows each stands for, (r,) float64."""
     energy = (draft.site.statistics.mean_abs / draft.site.scales).square()
     carried = grouped(energy, draft.scheme).sum(-1)  # (G,)
     importance = draft.weight_scale.float().square() @ carried  # (ΣO,)
@@ -46,14 +51,14 @@ def _judged_rows(draft: Draft, sizes: Sequence[int]) -> Iterator[tuple[Tensor, T
         first += size
 
 
-def _sampled_row_errors(draft: Draft, result: QuantizedWeight, rows: Tensor, statistics: ExpertStatistics) -> Tensor:
-    """(3, r) float64 of some rows (r,), as the sketch of an expert tells them."""
+def _sampled_row_errors(draft: Draft, result: QuantizedWeight, rows: Tensor) -> Tensor:
+    """(3, r) float64 of some rows (r,), as a sketch tells them."""
     scales, weight = draft.site.scales, draft.weight[rows]
     written = QuantizedWeight(result.codes[rows], result.weight_scale[rows], result.zero_point[rows], result.scheme)
     difference = written.dequantize().sub_(draft.target[rows]).div_(scales)
     original = weight.div_(scales)
     stacked = torch.cat([original, _nearest(draft, original), difference])
-    return statistics.rough_row_errors(stacked).view(3, -1)
+    return draft.site.statistics.rough_row_errors(stacked).view(3, -1)
 
 
 def _nearest(draft: Draft, original: Tensor) -> Tensor:

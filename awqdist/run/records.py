@@ -14,7 +14,7 @@ STAGES = ("read", "forward", "search", "round", "check", "write")
 @dataclass(frozen=True, slots=True)
 class MappingRecord:
     """The outcome of one scale search. Errors are ‖X·Dᵀ‖²_F over the calibration tokens, summed over `balance_layers`; under GPTQ what
-    its compensation is expected to leave of them. Those of large experts are estimates."""
+    its compensation is expected to leave of them. Estimates where inputs are known by a sketch: of experts, and wide ones of plain AWQ."""
 
     smooth_layer: str
     balance_layers: tuple[str, ...]
@@ -27,8 +27,8 @@ class MappingRecord:
 
 @dataclass(frozen=True, slots=True)
 class LinearRecord:
-    """The outcome of one quantized linear. Errors are relative, ‖X·Dᵀ‖²_F / ‖X·Wᵀ‖²_F, to about three digits; those of
-    experts are estimates, to about a tenth."""
+    """The outcome of one quantized linear. Errors are relative, ‖X·Dᵀ‖²_F / ‖X·Wᵀ‖²_F, to about three digits; estimates, to about a
+    tenth, where the input is known by a sketch."""
 
     name: str
     shape: tuple[int, int]  # (O, I)

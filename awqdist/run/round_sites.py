@@ -14,7 +14,6 @@ from torch import Tensor
 
 from awqdist.quant.absorb import correction
 from awqdist.quant.clip import clipped_range
-from awqdist.quant.experts import ExpertStatistics
 from awqdist.quant.grid import QuantizedWeight, grid_parameters, group_range, round_to_nearest
 from awqdist.quant.rounding import Columns, round_in_order
 from awqdist.quant.rounding_experts import num_side_by_side, round_gptq_side_by_side
@@ -116,14 +115,14 @@ def _alike(task: LayerTask, one: tuple[str, ...], other: tuple[str, ...]) -> boo
 
 
 def _site(paths: tuple[str, ...], state: _State) -> Site:
-    """Takes the Gram matrix out of the statistics, to hold only one. An expert's is made only if its linears are fitted to it."""
+    """Takes the Gram matrix out of the statistics, to hold only one. None is made of a sketch, unless linears are fitted to it."""
     statistics, recipe = state.sites.statistics[paths[0]], state.recipe
     scales = state.scales(paths[0])
-    fitted = recipe.fits_weights or not isinstance(statistics, ExpertStatistics)
+    needed = recipe.fits_weights or not statistics.is_sketch
     gram, corrected = None, None
     if isinstance(statistics, InnerStatistics):
         gram, corrected = _refitted(statistics, state)
-    elif fitted:
+    elif needed:
         gram = statistics.take_smoothed_gram(scales)
     return Site(
         statistics,

@@ -13,24 +13,25 @@ from math import ceil, prod
 from awqdist.quant.experts import SKETCHED_ROWS, max_rows
 from awqdist.quant.rounding import SUB_BLOCK
 from awqdist.quant.rounding_experts import num_side_by_side
-from awqdist.quant.sketch import SKETCH_ROWS
+from awqdist.quant.sketch import SKETCH_ROWS, is_sketched
 from awqdist.quant.two_sided import block_of_outputs
 from awqdist.recipe import WeightScheme
 from awqdist.run.estimate_layer import chunk_tokens, compute_bytes, routed_tokens
 from awqdist.run.inner import inner_owners, num_kept_rows
 from awqdist.run.job import Job
-from awqdist.run.operations import STAGES, Stage, Unit, Work
 from awqdist.run.plan import LayerTask
+from awqdist.run.work_units import STAGES, Stage, Unit, Work, attention_width
 
 _GRID_PASSES = 10  # rounding_difference: values read or written for each weight
 _GRID_OPERATIONS = 30
 _COLUMN_PASSES = 18  # GPTQ: the same for each weight, one column at a time
 _COLUMN_OPERATIONS = 12
-_RANKED, _RANKED_OF_GROUPS, _RANKED_OF_EXPERT = (256, 8192), (2048, 16384), (128, 512)  # rows of the search's samples
-_DECIDING_OF_GROUPS, _DECIDING_OF_EXPERT = (2048, 8192), (64, 256)  # the same where no other rows are looked at
+_SCREENED_ROWS = 512  # from which a mapping is screened
+_RANKED = (256, 8192), (2048, 16384), (128, 512)  # rows of the search's samples: of one group, of several, of an expert
+_DECIDING = (256, 512), (2048, 8192), (64, 256)  # the same where no other rows are looked at
 _LEAST_ROWS = 8
 _NUM_FINALISTS, _NUM_DECIDED = 3, 7
-_JUDGED_ROWS = 64  # of a linear of an expert
+_JUDGED_ROWS = 64  # of a linear whose input is known by a sketch
 _FACTOR_COLUMNS = 3000  # at so many columns factorising and inverting reach half the rate of a product
 _LINEAR_OPERATIONS = 300  # around the rounding of a site, and of each of its linears
 _SHRINKS = 11  # of a clip
@@ -75,7 +76,7 @@ class LayerWork:
         length = self._job.settings.sequence_length
         work.add(product="layer", flops=2 * self._tokens * self._linear_values())
         work.add(
-            product="attention", flops=self._tokens * length * self._attention_width()
+            product="attention", flops=self._tokens * length * attention_width(self._job, self._task)
         )  # causal: half of all pairs
         widths = sum(sum(shape) * self._share(path) for path, shape in self._task.shapes.items())
         width = compute_bytes(self._job) / 4
@@ -84,27 +85,22 @@ class LayerWork:
         work.add(values=3 * weights * width)  # checked, cast, experts fused
         work.add(operations=self._chunks * (60 + 16 * self._experts))
 
-    def _attention_width(self) -> int:
-        config = self._job.skeleton.model.config.get_text_config(decoder=True)
-        if self._task.layer >= self._job.skeleton.num_layers:
-            return 0
-        heads = int(getattr(config, "num_attention_heads", 0) or 0)
-        each = int(getattr(config, "head_dim", 0) or config.hidden_size // max(heads, 1))
-        nope, rope, value = (
-            int(getattr(config, n, 0) or 0) for n in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-        )
-        return heads * ((nope + rope + value) if nope else 2 * each)
-
     def _statistics(self, work: Work) -> None:
         for unit in self._units(self._task.sites, whole_sites=True):
             work.add(values=10 * unit.count * unit.tokens * unit.columns)
             if unit.is_expert:
                 continue
-            blocks = self._chunks * ceil(unit.columns / _BLOCK)
-            if self._tokens >= unit.columns:
+            if self._is_sketched(unit):
+                work.add(values=3 * unit.tokens * unit.columns, operations=4 * self._chunks)
+            elif self._tokens >= unit.columns:
+                blocks = self._chunks * ceil(unit.columns / _BLOCK)
                 gram = unit.tokens * unit.columns * (unit.columns + _BLOCK)  # on and below the diagonal
                 work.add(product="statistics", flops=gram, operations=blocks + 6 * self._chunks)
                 work.add(values=2 * self._chunks * unit.columns * (unit.columns + _BLOCK) / 2)
+
+    def _is_sketched(self, unit: Unit) -> bool:
+        exact = unit.is_expert or self._job.recipe.fits_weights
+        return is_sketched(unit.columns, self._tokens, exact=exact)
 
     def _units(self, sites: Iterable[tuple[str, ...]], *, whole_sites: bool = False) -> Iterator[Unit]:
         """Units of sites; with `whole_sites` also those without a quantized linear. Experts alike are one unit that counts many times."""
@@ -133,13 +129,13 @@ class LayerWork:
         assert smoothing is not None
         units = list(self._groups(balance))
         num_units = sum(unit.count for unit in units)
-        screened = sum(unit.count * unit.rows for unit in units) >= 2 * _RANKED[0]
-        decides = screened and self._job.recipe.rounding.method == "nearest" and any(unit.is_expert for unit in units)
-        of_groups = _DECIDING_OF_GROUPS if decides else _RANKED_OF_GROUPS
-        of_expert = _DECIDING_OF_EXPERT if decides else _RANKED_OF_EXPERT
+        screened = sum(unit.count * unit.rows for unit in units) >= _SCREENED_ROWS
+        nearest = self._job.recipe.rounding.method == "nearest"
+        decides = screened and nearest and any(unit.is_expert or self._is_sketched(unit) for unit in units)
+        of_one, of_groups, of_expert = _DECIDING if decides else _RANKED
         first, second = (max(_LEAST_ROWS, rows // num_units) for rows in of_groups)
         if num_units == 1:
-            first, second = of_expert if units[0].is_expert else _RANKED
+            first, second = of_expert if units[0].is_expert else of_one
         for unit in units:
             weights = unit.count * unit.rows * unit.columns
             work.add(values=7 * weights, operations=12 * unit.count)  # stacked, their means, scaled at the end
@@ -165,11 +161,12 @@ class LayerWork:
         self, work: Work, unit: Unit, rows: float, calls: float, *, rough: bool = False, sketched: bool = False
     ) -> None:
         """d·G·dᵀ of rows d, or the same through the kept rows of the activations, or through a sketch of them."""
-        if not unit.is_expert and self._tokens < unit.columns:
+        is_sketch = self._is_sketched(unit)
+        if not unit.is_expert and not is_sketch and self._tokens < unit.columns:
             work.add(flops=2 * rows * unit.columns * unit.tokens, values=2 * rows * unit.tokens, operations=4 * calls)
-        elif rough:
-            width = SKETCH_ROWS if sketched and unit.columns >= 2 * SKETCH_ROWS else unit.columns
-            width = SKETCHED_ROWS if unit.is_expert else width
+        elif rough or is_sketch:
+            narrow = is_sketch or (sketched and unit.columns >= 2 * SKETCH_ROWS)
+            width = SKETCHED_ROWS if unit.is_expert else SKETCH_ROWS if narrow else unit.columns
             work.add(product="rough", flops=2 * rows * unit.columns * width)
             work.add(values=2 * rows * (unit.columns + width), operations=6 * calls)
         else:
@@ -189,14 +186,15 @@ class LayerWork:
         work.add(operations=2 * (60 + 6 * self._experts))
 
     def _round(self, work: Work, unit: Unit) -> None:
-        recipe, columns = self._job.recipe, unit.columns
+        recipe, columns, sampled = self._job.recipe, unit.columns, unit.is_expert or self._is_sketched(unit)
         weights = unit.count * unit.rows * columns
-        if unit.is_expert and recipe.fits_weights:
-            self._expert_gram(work, unit)
-        elif not unit.is_expert and self._tokens < columns:
-            work.add(flops=2 * unit.tokens * columns**2)
-        work.add(values=unit.count * (4 + 2 * unit.linears) * columns**2 + 12 * weights)
-        work.add(operations=_LINEAR_OPERATIONS * unit.count * (1 + unit.linears))
+        if recipe.fits_weights or not sampled:
+            work.add(values=unit.count * (4 + 2 * unit.linears) * columns**2)
+            if unit.is_expert:
+                self._expert_gram(work, unit)
+            elif self._tokens < columns:
+                work.add(flops=2 * unit.tokens * columns**2)
+        work.add(values=12 * weights, operations=_LINEAR_OPERATIONS * unit.count * (1 + unit.linears))
         if recipe.clip:
             group = _group_size(next(iter(self._task.schemes.values())), columns)
             work.add(flops=_SHRINKS * 2 * group * weights, values=_SHRINKS * 14 * weights, operations=_SHRINKS * 20)
@@ -208,10 +206,10 @@ class LayerWork:
             pieces = ceil(unit.count / side_by_side) * columns
             work.add(values=(_COLUMN_PASSES + SUB_BLOCK / 2) * weights, operations=_COLUMN_OPERATIONS * pieces)
         linears = unit.count * unit.linears
-        rows = min(unit.count * unit.rows, _JUDGED_ROWS * linears) if unit.is_expert else unit.count * unit.rows
+        rows = min(unit.count * unit.rows, _JUDGED_ROWS * linears) if sampled else unit.count * unit.rows
         self._form(work, unit, rows, linears, rough=True)  # the signal; to nearest; what is written
         self._candidates(work, unit, rows, linears, rough=True, sketched=False)
-        self._form(work, unit, rows, linears, rough=unit.is_expert)
+        self._form(work, unit, rows, linears, rough=sampled)
 
     def _compensate(self, work: Work, unit: Unit) -> None:
         """What two-sided compensation adds: targets that are moved, and the way from the first block of outputs to the last."""

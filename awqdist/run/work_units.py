@@ -1,10 +1,13 @@
-"""Amounts of arithmetic, by what decides how long it takes."""
+"""What the arithmetic of a layer is counted in."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Literal
+
+from awqdist.run.job import Job
+from awqdist.run.plan import LayerTask
 
 Product = Literal[
     "layer", "attention", "statistics", "exact", "rough", "factor"
@@ -43,3 +46,16 @@ class Unit:
     tokens: int
     is_expert: bool
     count: int = 1
+
+
+def attention_width(job: Job, task: LayerTask) -> int:
+    """Values of queries and of outputs that a token has over all heads of its layer."""
+    config = job.skeleton.model.config.get_text_config(decoder=True)
+    if task.layer >= job.skeleton.num_layers:
+        return 0
+    heads = int(getattr(config, "num_attention_heads", 0) or 0)
+    each = int(getattr(config, "head_dim", 0) or config.hidden_size // max(heads, 1))
+    nope, rope, value = (
+        int(getattr(config, n, 0) or 0) for n in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+    )
+    return heads * ((nope + rope + value) if nope else 2 * each)
