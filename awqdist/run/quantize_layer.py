@@ -34,6 +34,7 @@ from awqdist.run.round_sites import SmoothedSites, round_sites
 from awqdist.run.stopwatch import Stopwatch
 
 Parameters = Mapping[str, Tensor]
+TRIAL_TOKENS = 64  # that the function check is made with
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +49,8 @@ class Method:
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """What the function check runs: the layer and its fused experts, one sequence of its inputs (1, L, H), and its other arguments."""
+    """What the function check runs: the layer and its fused experts, the beginning of a sequence of its inputs (1, L, H), and its other
+    arguments."""
 
     layer: nn.Module
     experts: tuple[FusedParameter, ...]

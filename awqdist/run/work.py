@@ -20,6 +20,7 @@ from awqdist.run.estimate_layer import chunk_tokens, compute_bytes, routed_token
 from awqdist.run.inner import inner_owners, num_kept_rows
 from awqdist.run.job import Job
 from awqdist.run.plan import LayerTask
+from awqdist.run.quantize_layer import TRIAL_TOKENS
 from awqdist.run.work_units import STAGES, Stage, Unit, Work, attention_width
 
 _GRID_PASSES = 10  # rounding_difference: values read or written for each weight
@@ -181,7 +182,7 @@ class LayerWork:
     def _check(self, work: Work) -> None:
         values = sum(prod(shape) for shape in self._task.shapes.values())
         experts = sum(prod(shape) for path, shape in self._task.shapes.items() if path in self._routed)
-        length = self._job.settings.sequence_length
+        length = min(self._job.settings.sequence_length, TRIAL_TOKENS)
         work.add(flops=2 * 2 * length * self._linear_values(), values=2 * (2 * values + 2 * experts))
         work.add(operations=2 * (60 + 6 * self._experts))
 

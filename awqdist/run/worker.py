@@ -34,7 +34,7 @@ from awqdist.run.inner import inner_owners
 from awqdist.run.job import Job, token_chunks
 from awqdist.run.layer_io import LoadedLayer, SearchedLayer, SourceChecksums, check_named, read_outside
 from awqdist.run.plan import LayerTask
-from awqdist.run.quantize_layer import LayerResult, Method, Trial, quantize_layer
+from awqdist.run.quantize_layer import TRIAL_TOKENS, LayerResult, Method, Trial, quantize_layer
 from awqdist.run.readout import output_order
 from awqdist.run.residency import Bench
 from awqdist.run.stopwatch import Stopwatch
@@ -65,6 +65,7 @@ class Worker:
         self._method = Method(job.recipe, job.format)
         self._token_chunks: list[Tensor] = []
         self._calls: list[list[LayerCall]] = []  # by chunk, then by layer
+        self._trial_calls: list[LayerCall] = []  # by layer
         self._final: dict[str, Tensor] = {}  # what the inputs of lm_head are made with
         self._layer: _Layer | None = None
 
@@ -76,6 +77,8 @@ class Worker:
         self._method = Method(self._job.recipe, self._job.format, outputs)
         distinct: list[list[LayerCall]] = []  # calls are equal for chunks of equal shape; they are kept once
         self._token_chunks = token_chunks(self._job.settings, samples)
+        beginning = samples[:1, :TRIAL_TOKENS].to(self._job.device)
+        self._trial_calls = record_calls(self._job.skeleton, outside, beginning)[1]
         for tokens in self._token_chunks:
             hidden, calls = record_calls(self._job.skeleton, outside, tokens.to(self._job.device))
             known = next((d for d in distinct if all(a.equals(b) for a, b in zip(d, calls, strict=True))), None)
@@ -114,7 +117,8 @@ class Worker:
             else:
                 module, call = job.skeleton.layers[layer.task.layer], self._calls[index][layer.task.layer]
                 if layer.trial is None:
-                    layer.trial = Trial(module, self._experts(layer.task), chunk[:1].to(job.device), call)
+                    first = chunk[:1, :TRIAL_TOKENS].to(job.device)
+                    layer.trial = Trial(module, self._experts(layer.task), first, self._trial_calls[layer.task.layer])
                 routed = layer.gathering.expert_watches() if layer.gathering else {}
                 call = call.cast(job.device, self._dtype)
                 with self._complete(layer) as working:
