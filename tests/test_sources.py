@@ -464,12 +464,13 @@ def test_every_byte_is_read_once_by_who_needs_it_and_plan_knows(model: Path, tmp
     layers = [sum(e.stored_bytes for n, e in stored.items() if f".layers.{i}." in n) for i in range(2)]
     outside = sum(e.stored_bytes for n, e in stored.items() if ".layers." not in n)
     embeddings = sum(stored[n].stored_bytes for n in ("model.embed_tokens.weight", "model.norm.weight"))
-    assert told == {(0, None): [embeddings], (0, 0): [layers[0]], (0, 1): [layers[1]], (None, None): [outside]}
+    head = stored["lm_head.weight"].stored_bytes  # which tells GPTQ what counts
+    assert told == {(0, None): [embeddings, head], (0, 0): [layers[0]], (0, 1): [layers[1]], (None, None): [outside]}
     shape = ("--num-samples", 4, "--seq-len", 16, "--chunk-tokens", 32, "--device", "cpu")
     planned = awqdist("plan", source, "--recipe", tmp_path / "recipe.yaml", *shape, "--json")
     estimate = json.loads(planned.stdout)["estimate"]
     assert [layer["read_bytes"] for layer in estimate["layers"]] == layers
-    assert estimate["embedding_bytes"] == embeddings
+    assert estimate["embedding_bytes"] == embeddings + head
     assert estimate["read_bytes"] == sum(sum(sizes) for sizes in told.values())
     written = sum(file.stat().st_size for file in (tmp_path / "output").glob("*.safetensors"))
     assert estimate["written_bytes"] == pytest.approx(written, rel=0.1)  # of headers the plan knows nothing
