@@ -171,7 +171,7 @@ def test_a_plan_of_deepseek_v3_takes_less_than_ten_seconds_and_two_gigabytes(tmp
     assert usage.ru_maxrss < 2_000_000
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert len(plan["layers"][60]["quantized"]) == 256 * 3 + 3 + 5
-    assert plan["estimate"]["read_bytes"] == pytest.approx(690.4e9, rel=0.001)  # a byte per weight, embeddings twice
+    assert plan["estimate"]["read_bytes"] == pytest.approx(692.2e9, rel=0.001)  # a byte per weight; embeddings and lm_head twice
 
 
 def test_layers_dealt_to_workers_are_read_and_written_by_them(tiny: Tiny) -> None:
