@@ -19,8 +19,8 @@ from awqdist.errors import CalibrationError, CheckpointError
 from awqdist.model import config, registry
 from awqdist.recipe import AWQMapping, MappingPattern, Recipe, load_recipe
 from awqdist.recipe.settings import Placement, RunSettings
-from awqdist.run.estimate import chunk_budget
 from awqdist.run.events import Listen, Message
+from awqdist.run.forecast.estimate import chunk_budget
 from awqdist.run.job import Job, prepare
 from awqdist.run.output import check_output
 from awqdist.run.records import RunSummary

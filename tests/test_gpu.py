@@ -13,7 +13,7 @@ from tiny_models import GROUP_SIZE, tiny_checkpoint, tiny_text
 from awqdist import RunSettings, load_recipe, quantize
 from awqdist.checkpoint.index import read_index
 from awqdist.quant.stats import InputStatistics
-from awqdist.run.estimate import estimate
+from awqdist.run.forecast.estimate import estimate
 from awqdist.run.job import prepare
 from awqdist.run.records import RunSummary
 

@@ -26,9 +26,10 @@ from awqdist.quant.stacks import BATCH_BYTES
 from awqdist.quant.stats import InputStatistics
 from awqdist.recipe import load_recipe
 from awqdist.recipe.settings import RunSettings
-from awqdist.run import estimate_layer, residency
-from awqdist.run.estimate import estimate
+from awqdist.run import residency
 from awqdist.run.events import Event
+from awqdist.run.forecast import estimate_layer
+from awqdist.run.forecast.estimate import estimate
 from awqdist.run.job import Job, prepare
 from awqdist.run.residency import LEVELS, Residency
 from awqdist.run.ring import Assignment, work

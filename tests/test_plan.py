@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from awqdist.errors import OffloadError
 from awqdist.recipe import load_recipe
 from awqdist.recipe.settings import RunSettings
-from awqdist.run.estimate import Estimate, estimate
+from awqdist.run.forecast.estimate import Estimate, estimate
 from awqdist.run.job import prepare
 
 

@@ -21,7 +21,7 @@ from tiny_models import families, moe_families, tiny_checkpoint
 
 from awqdist.checkpoint.source import read_source
 from awqdist.model.skeleton import read_config
-from awqdist.run.bare_config import index_of_config
+from awqdist.run.forecast.bare_config import index_of_config
 
 MODELS = Path(__file__).parents[1] / "configs" / "models"
 TYPICAL = ("llama", "gemma3-vision", "gpt-neox", "phi3", "mixtral", "deepseek-v3", "minimax-m2", "afmoe")
@@ -171,7 +171,9 @@ def test_a_plan_of_deepseek_v3_takes_less_than_ten_seconds_and_two_gigabytes(tmp
     assert usage.ru_maxrss < 2_000_000
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert len(plan["layers"][60]["quantized"]) == 256 * 3 + 3 + 5
-    assert plan["estimate"]["read_bytes"] == pytest.approx(692.2e9, rel=0.001)  # a byte per weight; embeddings and lm_head twice
+    assert plan["estimate"]["read_bytes"] == pytest.approx(
+        692.2e9, rel=0.001
+    )  # a byte per weight; embeddings and lm_head twice
 
 
 def test_layers_dealt_to_workers_are_read_and_written_by_them(tiny: Tiny) -> None:

@@ -16,12 +16,12 @@ from tiny_models import tiny_checkpoint
 
 from awqdist.recipe import load_recipe
 from awqdist.recipe.settings import RunSettings
-from awqdist.run.estimate import estimate
+from awqdist.run.doctor.machine import MachineProfile
+from awqdist.run.forecast.estimate import estimate
+from awqdist.run.forecast.predict import RunForecast, predict
+from awqdist.run.forecast.simulate import simulate
 from awqdist.run.job import prepare
-from awqdist.run.machine import MachineProfile
-from awqdist.run.predict import RunForecast, predict
 from awqdist.run.schedule import Schedule
-from awqdist.run.simulate import simulate
 
 MACHINE = MachineProfile(
     host="made up",

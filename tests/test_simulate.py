@@ -14,9 +14,7 @@ import pytest
 from command_line import awqdist
 from conftest import NUM_LAYERS, Tiny
 
-from awqdist.run.journal import read_journal
-from awqdist.run.schedule import Order, Schedule
-from awqdist.run.simulate import (
+from awqdist.run.forecast.simulate import (
     Point,
     StepTimes,
     best_num_chunks,
@@ -26,6 +24,8 @@ from awqdist.run.simulate import (
     sweep,
     worker_counts,
 )
+from awqdist.run.journal import read_journal
+from awqdist.run.schedule import Order, Schedule
 
 ORDERS: tuple[Order, ...] = get_args(Order)
 HIDDEN = [StepTimes(1, search) for search in (0, 0.5, 4, 20)]  # reading, writing and sending cost nothing

@@ -18,11 +18,11 @@ from awqdist.cli.tables import show_bytes, show_layers, show_percent, show_secon
 from awqdist.recipe import load_recipe
 from awqdist.recipe.settings import RunSettings
 from awqdist.run.device import choose_device
-from awqdist.run.estimate import Estimate, Placement, WorkerEstimate, deal, estimate, placement
+from awqdist.run.doctor.machine import MachineProfile
+from awqdist.run.forecast.estimate import Estimate, Placement, WorkerEstimate, deal, estimate, placement
+from awqdist.run.forecast.predict import RunForecast, predict
 from awqdist.run.job import Job, foresee
-from awqdist.run.machine import MachineProfile
 from awqdist.run.plan import Plan
-from awqdist.run.predict import RunForecast, predict
 
 
 @dataclass(frozen=True, slots=True)

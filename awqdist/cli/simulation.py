@@ -14,10 +14,7 @@ from rich.table import Table
 from awqdist.cli.tables import show_percent, show_seconds
 from awqdist.errors import AwqdistError, OutputError
 from awqdist.recipe.settings import RunSettings
-from awqdist.run.journal import JOURNAL_FILE, read_journal
-from awqdist.run.output import STATE_FOLDER
-from awqdist.run.schedule import Order, Schedule
-from awqdist.run.simulate import (
+from awqdist.run.forecast.simulate import (
     Point,
     Simulation,
     StepTimes,
@@ -28,6 +25,9 @@ from awqdist.run.simulate import (
     sweep,
     worker_counts,
 )
+from awqdist.run.journal import JOURNAL_FILE, read_journal
+from awqdist.run.output import STATE_FOLDER
+from awqdist.run.schedule import Order, Schedule
 
 _SHOWN_COUNTS = (1, 2, 4, 8, 16, 32, 64)
 _ORDERS: tuple[Order, ...] = ("search first", "forward first")

@@ -21,8 +21,8 @@ from awqdist.export.formats import Format, output_format
 from awqdist.model.skeleton import Skeleton, build_skeleton, read_config
 from awqdist.recipe import Recipe
 from awqdist.recipe.settings import RunSettings
-from awqdist.run.bare_config import index_of_config
 from awqdist.run.device import choose_device, compute_dtype
+from awqdist.run.forecast.bare_config import index_of_config
 from awqdist.run.journal import read_journal
 from awqdist.run.plan import Plan, make_plan
 from awqdist.run.records import LayerRecord

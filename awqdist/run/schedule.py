@@ -4,7 +4,7 @@ Layers are dealt to workers like cards, in blocks of `layers_per_block`. Chunks 
 from worker to worker; one worker does all of a layer, in a fixed order, so that the bytes do not depend on how many there are.
 
 A worker searches a layer before it forwards its next one, although chunks may be waiting by then. In simulations
-(`awqdist.run.simulate`, L layers, N workers, C chunks) with blocks of one layer, forwarding first never ended earlier. With reading,
+(`run/forecast/simulate.py`, L layers, N workers, C chunks) with blocks of one layer, forwarding first never ended earlier. With reading,
 writing and sending hidden it ends at the same time, but min(t_search, (N − C)·t_chunk) later where L > N > C: the worker waits for a chunk
 when it could search. Reading and writing slow it down, for two forwards or two writes follow each other without a search in between. And
 it holds two layers and their statistics instead of one. It does end earlier, by up to t_search, where a resumed run left gaps: a layer that

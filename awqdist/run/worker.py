@@ -27,8 +27,8 @@ from awqdist.model.forward import (
 )
 from awqdist.quant.lending import LentTensors
 from awqdist.run.device import compute_dtype, peak_memory_bytes, release_host_memory
-from awqdist.run.estimate_layer import estimate_layer
 from awqdist.run.events import ChunkForwarded, Emit, MappingSearched, StageStarted
+from awqdist.run.forecast.estimate_layer import estimate_layer
 from awqdist.run.gather import Gathering
 from awqdist.run.inner import inner_owners
 from awqdist.run.job import Job, token_chunks

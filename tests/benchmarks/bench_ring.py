@@ -26,8 +26,8 @@ from bench_llm_compressor import write_random_llama
 
 from awqdist.run.event_log import EVENTS_FILE, last_run, read_events
 from awqdist.run.events import LayerFinished, RunStarted
+from awqdist.run.forecast.simulate import measured_times, simulate
 from awqdist.run.schedule import Schedule
-from awqdist.run.simulate import measured_times, simulate
 from awqdist.run.timeline import Timeline, timeline
 
 

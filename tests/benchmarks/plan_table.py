@@ -15,10 +15,10 @@ import torch
 
 from awqdist.recipe import load_recipe
 from awqdist.recipe.settings import RunSettings
-from awqdist.run.estimate import deal, estimate
+from awqdist.run.doctor.machine import MachineProfile
+from awqdist.run.forecast.estimate import deal, estimate
+from awqdist.run.forecast.predict import predict
 from awqdist.run.job import foresee
-from awqdist.run.machine import MachineProfile
-from awqdist.run.predict import predict
 from awqdist.run.schedule import Schedule
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -11,14 +11,14 @@ from dataclasses import asdict, dataclass, replace
 from math import prod
 from typing import Any
 
-from awqdist.run.estimate_layer import LayerEstimate, chunk_tokens, compute_bytes, token_bytes
+from awqdist.run.doctor.machine import MachineProfile
+from awqdist.run.forecast.estimate_layer import LayerEstimate, chunk_tokens, compute_bytes, token_bytes
+from awqdist.run.forecast.simulate import Simulation, StepTimes, simulate
+from awqdist.run.forecast.work import LayerWork
+from awqdist.run.forecast.work_units import STAGES, Product, Work
 from awqdist.run.job import Job
-from awqdist.run.machine import MachineProfile
 from awqdist.run.plan import LayerTask
 from awqdist.run.schedule import Schedule
-from awqdist.run.simulate import Simulation, StepTimes, simulate
-from awqdist.run.work import LayerWork
-from awqdist.run.work_units import STAGES, Product, Work
 
 _REACHED: dict[Product, float] = {
     "layer": 0.85,
