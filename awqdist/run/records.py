@@ -36,7 +36,7 @@ class LinearRecord:
     group_size: int
     symmetric: bool
     relative_error_nearest: float  # round-to-nearest without smoothing of its inputs
-    relative_error: float  # what was written
+    relative_error: float  # what was written; both of what counts where outputs are compensated (`linear_errors`)
     clipped_share: float  # share of groups whose range was shrunk
     num_dead_inputs: int  # input channels that were always zero
 
