@@ -1,4 +1,4 @@
-"""A tiny random Llama with tokenizer, text and recipe, for tests of everything around the algorithm."""
+"""Fixtures that most tests share."""
 
 from __future__ import annotations
 
@@ -11,60 +11,17 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from support.tiny_llama import NUM_LAYERS, Tiny, write_tiny
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
 torch.set_num_threads(1)
 disable_progress_bar()  # transformers' own, of checkpoints that tests save and load
-
-NUM_LAYERS = 4
-TEXT = "".join(
-    f"the quick brown fox number {i} jumps over the lazy dog while {i * 7 % 13} ducks swim on the river {i * i}\n"
-    for i in range(400)
-)
-RECIPE = """
-default_stage:
-  default_modifiers:
-    AWQModifier: {n_grid: 4}
-    GPTQModifier:
-      ignore: [lm_head]
-      config_groups:
-        group_0:
-          targets: [Linear]
-          weights: {num_bits: 4, type: int, symmetric: false, strategy: group, group_size: 32}
-"""
-
-
-@dataclass(frozen=True)
-class Tiny:
-    """Paths of a model and of what is needed to quantize it. Tests must not change them: copy first."""
-
-    model: Path
-    text: Path
-    recipe: Path
-
-    def options(self, *more: object) -> tuple[object, ...]:
-        """Options of a short run: 8 samples of 32 tokens, in 2 chunks, with a snapshot at every layer."""
-        given = {
-            "--recipe": self.recipe,
-            "--calibration": self.text,
-            "--num-samples": 8,
-            "--seq-len": 32,
-            "--chunk-tokens": 128,
-            "--snapshot-every": 1,
-            "--device": "cpu",
-            "--progress": "json",
-        }
-        changed = dict(zip(more[::2], more[1::2], strict=True))
-        return (*(part for pair in {**given, **changed}.items() for part in pair), "--no-report")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -77,38 +34,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     return write_tiny(tmp_path_factory.mktemp("tiny"), NUM_LAYERS)
-
-
-def write_tiny(folder: Path, num_layers: int) -> Tiny:
-    """A model of so many layers, with what belongs to it."""
-    (folder / "text.txt").write_text(TEXT)
-    (folder / "recipe.yaml").write_text(RECIPE)
-    model = folder / "model"
-    write_tokenizer(model)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=128,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=num_layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        initializer_range=0.1,
-        tie_word_embeddings=False,
-    )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(model)
-    return Tiny(model, folder / "text.txt", folder / "recipe.yaml")
-
-
-def write_tokenizer(folder: Path) -> None:
-    """A tokenizer of 128 tokens that begins every text with <s>."""
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    trainer = trainers.BpeTrainer(vocab_size=128, special_tokens=["<s>", "<unk>"], show_progress=False)
-    tokenizer.train_from_iterator(TEXT.splitlines(), trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", unk_token="<unk>").save_pretrained(folder)
 
 
 Spoil = Callable[[dict[str, Tensor]], None]
@@ -133,7 +58,7 @@ def copied(tiny: Tiny, tmp_path: Path) -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def undisturbed(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output of one run that nothing disturbed. Not to be changed."""
-    from command_line import awqdist
+    from support.command_line import awqdist
 
     output = tmp_path_factory.mktemp("undisturbed") / "output"
     outcome = awqdist("quantize", tiny.model, output, *tiny.options())

@@ -8,8 +8,8 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from command_line import awqdist, model_files
-from conftest import NUM_LAYERS, Tiny
+from support.command_line import awqdist, model_files
+from support.tiny_llama import NUM_LAYERS, Tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from awqdist import (

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import GROUP_SIZE, tiny_checkpoint, tiny_text
+from support.tiny_models import GROUP_SIZE, tiny_checkpoint, tiny_text
 
 from awqdist import RunSettings, load_recipe, quantize
 from awqdist.checkpoint.index import read_index

@@ -1,0 +1,54 @@
+"""What the search takes for the error after GPTQ, against least squares and against GPTQ itself."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from support.quant_oracles import activations, output_error, random_weight, statistics_of
+
+from awqdist.quant.compensated import CompensatedStatistics, stacked_row_errors
+from awqdist.quant.grid import grid_parameters, group_range, rounding_difference
+from awqdist.quant.rounding import round_gptq
+from awqdist.recipe import Rounding, WeightScheme
+
+SCHEME = WeightScheme(4, symmetric=False, group_size=32)
+BARELY_DAMPED = Rounding("gptq", 1e-7)
+
+
+@pytest.mark.parametrize("actorder", [True, False])
+def test_a_variance_is_what_the_inputs_rounded_later_do_not_tell_of_an_input(actorder: bool) -> None:
+    x = activations(200, 12, outlier=3)
+    found = CompensatedStatistics(statistics_of(x), Rounding("gptq", 1e-7, actorder)).variances
+
+    rows = x.double().numpy()
+    order = np.argsort(-(rows**2).sum(0)) if actorder else np.arange(12)
+    for place, channel in enumerate(order):
+        later = rows[:, order[place + 1 :]]
+        told = later @ np.linalg.lstsq(later, rows[:, channel], rcond=None)[0]
+        assert float(found[channel]) == pytest.approx(((rows[:, channel] - told) ** 2).sum(), rel=5e-3)
+
+
+@pytest.mark.parametrize("num_tokens", [400, 60], ids=["gram", "rows"])
+def test_the_error_after_gptq_is_foretold(num_tokens: int) -> None:
+    x, weight = activations(num_tokens, 96, outlier=3), random_weight(200, 96)
+    statistics, rounding = statistics_of(x), Rounding("gptq", 0.01)
+    nearest = rounding_difference(weight, torch.ones(96), SCHEME, torch.float32)
+
+    foretold = float(CompensatedStatistics(statistics, rounding).row_errors(nearest).sum())
+
+    grid = grid_parameters(*group_range(weight, SCHEME), SCHEME)
+    rounded = round_gptq(weight, statistics.gram(), *grid, SCHEME, rounding).dequantize() - weight
+    damped = 0.01 * float(statistics.gram().diagonal().mean()) * float(rounded.square().sum())
+    assert foretold == pytest.approx(output_error(x.numpy(), rounded.numpy()) + damped, rel=0.15)
+    assert foretold < 0.7 * output_error(x.numpy(), nearest.numpy())
+
+
+def test_many_sites_are_judged_as_each_alone() -> None:
+    sites = [CompensatedStatistics(statistics_of(activations(50, 16, seed)), BARELY_DAMPED) for seed in range(3)]
+    differences = torch.stack([random_weight(5, 16, seed) for seed in range(3)])
+
+    found = stacked_row_errors(sites, differences)
+
+    alone = [site.row_errors(difference) for site, difference in zip(sites, differences, strict=True)]
+    torch.testing.assert_close(found, torch.stack(alone))
