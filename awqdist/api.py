@@ -16,14 +16,14 @@ from awqdist.backends.room import choose_backend
 from awqdist.calibration.text import is_text, load_calibration
 from awqdist.checkpoint.hub import model_folder
 from awqdist.errors import CalibrationError, CheckpointError
+from awqdist.layer.records import RunSummary
 from awqdist.model import config, registry
+from awqdist.plan.estimate import chunk_budget
 from awqdist.recipe import AWQMapping, MappingPattern, Recipe, load_recipe
 from awqdist.recipe.settings import Placement, RunSettings
 from awqdist.run.events import Listen, Message
-from awqdist.run.forecast.estimate import chunk_budget
 from awqdist.run.job import Job, prepare
 from awqdist.run.output import check_output
-from awqdist.run.records import RunSummary
 
 
 def quantize(

@@ -28,8 +28,8 @@ from awqdist import (
     quantize,
     register_mappings,
 )
+from awqdist.layer.records import RunSummary
 from awqdist.model import registry
-from awqdist.run.records import RunSummary
 
 SIZES = {"num_calibration_samples": 8, "max_seq_length": 32, "chunk_tokens": 128, "device": "cpu"}
 

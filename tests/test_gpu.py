@@ -12,10 +12,10 @@ from support.tiny_models import GROUP_SIZE, tiny_checkpoint, tiny_text
 
 from awqdist import RunSettings, load_recipe, quantize
 from awqdist.checkpoint.index import read_index
+from awqdist.layer.records import RunSummary
+from awqdist.plan.estimate import estimate
 from awqdist.quant.stats import InputStatistics
-from awqdist.run.forecast.estimate import estimate
 from awqdist.run.job import prepare
-from awqdist.run.records import RunSummary
 
 pytestmark = pytest.mark.gpu
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from awqdist import RunSettings, load_recipe, quantize
-from awqdist.cli.evaluate import evaluate
+from awqdist.eval.evaluate import evaluate
 from awqdist.run.verify import verify
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"

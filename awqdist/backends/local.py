@@ -8,10 +8,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from awqdist.layer.records import RunSummary
 from awqdist.run.events import Event, Listen, Message
 from awqdist.run.job import Job, with_threads
 from awqdist.run.lead import Lead
-from awqdist.run.records import RunSummary
 from awqdist.run.ring import work
 
 

@@ -19,12 +19,12 @@ from torch import Tensor
 from awqdist.backends.ray_crew import Crew, get, joined_cluster
 from awqdist.backends.remote_worker import with_device
 from awqdist.errors import AwqdistError
+from awqdist.layer.records import RunSummary
 from awqdist.recipe.settings import Placement
 from awqdist.run.events import Listen, Message, Warned, WorkerLost
 from awqdist.run.job import Job
 from awqdist.run.lead import Lead
 from awqdist.run.output import check_free
-from awqdist.run.records import RunSummary
 from awqdist.run.ring import Assignment
 
 _POLL_S = 0.5

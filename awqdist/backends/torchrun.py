@@ -22,6 +22,7 @@ from awqdist.backends.rank_transport import PATIENCE, RankTransport, edge_groups
 from awqdist.backends.remote_worker import Introduction, agreed
 from awqdist.backends.room import launcher_value
 from awqdist.errors import AwqdistError
+from awqdist.layer.records import RunSummary
 from awqdist.offload.levels import open_store
 from awqdist.recipe import Recipe
 from awqdist.recipe.settings import RunSettings
@@ -31,7 +32,6 @@ from awqdist.run.events import Event, Listen, Message
 from awqdist.run.job import Job, fingerprint, prepare, token_chunks, with_threads
 from awqdist.run.lead import Lead
 from awqdist.run.output import check_free
-from awqdist.run.records import RunSummary
 from awqdist.run.ring import Assignment, RingBroken, work
 from awqdist.run.shared_folder import answer_token, check_answers, offer_token
 

@@ -122,8 +122,8 @@ def plan(
     as_json: options.Json = False,
 ) -> None:
     """Shows what a run would read, hold and write, what it would leave out, and how long it would take. Reads no tensors."""
-    from awqdist.cli.planning import load_machines, show_plan
-    from awqdist.cli.simulation import SimulationOptions
+    from awqdist.plan.planning import load_machines, show_plan
+    from awqdist.plan.simulation import SimulationOptions
     from awqdist.recipe.settings import RunSettings
 
     settings = RunSettings(
@@ -153,7 +153,7 @@ def mappings(
     as_recipe: Annotated[bool, typer.Option("--as-recipe", help="Print a recipe that holds these mappings.")] = False,
 ) -> None:
     """Shows which layers smooth which linears, and every mapping that is skipped with its reason."""
-    from awqdist.cli.mappings import show_mappings
+    from awqdist.plan.mappings import show_mappings
 
     show_mappings(model, recipe, as_json=as_json, as_recipe=as_recipe)
 

@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from awqdist.cli.display import display, show_eta
 from awqdist.cli.run_state import RunState
 from awqdist.cli.tables import show_bytes, show_number, show_seconds
+from awqdist.layer.records import LayerRecord
 from awqdist.run import events as ev
 from awqdist.run.events import Listen, Message
-from awqdist.run.records import LayerRecord
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

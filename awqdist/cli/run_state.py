@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from awqdist.layer.records import MappingRecord
 from awqdist.run import events as ev
 from awqdist.run.events import Message
-from awqdist.run.records import MappingRecord
 
 BACKGROUND_STAGES = ("read", "write")  # they overlap the other stages of their worker
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING
 
-from awqdist.run.records import LinearRecord, MappingRecord, RunSummary
+from awqdist.layer.records import LinearRecord, MappingRecord, RunSummary
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

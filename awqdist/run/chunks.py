@@ -13,7 +13,7 @@ from awqdist.checkpoint.writer import LazyTensor, lazy_tensor
 from awqdist.offload.folder import sweep
 from awqdist.offload.levels import StoreSettings
 from awqdist.offload.store import Store
-from awqdist.run.forecast.estimate import chunk_budget
+from awqdist.plan.estimate import chunk_budget
 from awqdist.run.job import Job
 from awqdist.run.output import STATE_FOLDER
 from awqdist.run.snapshots import chunk_name

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from awqdist.run.records import LayerRecord, MappingRecord
+from awqdist.layer.records import LayerRecord, MappingRecord
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,14 +18,14 @@ from awqdist.checkpoint.reader import sample_checksum
 from awqdist.checkpoint.source import read_source
 from awqdist.errors import AwqdistError, CheckpointError, OutputError
 from awqdist.export.formats import Format, output_format
+from awqdist.layer.plan import Plan, make_plan
+from awqdist.layer.records import LayerRecord
 from awqdist.model.skeleton import Skeleton, build_skeleton, read_config
+from awqdist.plan.bare_config import index_of_config
 from awqdist.recipe import Recipe
 from awqdist.recipe.settings import RunSettings
 from awqdist.run.device import choose_device, compute_dtype
-from awqdist.run.forecast.bare_config import index_of_config
 from awqdist.run.journal import read_journal
-from awqdist.run.plan import Plan, make_plan
-from awqdist.run.records import LayerRecord
 
 _COMPUTED = ("BF16", "F16", "F32")
 _LIBRARIES = ("awqdist", "torch", "transformers", "compressed-tensors")

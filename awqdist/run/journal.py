@@ -17,8 +17,8 @@ from typing import Any
 
 from awqdist.checkpoint.writer import WrittenFile, output_error, write_bytes
 from awqdist.errors import OutputError
+from awqdist.layer.records import LayerRecord
 from awqdist.run.output import STATE_FOLDER, is_finished, lock_output, remove_model
-from awqdist.run.records import LayerRecord
 
 JOURNAL_FILE = "journal.jsonl"
 _REMEDY = "use another output folder, the same settings as before, or --overwrite"

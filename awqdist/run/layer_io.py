@@ -11,12 +11,12 @@ from torch import Tensor
 from awqdist.checkpoint.index import TensorEntry
 from awqdist.checkpoint.reader import Reading, check_finite, read_tensors
 from awqdist.checkpoint.writer import write_safetensors
+from awqdist.layer.plan import LayerTask
+from awqdist.layer.quantize import LayerResult
+from awqdist.layer.records import LayerRecord
 from awqdist.model.forward import with_buffers
 from awqdist.run.events import Emit, LayerFinished, SourceRead
 from awqdist.run.job import Job
-from awqdist.run.plan import LayerTask
-from awqdist.run.quantize_layer import LayerResult
-from awqdist.run.records import LayerRecord
 from awqdist.run.stopwatch import Stopwatch
 
 

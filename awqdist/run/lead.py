@@ -12,6 +12,7 @@ from types import TracebackType
 from torch import Tensor
 
 from awqdist.checkpoint.writer import output_error
+from awqdist.layer.records import RunSummary
 from awqdist.run.chunks import sweep_offload
 from awqdist.run.event_log import EVENTS_FILE, EventLog, bytes_read, read_events, seconds_of_runs
 from awqdist.run.events import (
@@ -30,7 +31,6 @@ from awqdist.run.job import Job, check_sources, fingerprint, token_chunks
 from awqdist.run.journal import SnapshotRecord, open_journal
 from awqdist.run.merge import merge
 from awqdist.run.output import check_output
-from awqdist.run.records import RunSummary
 from awqdist.run.ring import Assignment
 from awqdist.run.schedule import Schedule
 from awqdist.run.snapshots import newest_usable, remove_old_snapshots

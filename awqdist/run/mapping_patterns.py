@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import re
 
+from awqdist.layer.plan import LayerTask, Plan
 from awqdist.recipe import MappingPattern
-from awqdist.run.plan import LayerTask, Plan
 
 _NUMBER = r"\d+"
 

@@ -14,9 +14,9 @@ from awqdist.checkpoint.index import INDEX_FILE, TensorEntry, read_header
 from awqdist.checkpoint.reader import check_finite, read_tensors
 from awqdist.checkpoint.writer import LazyTensor, copy_file, remove_temporary_files, stream_safetensors, write_json
 from awqdist.errors import OutputError
+from awqdist.layer.plan import Plan
 from awqdist.run.job import Job
 from awqdist.run.journal import Journal, JournalEntries
-from awqdist.run.plan import Plan
 from awqdist.run.shared_folder import remove_token
 from awqdist.run.snapshots import remove_snapshots
 

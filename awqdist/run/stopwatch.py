@@ -8,8 +8,8 @@ from contextlib import contextmanager
 
 import torch
 
+from awqdist.layer.records import STAGES
 from awqdist.run.events import Emit, StageEnded, StageStarted
-from awqdist.run.records import STAGES
 
 
 class Stopwatch:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from awqdist.run.expert_tokens import FEW_TOKENS, BlockTokens, tokens_of_experts
+from awqdist.layer.records import LayerRecord, RunSummary
+from awqdist.report.expert_tokens import FEW_TOKENS, BlockTokens, tokens_of_experts
 from awqdist.run.job import Job
 from awqdist.run.journal import JournalEntries
-from awqdist.run.records import LayerRecord, RunSummary
 
 
 def summarize(

@@ -21,11 +21,11 @@ from awqdist.checkpoint.reader import read_tensor
 from awqdist.checkpoint.source import read_source
 from awqdist.errors import CheckpointError, OutputError
 from awqdist.export.formats import Format, output_format
+from awqdist.layer.records import LinearRecord
 from awqdist.quant.grid import QuantizedWeight
 from awqdist.recipe import WeightScheme
 from awqdist.run.journal import is_whole, read_journal
 from awqdist.run.output import STATE_FOLDER
-from awqdist.run.records import LinearRecord
 
 _UNRELATED = 0.5  # relative weight error above which a linear cannot come from this source
 

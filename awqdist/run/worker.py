@@ -15,6 +15,11 @@ import torch
 from torch import Tensor
 
 from awqdist.errors import NumericalError
+from awqdist.layer.calibrate import Gathering
+from awqdist.layer.mlp_refit import inner_owners
+from awqdist.layer.plan import LayerTask
+from awqdist.layer.quantize import TRIAL_TOKENS, LayerResult, Method, Trial, quantize_layer
+from awqdist.layer.residency import Bench
 from awqdist.model.expert_products import made_experts
 from awqdist.model.experts import FusedParameter, fuse_experts
 from awqdist.model.forward import (
@@ -25,18 +30,13 @@ from awqdist.model.forward import (
     with_buffers,
     without_embeddings,
 )
+from awqdist.plan.estimate_layer import estimate_layer
 from awqdist.quant.lending import LentTensors
 from awqdist.run.device import compute_dtype, peak_memory_bytes, release_host_memory
 from awqdist.run.events import ChunkForwarded, Emit, MappingSearched, StageStarted
-from awqdist.run.forecast.estimate_layer import estimate_layer
-from awqdist.run.gather import Gathering
-from awqdist.run.inner import inner_owners
 from awqdist.run.job import Job, token_chunks
 from awqdist.run.layer_io import LoadedLayer, SearchedLayer, SourceChecksums, check_named, read_outside
-from awqdist.run.plan import LayerTask
-from awqdist.run.quantize_layer import TRIAL_TOKENS, LayerResult, Method, Trial, quantize_layer
 from awqdist.run.readout import output_order
-from awqdist.run.residency import Bench
 from awqdist.run.stopwatch import Stopwatch
 
 

@@ -219,7 +219,7 @@ def time_rows(ours: Times, peer: Times) -> list[tuple[str, str, str, str]]:
 
 
 def quality_rows(job: Job, text: Path, ours: Path, peer: Path) -> list[tuple[str, str, str, str]]:
-    from awqdist.cli.evaluate import evaluate
+    from awqdist.eval.evaluate import evaluate
 
     own, other = (evaluate(str(output), text, against=str(job.model)) for output in (ours, peer))
     assert own.kl is not None and other.kl is not None  # noqa: PT018

@@ -24,11 +24,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 from bench_llm_compressor import write_random_llama
 
+from awqdist.plan.simulate import measured_times, simulate
+from awqdist.report.intervals import Timeline, timeline
 from awqdist.run.event_log import EVENTS_FILE, last_run, read_events
 from awqdist.run.events import LayerFinished, RunStarted
-from awqdist.run.forecast.simulate import measured_times, simulate
 from awqdist.run.schedule import Schedule
-from awqdist.run.timeline import Timeline, timeline
 
 
 @dataclass(frozen=True, slots=True)

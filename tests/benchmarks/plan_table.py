@@ -13,11 +13,11 @@ from pathlib import Path
 
 import torch
 
+from awqdist.doctor.machine import MachineProfile
+from awqdist.plan.estimate import deal, estimate
+from awqdist.plan.predict import predict
 from awqdist.recipe import load_recipe
 from awqdist.recipe.settings import RunSettings
-from awqdist.run.doctor.machine import MachineProfile
-from awqdist.run.forecast.estimate import deal, estimate
-from awqdist.run.forecast.predict import predict
 from awqdist.run.job import foresee
 from awqdist.run.schedule import Schedule
 

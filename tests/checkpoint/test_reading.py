@@ -15,10 +15,10 @@ from support.tiny_llama import NUM_LAYERS, RECIPE, Tiny
 from torch import Tensor
 
 from awqdist.checkpoint.index import CheckpointIndex
+from awqdist.plan.estimate import deal, estimate
 from awqdist.recipe import load_recipe
 from awqdist.recipe.settings import RunSettings
 from awqdist.run.events import Event, SourceRead
-from awqdist.run.forecast.estimate import deal, estimate
 from awqdist.run.job import prepare
 from awqdist.run.ring import Assignment, work
 from awqdist.run.schedule import Schedule

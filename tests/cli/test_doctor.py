@@ -13,18 +13,18 @@ import pytest
 import torch
 from support.command_line import awqdist, folder_as_it_was
 
+from awqdist.doctor import folder_health, health
+from awqdist.doctor.folder_health import check_folder
+from awqdist.doctor.health import Check, check_machine
+from awqdist.doctor.machine import MachineProfile, measure_machine
 from awqdist.errors import AwqdistError, OffloadError
-from awqdist.run.doctor import folder_health, health
-from awqdist.run.doctor.folder_health import check_folder
-from awqdist.run.doctor.health import Check, check_machine
-from awqdist.run.doctor.machine import MachineProfile, measure_machine
 
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """No Ray of other tests, and a small file to measure with."""
-    monkeypatch.setattr("awqdist.run.doctor.machine._FILE_BYTES", 1 << 25)
-    monkeypatch.setattr("awqdist.run.doctor.machine._MATMUL_S", 0.01)
+    monkeypatch.setattr("awqdist.doctor.machine._FILE_BYTES", 1 << 25)
+    monkeypatch.setattr("awqdist.doctor.machine._MATMUL_S", 0.01)
     monkeypatch.setattr("awqdist.cli.doctor.describe_cluster", lambda address: "a cluster of 3 nodes")
 
 

@@ -15,9 +15,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from awqdist import oneshot
-from awqdist.cli.evaluate import EvaluationError, evaluate
-from awqdist.cli.float_weights import FloatWeights
 from awqdist.errors import CheckpointError, NumericalError
+from awqdist.eval.evaluate import EvaluationError, evaluate
+from awqdist.eval.float_weights import FloatWeights
 
 WINDOW = 16
 TEXT = "the quick brown fox jumps over the lazy dog and the dog sleeps on while the fox runs to the river\n" * 12

@@ -17,7 +17,7 @@ from torch.nn.functional import silu
 from awqdist import oneshot
 from awqdist.checkpoint.index import INDEX_FILE
 from awqdist.errors import OutputError
-from awqdist.run.records import RunSummary
+from awqdist.layer.records import RunSummary
 
 SAMPLES = token_ids(8)
 PROBE = token_ids(2, seed=1)

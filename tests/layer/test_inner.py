@@ -11,10 +11,10 @@ import torch
 from support.quant_oracles import Array, activations, random_weight
 from torch import Tensor, nn
 
+from awqdist.layer.mlp_refit import InnerStatistics, Owner, Refitting, num_kept_rows
 from awqdist.quant.absorb import correction
 from awqdist.quant.grid import rounding_difference
 from awqdist.recipe import WeightScheme
-from awqdist.run.inner import InnerStatistics, Owner, Refitting, num_kept_rows
 
 WIDTH, INNER, NUM_TOKENS = 16, 48, 600
 SCHEME = WeightScheme(3, False, 16)

@@ -17,10 +17,10 @@ from torch import Tensor
 from awqdist import AWQModifier, GPTQModifier, load_recipe, oneshot
 from awqdist.checkpoint.index import INDEX_FILE
 from awqdist.errors import AwqdistError
+from awqdist.layer.calibrate import SAMPLED_ROWS
+from awqdist.layer.records import RunSummary
 from awqdist.quant.experts import PRIOR_TOKENS, ExpertStatistics
 from awqdist.quant.stats import InputStatistics
-from awqdist.run.gather import SAMPLED_ROWS
-from awqdist.run.records import RunSummary
 
 SAMPLES = token_ids(8)
 PROBE = token_ids(2, seed=1)

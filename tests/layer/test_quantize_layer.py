@@ -20,6 +20,8 @@ from torch import Tensor
 
 from awqdist.errors import NumericalError
 from awqdist.export.formats import output_format
+from awqdist.layer.plan import LayerTask
+from awqdist.layer.quantize import LayerResult, Method, quantize_layer
 from awqdist.quant.compensated import CompensatedStatistics
 from awqdist.quant.grid import scheme_args
 from awqdist.quant.search import search_scales
@@ -28,8 +30,6 @@ from awqdist.quant.stats import InputStatistics, Statistics
 from awqdist.recipe import Recipe, WeightScheme, load_recipe
 from awqdist.recipe.settings import RunSettings
 from awqdist.run.job import prepare
-from awqdist.run.plan import LayerTask
-from awqdist.run.quantize_layer import LayerResult, Method, quantize_layer
 from awqdist.run.stopwatch import Stopwatch
 
 GROUPED = WeightScheme(4, False, 32)

@@ -29,12 +29,12 @@ from support.tiny_models import families, tiny_checkpoint
 from torch import Tensor
 
 from awqdist import oneshot
+from awqdist.layer.plan import LayerTask
+from awqdist.layer.records import RunSummary
 from awqdist.model.mapping import ResolvedMapping
 from awqdist.quant.search import BalanceWeight, search_scales
 from awqdist.quant.stats import InputStatistics
 from awqdist.run.job import Job
-from awqdist.run.plan import LayerTask
-from awqdist.run.records import RunSummary
 
 SAMPLES = token_ids(8)
 PROBE = token_ids(2, seed=1)

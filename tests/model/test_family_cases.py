@@ -26,8 +26,8 @@ from torch import Tensor
 
 from awqdist import oneshot
 from awqdist.errors import ModelError, RecipeError
+from awqdist.layer.records import RunSummary
 from awqdist.recipe import Recipe
-from awqdist.run.records import RunSummary
 
 SAMPLES = token_ids(6)
 PROBE = token_ids(2, seed=1)

@@ -35,11 +35,11 @@ from transformers.models.lfm2 import modeling_lfm2
 
 from awqdist import oneshot
 from awqdist.errors import CalibrationError, ModelError
+from awqdist.layer.plan import LayerTask
+from awqdist.layer.records import RunSummary
 from awqdist.model.mapping import ResolvedMapping
 from awqdist.model.smoothed import SmoothedParameters
 from awqdist.recipe import Recipe
-from awqdist.run.plan import LayerTask
-from awqdist.run.records import RunSummary
 
 SAMPLES = token_ids(6)
 PROBE = token_ids(2, seed=1)

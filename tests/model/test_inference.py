@@ -24,12 +24,12 @@ from awqdist import AWQMapping, oneshot
 from awqdist.checkpoint.index import INDEX_FILE
 from awqdist.checkpoint.source import read_source
 from awqdist.errors import ModelError, NumericalError, RecipeError
+from awqdist.layer.records import RunSummary
 from awqdist.model.inference import infer_mappings
 from awqdist.model.mapping import HeadShape, resolve
 from awqdist.model.registry import registered_architectures, registered_mappings
 from awqdist.model.skeleton import Skeleton, build_skeleton, read_config
 from awqdist.model.structure import trace_layers
-from awqdist.run.records import RunSummary
 
 SAMPLES = token_ids(6)
 PROBE = token_ids(2, seed=1)

@@ -14,8 +14,8 @@ from transformers import DeepseekV3Config
 
 from awqdist import oneshot
 from awqdist.api import load_tokenizer
-from awqdist.cli.evaluate import evaluate
 from awqdist.errors import CheckpointError
+from awqdist.eval.evaluate import evaluate
 from awqdist.model.skeleton import read_config
 
 

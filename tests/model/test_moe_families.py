@@ -31,13 +31,13 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from awqdist import oneshot
-from awqdist.cli.dequantized import load_dequantized
-from awqdist.cli.evaluate import evaluate
+from awqdist.eval.dequantized import load_dequantized
+from awqdist.eval.evaluate import evaluate
+from awqdist.layer.plan import LayerTask
+from awqdist.layer.quantize import LayerResult, quantize_layer
+from awqdist.layer.records import RunSummary
 from awqdist.model.mapping import ResolvedMapping
 from awqdist.run import worker
-from awqdist.run.plan import LayerTask
-from awqdist.run.quantize_layer import LayerResult, quantize_layer
-from awqdist.run.records import RunSummary
 
 SAMPLES = token_ids(8)
 PROBE = token_ids(2, seed=1)

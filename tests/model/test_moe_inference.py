@@ -18,13 +18,13 @@ from transformers import Dots1ForCausalLM
 from awqdist import oneshot
 from awqdist.checkpoint.source import read_source
 from awqdist.errors import ModelError
+from awqdist.layer.plan import LayerTask
 from awqdist.model.inference import infer_mappings
 from awqdist.model.mapping import ResolvedMapping
 from awqdist.model.registry import registered_architectures
 from awqdist.model.skeleton import build_skeleton, read_config
 from awqdist.model.structure import trace_layers
 from awqdist.recipe import load_recipe
-from awqdist.run.plan import LayerTask
 
 PROBE = token_ids(2, seed=1)
 DOTS: dict[str, Any] = {

@@ -17,9 +17,9 @@ from support.tiny_llama import RECIPE, TEXT, Tiny, write_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from awqdist.errors import OffloadError
+from awqdist.plan.estimate import Estimate, estimate
 from awqdist.recipe import load_recipe
 from awqdist.recipe.settings import RunSettings
-from awqdist.run.forecast.estimate import Estimate, estimate
 from awqdist.run.job import prepare
 
 

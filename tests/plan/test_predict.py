@@ -14,12 +14,12 @@ from support.command_line import awqdist
 from support.tiny_llama import NUM_LAYERS, Tiny
 from support.tiny_models import tiny_checkpoint
 
+from awqdist.doctor.machine import MachineProfile
+from awqdist.plan.estimate import estimate
+from awqdist.plan.predict import RunForecast, predict
+from awqdist.plan.simulate import simulate
 from awqdist.recipe import load_recipe
 from awqdist.recipe.settings import RunSettings
-from awqdist.run.doctor.machine import MachineProfile
-from awqdist.run.forecast.estimate import estimate
-from awqdist.run.forecast.predict import RunForecast, predict
-from awqdist.run.forecast.simulate import simulate
 from awqdist.run.job import prepare
 from awqdist.run.schedule import Schedule
 

@@ -14,7 +14,7 @@ import pytest
 from support.command_line import awqdist
 from support.tiny_llama import NUM_LAYERS, Tiny
 
-from awqdist.run.forecast.simulate import (
+from awqdist.plan.simulate import (
     Point,
     StepTimes,
     best_num_chunks,

@@ -21,17 +21,17 @@ from torch import Tensor
 
 from awqdist.backends.local import Alone
 from awqdist.errors import OffloadError
+from awqdist.layer import residency
+from awqdist.layer.residency import LEVELS, Residency
+from awqdist.plan import estimate_layer
+from awqdist.plan.estimate import estimate
 from awqdist.quant.lending import HostMemory
 from awqdist.quant.stacks import BATCH_BYTES
 from awqdist.quant.stats import InputStatistics
 from awqdist.recipe import load_recipe
 from awqdist.recipe.settings import RunSettings
-from awqdist.run import residency
 from awqdist.run.events import Event
-from awqdist.run.forecast import estimate_layer
-from awqdist.run.forecast.estimate import estimate
 from awqdist.run.job import Job, prepare
-from awqdist.run.residency import LEVELS, Residency
 from awqdist.run.ring import Assignment, work
 from awqdist.run.schedule import Schedule
 

@@ -8,10 +8,10 @@ import random
 import pytest
 from support.ring_messages import EPOCH, ring
 
-from awqdist.cli.timeline import lane_rows, timeline_chart
+from awqdist.report.intervals import Span, timeline
+from awqdist.report.timeline import lane_rows, timeline_chart
 from awqdist.run import events as ev
 from awqdist.run.events import Event, Message
-from awqdist.run.timeline import Span, timeline
 
 
 def told(*events: tuple[float, Event], worker: int | None = 0) -> list[Message]:

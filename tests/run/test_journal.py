@@ -11,8 +11,8 @@ import pytest
 
 from awqdist.checkpoint.writer import write_bytes
 from awqdist.errors import OutputError
+from awqdist.layer.records import LayerRecord, LinearRecord, MappingRecord, SiteRecord, SkippedMapping
 from awqdist.run.journal import Journal, SnapshotRecord, is_whole, open_journal, read_journal
-from awqdist.run.records import LayerRecord, LinearRecord, MappingRecord, SiteRecord, SkippedMapping
 
 FINGERPRINT = {"recipe": "AWQModifier: {n_grid: 20}\nignore: [lm_head]", "device": "cpu"}
 

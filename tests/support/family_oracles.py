@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from awqdist import AWQModifier, QuantizationArgs, QuantizationModifier, QuantizationScheme, load_recipe
 from awqdist.checkpoint.reader import read_tensors
 from awqdist.checkpoint.source import read_source
+from awqdist.layer.plan import LayerTask
 from awqdist.model.experts import fuse_experts
 from awqdist.model.forward import forward_layer, head_inputs, record_calls, with_buffers
 from awqdist.model.mapping import ResolvedMapping
@@ -26,7 +27,6 @@ from awqdist.model.smoothed import SmoothedParameters
 from awqdist.recipe import Recipe
 from awqdist.recipe.settings import RunSettings
 from awqdist.run.job import Job, prepare
-from awqdist.run.plan import LayerTask
 from support.fused_oracles import apart, together
 from support.tiny_models import GROUP_SIZE, VOCABULARY
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from awqdist import AWQModifier, GPTQModifier, load_recipe, oneshot
 from awqdist.checkpoint.index import CheckpointIndex
 from awqdist.checkpoint.reader import Reading, read_tensors
-from awqdist.run.records import RunSummary
+from awqdist.layer.records import RunSummary
 from support.family_oracles import token_ids
 from support.fused_oracles import Tensors
 

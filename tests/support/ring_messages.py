@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from awqdist.layer.records import LayerRecord, LinearRecord, MappingRecord
 from awqdist.run import events as ev
 from awqdist.run.events import Message
-from awqdist.run.records import LayerRecord, LinearRecord, MappingRecord
 
 EPOCH = 1_700_000_000.0
 GIB = 2**30

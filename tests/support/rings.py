@@ -123,6 +123,7 @@ def ray_cluster() -> Iterator[RayCluster]:
     """A cluster that leaves no process, no session file and no segment of shared memory behind."""
     os.environ.update(RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0", RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0")
     ray_utils = pytest.importorskip("ray.cluster_utils")
+    Path("/tmp/ray").mkdir(exist_ok=True)  # where Ray notes the address, whatever temp_dir says
     folder = Path(tempfile.mkdtemp(prefix="awq", dir="/tmp"))  # short: paths of sockets have at most 107 characters
     before = set(os.listdir("/dev/shm"))
     head = {"num_cpus": 0, "include_dashboard": False, "node_ip_address": "127.0.0.1", "object_store_memory": 10**8}

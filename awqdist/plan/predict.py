@@ -11,13 +11,13 @@ from dataclasses import asdict, dataclass, replace
 from math import prod
 from typing import Any
 
-from awqdist.run.doctor.machine import MachineProfile
-from awqdist.run.forecast.estimate_layer import LayerEstimate, chunk_tokens, compute_bytes, token_bytes
-from awqdist.run.forecast.simulate import Simulation, StepTimes, simulate
-from awqdist.run.forecast.work import LayerWork
-from awqdist.run.forecast.work_units import STAGES, Product, Work
+from awqdist.doctor.machine import MachineProfile
+from awqdist.layer.plan import LayerTask
+from awqdist.plan.estimate_layer import LayerEstimate, chunk_tokens, compute_bytes, token_bytes
+from awqdist.plan.simulate import Simulation, StepTimes, simulate
+from awqdist.plan.work import LayerWork
+from awqdist.plan.work_units import STAGES, Product, Work
 from awqdist.run.job import Job
-from awqdist.run.plan import LayerTask
 from awqdist.run.schedule import Schedule
 
 _REACHED: dict[Product, float] = {

@@ -17,7 +17,7 @@ from itertools import pairwise
 from statistics import median
 from typing import Literal
 
-from awqdist.run.records import LayerRecord
+from awqdist.layer.records import LayerRecord
 from awqdist.run.schedule import Order, Schedule, Step
 
 SpanKind = Literal["read", "forward", "search", "write"]

@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from awqdist.cli import tables
-from awqdist.cli.charts import charts_of
 from awqdist.cli.progress import strict_json
-from awqdist.cli.timeline import COLUMNS, lane_rows, timeline_chart
+from awqdist.layer.records import RunSummary
+from awqdist.report.charts import charts_of
+from awqdist.report.expert_tokens import FEW_TOKENS, tokens_of_experts
+from awqdist.report.intervals import timeline
+from awqdist.report.timeline import COLUMNS, lane_rows, timeline_chart
 from awqdist.run.event_log import EVENTS_FILE, last_run, read_events
 from awqdist.run.events import Message
-from awqdist.run.expert_tokens import FEW_TOKENS, tokens_of_experts
-from awqdist.run.records import RunSummary
-from awqdist.run.timeline import timeline
 
 
 def render_report(summary: RunSummary, messages: Sequence[Message] = ()) -> str:
@@ -44,7 +44,7 @@ def render_report(summary: RunSummary, messages: Sequence[Message] = ()) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(number=tables.show_number, percent=tables.show_percent)
     environment.filters.update(bytes=tables.show_bytes, layers=tables.show_layers, pattern=tables.pattern_of)
-    template = environment.from_string(files("awqdist.cli").joinpath("report.html.j2").read_text("utf-8"))
+    template = environment.from_string(files("awqdist.report").joinpath("report.html.j2").read_text("utf-8"))
     return template.render(
         summary=summary,
         tiles=_tiles(summary),

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import median
 
-from awqdist.run.records import LayerRecord
+from awqdist.layer.records import LayerRecord
 
 FEW_TOKENS = 64
 

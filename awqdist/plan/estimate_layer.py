@@ -7,6 +7,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import ceil, prod
 
+from awqdist.layer.mlp_refit import inner_owners, num_kept_rows
+from awqdist.layer.plan import LayerTask
+from awqdist.layer.residency import LEVELS, Residency
 from awqdist.model.expert_products import takes_rows_by_expert
 from awqdist.quant.experts import SKETCHED_ROWS, max_rows
 from awqdist.quant.rounding_experts import num_side_by_side
@@ -14,10 +17,7 @@ from awqdist.quant.sketch import is_sketched, num_held_rows
 from awqdist.quant.stacks import BATCH_BYTES
 from awqdist.recipe import WeightScheme
 from awqdist.run.device import compute_dtype
-from awqdist.run.inner import inner_owners, num_kept_rows
 from awqdist.run.job import Job
-from awqdist.run.plan import LayerTask
-from awqdist.run.residency import LEVELS, Residency
 
 _TILE_COLUMNS = 512  # of a Gram matrix or its factor that are lent at a time
 _FORWARD_COPIES = 5  # of a chunk at the widest place of a layer

@@ -11,15 +11,15 @@ from functools import partial
 from torch import Tensor, nn
 
 from awqdist.errors import ModelError
+from awqdist.layer.mlp_refit import InnerStatistics, Owner
+from awqdist.layer.plan import LayerTask, RoutedSite
+from awqdist.layer.residency import Bench
+from awqdist.layer.row_sample import RowSample
 from awqdist.model.expert_products import ExpertWatch, run_all_experts
 from awqdist.model.experts import FusedParameter
 from awqdist.model.forward import Watch
 from awqdist.quant.experts import ExpertStatistics, SharedStatistics, max_rows
 from awqdist.quant.stats import InputStatistics
-from awqdist.run.inner import InnerStatistics, Owner
-from awqdist.run.plan import LayerTask, RoutedSite
-from awqdist.run.residency import Bench
-from awqdist.run.row_sample import RowSample
 
 SAMPLED_ROWS = 256  # of a block's tokens, sent through all of its experts as a prior of what their inner linears read
 _FEW_ROWS = 64  # the same where no linear is fitted to its Gram matrix

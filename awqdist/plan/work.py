@@ -10,18 +10,18 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from math import ceil, prod
 
+from awqdist.layer.mlp_refit import inner_owners, num_kept_rows
+from awqdist.layer.plan import LayerTask
+from awqdist.layer.quantize import TRIAL_TOKENS
+from awqdist.plan.estimate_layer import chunk_tokens, compute_bytes, routed_tokens
+from awqdist.plan.work_units import STAGES, Stage, Unit, Work, attention_width
 from awqdist.quant.experts import SKETCHED_ROWS, max_rows
 from awqdist.quant.rounding import SUB_BLOCK
 from awqdist.quant.rounding_experts import num_side_by_side
 from awqdist.quant.sketch import SKETCH_ROWS, is_sketched
 from awqdist.quant.two_sided import block_of_outputs
 from awqdist.recipe import WeightScheme
-from awqdist.run.forecast.estimate_layer import chunk_tokens, compute_bytes, routed_tokens
-from awqdist.run.forecast.work_units import STAGES, Stage, Unit, Work, attention_width
-from awqdist.run.inner import inner_owners, num_kept_rows
 from awqdist.run.job import Job
-from awqdist.run.plan import LayerTask
-from awqdist.run.quantize_layer import TRIAL_TOKENS
 
 _GRID_PASSES = 10  # rounding_difference: values read or written for each weight
 _GRID_OPERATIONS = 30

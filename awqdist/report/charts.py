@@ -15,8 +15,8 @@ from statistics import fmean, median
 from typing import Any
 
 from awqdist.cli import tables
-from awqdist.run.expert_tokens import FEW_TOKENS, BlockTokens, tokens_of_experts
-from awqdist.run.records import STAGES, RunSummary, SiteRecord
+from awqdist.layer.records import STAGES, RunSummary, SiteRecord
+from awqdist.report.expert_tokens import FEW_TOKENS, BlockTokens, tokens_of_experts
 
 FLOOR_STAGES = "read", "forward", "write"
 STACKED_STAGES = (*FLOOR_STAGES, *(stage for stage in STAGES if stage not in FLOOR_STAGES))

@@ -12,6 +12,10 @@ from torch import Tensor, nn
 
 from awqdist.errors import NumericalError
 from awqdist.export.formats import Format
+from awqdist.layer.calibrate import SiteStatistics
+from awqdist.layer.plan import LayerTask
+from awqdist.layer.records import LinearRecord, MappingRecord, SiteRecord
+from awqdist.layer.round_sites import SmoothedSites, round_sites
 from awqdist.model.experts import FusedParameter
 from awqdist.model.forward import LayerCall
 from awqdist.model.mapping import ResolvedMapping
@@ -27,10 +31,6 @@ from awqdist.quant.stacks import BalanceWeight, SearchGroup
 from awqdist.quant.stats import Statistics
 from awqdist.quant.two_sided import OutputOrder
 from awqdist.recipe import Recipe
-from awqdist.run.gather import SiteStatistics
-from awqdist.run.plan import LayerTask
-from awqdist.run.records import LinearRecord, MappingRecord, SiteRecord
-from awqdist.run.round_sites import SmoothedSites, round_sites
 from awqdist.run.stopwatch import Stopwatch
 
 Parameters = Mapping[str, Tensor]

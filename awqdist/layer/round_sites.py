@@ -12,6 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from awqdist.layer.calibrate import SiteStatistics
+from awqdist.layer.drafts import Draft, Site
+from awqdist.layer.linear_records import linear_errors, linear_record
+from awqdist.layer.mlp_refit import InnerStatistics
+from awqdist.layer.plan import LayerTask
+from awqdist.layer.records import LinearRecord
 from awqdist.quant.absorb import correction
 from awqdist.quant.clip import clipped_range
 from awqdist.quant.grid import QuantizedWeight, grid_parameters, group_range, round_to_nearest
@@ -20,12 +26,6 @@ from awqdist.quant.rounding_experts import num_side_by_side, round_gptq_side_by_
 from awqdist.quant.two_sided import OutputOrder, Problem, round_two_sided
 from awqdist.recipe import Recipe
 from awqdist.run.device import release_host_memory
-from awqdist.run.drafts import Draft, Site
-from awqdist.run.gather import SiteStatistics
-from awqdist.run.inner import InnerStatistics
-from awqdist.run.linear_records import linear_errors, linear_record
-from awqdist.run.plan import LayerTask
-from awqdist.run.records import LinearRecord
 
 Parameters = Mapping[str, Tensor]
 

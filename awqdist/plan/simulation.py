@@ -13,8 +13,7 @@ from rich.table import Table
 
 from awqdist.cli.tables import show_percent, show_seconds
 from awqdist.errors import AwqdistError, OutputError
-from awqdist.recipe.settings import RunSettings
-from awqdist.run.forecast.simulate import (
+from awqdist.plan.simulate import (
     Point,
     Simulation,
     StepTimes,
@@ -25,6 +24,7 @@ from awqdist.run.forecast.simulate import (
     sweep,
     worker_counts,
 )
+from awqdist.recipe.settings import RunSettings
 from awqdist.run.journal import JOURNAL_FILE, read_journal
 from awqdist.run.output import STATE_FOLDER
 from awqdist.run.schedule import Order, Schedule

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from awqdist.run.doctor.health import Check
+from awqdist.doctor.health import Check
 
 _LITTLE_BYTES = 10 * 10**9
 _HARDLY_ANY_BYTES = 10**8

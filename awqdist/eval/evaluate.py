@@ -29,9 +29,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from awqdist.cli.dequantized import has_packed_experts, load_dequantized
-from awqdist.cli.sharded import Ranks, join_ranks, load_sharded
 from awqdist.errors import AwqdistError, CheckpointError, NumericalError
+from awqdist.eval.dequantized import has_packed_experts, load_dequantized
+from awqdist.eval.sharded import Ranks, join_ranks, load_sharded
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from awqdist.errors import OffloadError
-from awqdist.run.forecast.estimate_layer import LayerEstimate, chunk_tokens, compute_bytes, estimate_layer, token_bytes
+from awqdist.layer.residency import Residency
+from awqdist.plan.estimate_layer import LayerEstimate, chunk_tokens, compute_bytes, estimate_layer, token_bytes
 from awqdist.run.job import Job
-from awqdist.run.residency import Residency
 from awqdist.run.schedule import Schedule
 
 _PROCESS_BYTES = 450_000_000  # Python, torch and transformers themselves, resident

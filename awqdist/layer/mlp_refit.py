@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from awqdist.layer.plan import LayerTask
+from awqdist.layer.row_sample import RowSample
 from awqdist.model.forward import with_buffers
 from awqdist.quant.lending import HOST, HostMemory
 from awqdist.quant.precision import exact_for
 from awqdist.quant.stats import InputStatistics
 from awqdist.run.job import Job
-from awqdist.run.plan import LayerTask
-from awqdist.run.row_sample import RowSample
 
 _MOST_ROWS, _LEAST_ROWS = 32, 4  # per input of the inner linear: from fewer, it would be fitted to what is by chance
 _MOST_BITS = 4  # with more, rounding loses no more than the activations' own dtype does

@@ -34,7 +34,7 @@ def load_dequantized(folder: Path, config: Any, **options: Any) -> tuple[Any, di
     import torch
     import transformers
 
-    from awqdist.cli.float_weights import FloatWeights
+    from awqdist.eval.float_weights import FloatWeights
     from awqdist.layouts import fused_experts, join_experts
 
     weights = FloatWeights(folder, config.quantization_config)

@@ -6,8 +6,8 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Literal
 
+from awqdist.layer.plan import LayerTask
 from awqdist.run.job import Job
-from awqdist.run.plan import LayerTask
 
 Product = Literal[
     "layer", "attention", "statistics", "exact", "rough", "factor"

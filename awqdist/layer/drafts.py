@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from awqdist.layer.calibrate import SiteStatistics
 from awqdist.quant.two_sided import OutputOrder
 from awqdist.recipe import WeightScheme
-from awqdist.run.gather import SiteStatistics
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """The timeline of `report.html`: a lane per worker, in which bars show what it worked on, and the background where it was idle.
 
-Reading and writing overlap the rest of a worker's work, so they are thin bars below it. Spans come from `awqdist.run.timeline`, merged so
+Reading and writing overlap the rest of a worker's work, so they are thin bars below it. Spans come from `intervals.py`, merged so
 that the page stays small however many chunks a run had.
 """
 
@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from awqdist.cli.charts import Chart, plot_text
 from awqdist.cli.tables import show_percent, show_seconds
-from awqdist.run.timeline import Lane, Timeline
+from awqdist.report.charts import Chart, plot_text
+from awqdist.report.intervals import Lane, Timeline
 
 # kind -> (name, offset from the middle of the lane, thickness); lanes are 1 apart, counted downward
 BARS = {

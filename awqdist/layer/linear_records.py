@@ -7,12 +7,12 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from awqdist.layer.drafts import Draft
+from awqdist.layer.records import LinearRecord
 from awqdist.quant.experts import ExpertStatistics
 from awqdist.quant.grid import QuantizedWeight, grouped, rounding_difference
 from awqdist.quant.samples import sampled_rows
 from awqdist.quant.stats import quadratic_form_rows, rough_form
-from awqdist.run.drafts import Draft
-from awqdist.run.records import LinearRecord
 
 _JUDGED_ROWS = 64  # of a linear whose input is known by a sketch, that its record is made of
 

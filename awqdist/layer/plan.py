@@ -8,13 +8,13 @@ from functools import partial
 
 from awqdist.checkpoint.index import CheckpointIndex
 from awqdist.errors import ModelError, RecipeError
+from awqdist.layer.records import SkippedMapping
 from awqdist.model.inference import infer_mappings
 from awqdist.model.mapping import HeadShape, Resolution, ResolvedMapping, resolve
 from awqdist.model.registry import kept_linears, registered_mappings
 from awqdist.model.skeleton import Skeleton
 from awqdist.model.structure import LayerStructure, trace_layers
 from awqdist.recipe import MappingPattern, Recipe, SchemeGroup, WeightScheme, check_patterns_match, matches
-from awqdist.run.records import SkippedMapping
 
 
 @dataclass(frozen=True, slots=True)
