@@ -15,7 +15,7 @@ from awqdist.checkpoint.index import read_index
 from awqdist.checkpoint.reader import read_tensor
 from awqdist.checkpoint.source import read_source
 from awqdist.errors import CheckpointError
-from awqdist.export.compressed_tensors import CompressedTensorsFormat
+from awqdist.export.formats import CompressedTensorsFormat
 from awqdist.recipe import WeightScheme
 
 _KINDS = ("packed", "scale", "zero_point", "shape")

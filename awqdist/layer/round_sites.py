@@ -118,7 +118,7 @@ def _site(paths: tuple[str, ...], state: _State) -> Site:
     """Takes the Gram matrix out of the statistics, to hold only one. None is made of a sketch, unless linears are fitted to it."""
     statistics, recipe = state.sites.statistics[paths[0]], state.recipe
     scales = state.scales(paths[0])
-    needed = recipe.fits_weights or not statistics.is_sketch
+    needed = recipe.needs_gram or not statistics.is_sketch
     gram, corrected = None, None
     if isinstance(statistics, InnerStatistics):
         gram, corrected = _refitted(statistics, state)

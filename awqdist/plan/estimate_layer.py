@@ -109,7 +109,7 @@ def _held_bytes(job: Job, task: LayerTask, residency: Residency) -> tuple[int, i
 
 def _kept_bytes(job: Job, widths: Iterable[int], num_tokens: int, *, sketched: bool) -> int:
     """Bytes of what is kept of inputs that are, or are not, kept as sketches."""
-    exact = job.recipe.fits_weights
+    exact = job.recipe.needs_gram
     return sum(
         4 * width * num_held_rows(width, num_tokens, exact=exact)
         for width in widths

@@ -100,7 +100,7 @@ class LayerWork:
                 work.add(values=2 * self._chunks * unit.columns * (unit.columns + _BLOCK) / 2)
 
     def _is_sketched(self, unit: Unit) -> bool:
-        exact = unit.is_expert or self._job.recipe.fits_weights
+        exact = unit.is_expert or self._job.recipe.needs_gram
         return is_sketched(unit.columns, self._tokens, exact=exact)
 
     def _units(self, sites: Iterable[tuple[str, ...]], *, whole_sites: bool = False) -> Iterator[Unit]:
@@ -189,7 +189,7 @@ class LayerWork:
     def _round(self, work: Work, unit: Unit) -> None:
         recipe, columns, sampled = self._job.recipe, unit.columns, unit.is_expert or self._is_sketched(unit)
         weights = unit.count * unit.rows * columns
-        if recipe.fits_weights or not sampled:
+        if recipe.needs_gram or not sampled:
             work.add(values=unit.count * (4 + 2 * unit.linears) * columns**2)
             if unit.is_expert:
                 self._expert_gram(work, unit)

@@ -82,8 +82,8 @@ class Recipe:
     ignore: tuple[str, ...]
 
     @property
-    def fits_weights(self) -> bool:
-        """Whether codes or ranges are fitted to what linears read; else the weights alone decide, once the scales are chosen."""
+    def needs_gram(self) -> bool:
+        """True where rounding or clipping uses the Gram matrix XᵀX of a linear's inputs (clip, GPTQ)."""
         return self.clip or self.rounding.method == "gptq"
 
     def scheme_for(self, name: str, kind: str = "Linear") -> SchemeGroup | None:

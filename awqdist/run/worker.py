@@ -171,7 +171,7 @@ class Worker:
     def _gathering(self, task: LayerTask, on: Bench) -> Gathering:
         num_tokens = sum(tokens.numel() for tokens in self._token_chunks)
         owners, all_experts = inner_owners(self._job, task, num_tokens), self._job.settings.all_experts
-        fitted, experts = self._job.recipe.fits_weights, self._experts(task)
+        fitted, experts = self._job.recipe.needs_gram, self._experts(task)
         return Gathering(task, experts, self._token_chunks, on, all_experts=all_experts, fitted=fitted, owners=owners)
 
     def _experts(self, task: LayerTask) -> tuple[FusedParameter, ...]:

@@ -75,9 +75,9 @@ def group(bits: int = 4, symmetric: bool = False, size: int = 32, more: str = ""
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("name", "scheme"), CONTRACT, ids=str)
 def test_unpacking_gives_what_was_packed(name: str, scheme: WeightScheme, dtype: torch.dtype, num_outputs: int) -> None:
-    layout = output_format(name)
-    weight = random_codes(scheme, layout.grid_dtype(dtype), (num_outputs, 96))
-    back = layout.unpack(layout.pack(weight), scheme)
+    output = output_format(name)
+    weight = random_codes(scheme, output.grid_dtype(dtype), (num_outputs, 96))
+    back = output.unpack(output.pack(weight), scheme)
     for ours, theirs in zip(fields(back), fields(weight), strict=True):
         assert ours.dtype == theirs.dtype
         assert torch.equal(ours, theirs)
@@ -91,42 +91,42 @@ def fields(weight: QuantizedWeight) -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize(("name", "scheme"), CONTRACT, ids=str)
 def test_rows_of_a_stack_are_packed_as_if_alone(name: str, scheme: WeightScheme) -> None:
     """Linears that read one input are rounded together and packed apart, from views."""
-    layout = output_format(name)
-    whole = random_codes(scheme, layout.grid_dtype(torch.bfloat16), (32, 96))
+    output = output_format(name)
+    whole = random_codes(scheme, output.grid_dtype(torch.bfloat16), (32, 96))
     part = QuantizedWeight(*(t[8:24] for t in fields(whole)), scheme)
     alone = QuantizedWeight(*(t[8:24].clone() for t in fields(whole)), scheme)
-    packed = layout.pack(part)
-    for kind, tensor in layout.pack(alone).items():
+    packed = output.pack(part)
+    for kind, tensor in output.pack(alone).items():
         assert torch.equal(packed[kind], tensor)
         assert packed[kind].is_contiguous()
 
 
 @pytest.mark.parametrize(("name", "scheme"), CONTRACT, ids=str)
 def test_packing_leaves_the_codes_alone(name: str, scheme: WeightScheme) -> None:
-    layout = output_format(name)
-    weight = random_codes(scheme, layout.grid_dtype(torch.bfloat16))
+    output = output_format(name)
+    weight = random_codes(scheme, output.grid_dtype(torch.bfloat16))
     before = [t.clone() for t in fields(weight)]
-    layout.pack(weight)
+    output.pack(weight)
     assert all(torch.equal(a, b) for a, b in zip(fields(weight), before, strict=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["compressed-tensors", "autoawq"])
 def test_the_grid_is_fixed_in_the_dtype_that_is_stored(name: str, dtype: torch.dtype) -> None:
-    layout = output_format(name)
-    grid_dtype = layout.grid_dtype(dtype)
+    output = output_format(name)
+    grid_dtype = output.grid_dtype(dtype)
     assert grid_dtype == (dtype if name == "compressed-tensors" else torch.float16)
     weight = random_weight(8, 64).to(grid_dtype)
     rounded = round_to_nearest(weight, *grid_parameters(*group_range(weight, GROUPED), GROUPED), GROUPED)
-    packed = layout.pack(rounded)
+    packed = output.pack(rounded)
     assert packed["scales" if name == "autoawq" else "weight_scale"].dtype == grid_dtype
-    assert torch.equal(layout.unpack(packed, GROUPED).dequantize(), rounded.dequantize())
+    assert torch.equal(output.unpack(packed, GROUPED).dequantize(), rounded.dequantize())
 
 
 @pytest.mark.parametrize("name", ["compressed-tensors", "autoawq"])
 def test_the_config_is_plain_json_and_names_what_is_ignored(name: str) -> None:
-    layout = output_format(name)
-    config = layout.config(recipe(group()), ["model.layers.0.self_attn.q_proj", "lm_head"])
+    output = output_format(name)
+    config = output.config(recipe(group()), ["model.layers.0.self_attn.q_proj", "lm_head"])
     assert json.loads(json.dumps(config)) == config
     ignored = config["ignore" if name == "compressed-tensors" else "modules_to_not_convert"]
     assert ignored == ["model.layers.0.self_attn.q_proj", "lm_head"]
@@ -150,8 +150,8 @@ def test_an_unknown_format_is_refused_with_the_nearest_name(wrong: str, nearest:
 @pytest.mark.parametrize("scheme", [GROUPED, SYMMETRIC, PER_ROW, *OTHER_BITS], ids=str)
 @pytest.mark.parametrize("shape", [(1, 32), (3, 32), (33, 96)])
 def test_compressed_tensors_hold_any_number_of_outputs(shape: tuple[int, int], scheme: WeightScheme) -> None:
-    layout, weight = output_format("compressed-tensors"), random_codes(scheme, torch.bfloat16, shape)
-    back = layout.unpack(layout.pack(weight), scheme)
+    output, weight = output_format("compressed-tensors"), random_codes(scheme, torch.bfloat16, shape)
+    back = output.unpack(output.pack(weight), scheme)
     assert all(torch.equal(a, b) for a, b in zip(fields(back), fields(weight), strict=True))
 
 
@@ -159,11 +159,11 @@ def test_compressed_tensors_hold_any_number_of_outputs(shape: tuple[int, int], s
 @pytest.mark.parametrize("num_bits", [3, 4, 5])
 def test_compressed_tensors_hold_any_number_of_inputs_per_row(num_bits: int, num_inputs: int) -> None:
     scheme = WeightScheme(num_bits, False, -1)
-    layout, weight = output_format("compressed-tensors"), random_codes(scheme, torch.bfloat16, (5, num_inputs))
-    packed = layout.pack(weight)
+    output, weight = output_format("compressed-tensors"), random_codes(scheme, torch.bfloat16, (5, num_inputs))
+    packed = output.pack(weight)
     assert packed["weight_packed"].shape == (5, -(-num_inputs * num_bits // 32))
     assert packed["weight_packed"].tolist() == slow_pack(weight.codes, num_bits)
-    assert torch.equal(layout.unpack(packed, scheme).codes, weight.codes)
+    assert torch.equal(output.unpack(packed, scheme).codes, weight.codes)
 
 
 def test_the_lowest_code_sits_in_the_lowest_bits() -> None:
@@ -446,7 +446,7 @@ def test_llm_compressor_itself_writes_the_same_config(tmp_path: Path) -> None:
 
 
 def test_the_contract_covers_every_format() -> None:
-    known = {layout.name for layout in all_formats()}
+    known = {output.name for output in all_formats()}
     assert {name for name, _ in CONTRACT} == known
 
 
