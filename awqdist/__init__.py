@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from awqdist.api import oneshot, quantize, register_mappings
     from awqdist.errors import AwqdistError
     from awqdist.recipe import AWQMapping, AWQModifier, GPTQModifier, QuantizationModifier, load_recipe
-    from awqdist.recipe.settings import RunSettings
+    from awqdist.settings import RunSettings
 
 __all__ = [
     "AWQMapping",
@@ -42,7 +42,7 @@ _HOMES = {
     "awqdist.api": ("oneshot", "quantize", "register_mappings"),
     "awqdist.errors": ("AwqdistError",),
     "awqdist.recipe": ("AWQMapping", "AWQModifier", "GPTQModifier", "QuantizationModifier", "load_recipe"),
-    "awqdist.recipe.settings": ("RunSettings",),
+    "awqdist.settings": ("RunSettings",),
     "compressed_tensors.quantization": (
         "QuantizationArgs",
         "QuantizationScheme",

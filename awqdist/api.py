@@ -20,10 +20,10 @@ from awqdist.layer.records import RunSummary
 from awqdist.model import config, registry
 from awqdist.plan.estimate import chunk_budget
 from awqdist.recipe import AWQMapping, MappingPattern, Recipe, load_recipe
-from awqdist.recipe.settings import Placement, RunSettings
 from awqdist.run.events import Listen, Message
 from awqdist.run.job import Job, prepare
 from awqdist.run.output import check_output
+from awqdist.settings import Placement, RunSettings
 
 
 def quantize(

@@ -20,12 +20,12 @@ from awqdist.backends.ray_crew import Crew, get, joined_cluster
 from awqdist.backends.remote_worker import with_device
 from awqdist.errors import AwqdistError
 from awqdist.layer.records import RunSummary
-from awqdist.recipe.settings import Placement
 from awqdist.run.events import Listen, Message, Warned, WorkerLost
 from awqdist.run.job import Job
 from awqdist.run.lead import Lead
 from awqdist.run.output import check_free
 from awqdist.run.ring import Assignment
+from awqdist.settings import Placement
 
 _POLL_S = 0.5
 _FAREWELL_S = 7.0  # for workers to finish writing when the run is interrupted

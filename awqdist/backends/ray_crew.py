@@ -23,11 +23,11 @@ from torch import Tensor
 from awqdist.backends.remote_worker import Introduction, Order, RemoteWorker, agreed, order_for
 from awqdist.backends.room import room_for_workers
 from awqdist.errors import AwqdistError
-from awqdist.recipe.settings import Placement
 from awqdist.run.events import ChunkForwarded, Event, LayerFinished, WorkerStatus
 from awqdist.run.job import Job
 from awqdist.run.ring import Assignment
 from awqdist.run.shared_folder import check_answers, offer_token, remove_token
+from awqdist.settings import Placement
 
 _START_S = 120.0  # for the cluster to place the workers
 _REPLACE_S = 60.0  # for a lost worker to find a new place; after that the run goes on without it

@@ -23,12 +23,12 @@ from awqdist.errors import CheckpointError
 from awqdist.model.registry import register_mappings, registered_mappings
 from awqdist.offload.levels import open_store
 from awqdist.recipe import MappingPattern, Recipe
-from awqdist.recipe.settings import RunSettings
 from awqdist.run.chunks import store_settings
 from awqdist.run.events import Event, Message
 from awqdist.run.job import Job, fingerprint, prepare, with_threads
 from awqdist.run.ring import Assignment, RingBroken, work
 from awqdist.run.shared_folder import answer_token
+from awqdist.settings import RunSettings
 
 Deliver = Callable[[int, int, Tensor], None]  # layer, chunk, hidden -> the neighbour has it
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from math import ceil, floor
 
 from awqdist.errors import AwqdistError
-from awqdist.recipe.settings import Placement
+from awqdist.settings import Placement
 
 BACKENDS = ("local", "ray", "torchrun")
 _SLURM_NAMES = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}

@@ -25,7 +25,6 @@ from awqdist.errors import AwqdistError
 from awqdist.layer.records import RunSummary
 from awqdist.offload.levels import open_store
 from awqdist.recipe import Recipe
-from awqdist.recipe.settings import RunSettings
 from awqdist.run.chunks import store_settings
 from awqdist.run.device import choose_device
 from awqdist.run.events import Event, Listen, Message
@@ -34,6 +33,7 @@ from awqdist.run.lead import Lead
 from awqdist.run.output import check_free
 from awqdist.run.ring import Assignment, RingBroken, work
 from awqdist.run.shared_folder import answer_token, check_answers, offer_token
+from awqdist.settings import RunSettings
 
 Begin = Callable[[], tuple[Job, Tensor]]
 

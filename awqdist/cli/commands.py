@@ -18,15 +18,15 @@ from awqdist.api import quantize
 from awqdist.backends.room import choose_backend, launcher_value
 from awqdist.checkpoint.hub import model_folder
 from awqdist.cli.progress import Kind, renderer
-from awqdist.cli.tables import summary_table
 from awqdist.demo import calibration_text, demo_folder, evaluation_text
 from awqdist.eval.evaluate import Evaluation, EvaluationError, Shard, evaluate
 from awqdist.layer.records import RunSummary
 from awqdist.recipe import load_recipe
-from awqdist.recipe.settings import Placement, RunSettings
 from awqdist.report.report import write_report
+from awqdist.report.tables import summary_table
 from awqdist.run.device import choose_device
 from awqdist.run.verify import verify
+from awqdist.settings import Placement, RunSettings
 
 _console = Console()
 

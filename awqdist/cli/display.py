@@ -8,9 +8,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from awqdist.cli.run_state import RunState, WorkerState
-from awqdist.cli.tables import pattern_of, show_bytes, show_number, show_seconds
 from awqdist.layer.records import MappingRecord
 from awqdist.run.events import WorkerStatus
+from awqdist.units import pattern_of, show_bytes, show_number, show_seconds
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -58,7 +58,7 @@ def quantize(
 ) -> None:
     """Quantizes MODEL into OUTPUT. Killed or interrupted, the same command goes on where it stopped."""
     from awqdist.cli.commands import quantize_and_report
-    from awqdist.recipe.settings import Placement, RunSettings
+    from awqdist.settings import Placement, RunSettings
 
     settings = RunSettings(
         model=Path(model),
@@ -124,7 +124,7 @@ def plan(
     """Shows what a run would read, hold and write, what it would leave out, and how long it would take. Reads no tensors."""
     from awqdist.plan.planning import load_machines, show_plan
     from awqdist.plan.simulation import SimulationOptions
-    from awqdist.recipe.settings import RunSettings
+    from awqdist.settings import RunSettings
 
     settings = RunSettings(
         model=Path(model),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from awqdist.units import parse_bytes
 
 DEFAULT_CALIBRATION = "mit-han-lab/pile-val-backup::validation"
 
@@ -98,25 +99,11 @@ WriteSeconds = Annotated[float | None, typer.Option(min=0, help="Writing one lay
 TransferSeconds = Annotated[float | None, typer.Option(min=0, help="Sending one chunk from worker to worker.")]
 
 
-_UNITS = {
-    "": 1,
-    "KB": 10**3,
-    "MB": 10**6,
-    "GB": 10**9,
-    "TB": 10**12,
-    "KIB": 2**10,
-    "MIB": 2**20,
-    "GIB": 2**30,
-    "TIB": 2**40,
-}
-
-
-def parse_bytes(text: str) -> int:
-    """Bytes of "1.5GB", "900MiB" or "1500000000"."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]I?B)?", text.strip().upper())
-    if found is None:
-        raise typer.BadParameter(f"{text!r} is no amount of memory; give one such as 1.5GB, 900MiB or 1500000000")
-    return int(float(found[1]) * _UNITS[found[2] or ""])
+def _bytes(text: str) -> int:
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 OffloadLevel = Annotated[
@@ -129,7 +116,7 @@ OffloadDir = Annotated[
 CpuMemory = Annotated[
     int | None,
     typer.Option(
-        parser=parse_bytes,
+        parser=_bytes,
         metavar="BYTES",
         help="Host memory of a worker, such as 1.5GB; without it all or, offloaded, none of it is for activations.",
     ),
@@ -137,7 +124,7 @@ CpuMemory = Annotated[
 GpuMemory = Annotated[
     int | None,
     typer.Option(
-        parser=parse_bytes,
+        parser=_bytes,
         metavar="BYTES",
         help="Memory of the GPU for a worker, such as 40GB; what has no room in it lies in host memory. All has room if not given.",
     ),

@@ -11,21 +11,20 @@ Rich is imported by the live display alone, and torch by none: the workers that 
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from awqdist.cli.display import display, show_eta
 from awqdist.cli.run_state import RunState
-from awqdist.cli.tables import show_bytes, show_number, show_seconds
 from awqdist.layer.records import LayerRecord
 from awqdist.run import events as ev
 from awqdist.run.events import Listen, Message
+from awqdist.units import show_bytes, show_number, show_seconds, strict_json
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -53,21 +52,6 @@ def renderer(kind: Kind = "auto", now: Clock = time.time) -> AbstractContextMana
 def resolve(kind: Kind) -> Kind:
     """What `auto` stands for."""
     return kind if kind != "auto" else "rich" if sys.stderr.isatty() else "plain"
-
-
-def strict_json(value: Any) -> str:
-    """JSON as every parser reads it: numbers that are not finite become null."""
-    return json.dumps(_without_nonfinite(value), allow_nan=False, ensure_ascii=False, separators=(",", ":"))
-
-
-def _without_nonfinite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {str(key): _without_nonfinite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_nonfinite(item) for item in value]
-    return value
 
 
 @contextmanager

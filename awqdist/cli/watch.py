@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from awqdist.cli.display import LONG_SILENCE_S, display, silence
-from awqdist.cli.progress import Kind, renderer, resolve, strict_json
+from awqdist.cli.progress import Kind, renderer, resolve
 from awqdist.cli.run_state import RunState, WorkerState
 from awqdist.errors import OutputError
 from awqdist.run.event_log import EVENTS_FILE, follow_events, last_run, read_events
 from awqdist.run.events import Message, RunFailed, RunFinished
+from awqdist.units import strict_json
 
 POLL_S = 0.5
 

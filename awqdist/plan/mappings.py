@@ -11,13 +11,13 @@ from rich.console import Console
 from rich.table import Table
 
 from awqdist.checkpoint.hub import described
-from awqdist.cli.tables import pattern_of, show_layers
 from awqdist.layer.plan import LayerTask, Plan
 from awqdist.recipe import Recipe, load_recipe
-from awqdist.recipe.settings import RunSettings
 from awqdist.run.device import choose_device
 from awqdist.run.job import Job, foresee
 from awqdist.run.mapping_patterns import mapping_patterns
+from awqdist.settings import RunSettings
+from awqdist.units import pattern_of, show_layers
 
 
 def show_mappings(model: str, recipe: str, *, as_json: bool, as_recipe: bool) -> None:

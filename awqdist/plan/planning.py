@@ -12,7 +12,6 @@ from rich.console import Console
 from rich.table import Table
 
 from awqdist.checkpoint.hub import described
-from awqdist.cli.tables import show_bytes, show_layers, show_percent, show_seconds
 from awqdist.doctor.machine import MachineProfile
 from awqdist.layer.plan import Plan
 from awqdist.plan.estimate import Estimate, Placement, WorkerEstimate, deal, estimate, placement
@@ -20,9 +19,10 @@ from awqdist.plan.mappings import mapping_table, plan_json, print_left_out
 from awqdist.plan.predict import RunForecast, predict
 from awqdist.plan.simulation import SimulationOptions, forecast, print_forecast, schedule_of
 from awqdist.recipe import load_recipe
-from awqdist.recipe.settings import RunSettings
 from awqdist.run.device import choose_device
 from awqdist.run.job import Job, foresee
+from awqdist.settings import RunSettings
+from awqdist.units import show_bytes, show_layers, show_percent, show_seconds
 
 
 @dataclass(frozen=True, slots=True)

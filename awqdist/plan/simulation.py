@@ -11,7 +11,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from awqdist.cli.tables import show_percent, show_seconds
 from awqdist.errors import AwqdistError, OutputError
 from awqdist.plan.simulate import (
     Point,
@@ -24,10 +23,11 @@ from awqdist.plan.simulate import (
     sweep,
     worker_counts,
 )
-from awqdist.recipe.settings import RunSettings
 from awqdist.run.journal import JOURNAL_FILE, read_journal
 from awqdist.run.output import STATE_FOLDER
 from awqdist.run.schedule import Order, Schedule
+from awqdist.settings import RunSettings
+from awqdist.units import show_percent, show_seconds
 
 _SHOWN_COUNTS = (1, 2, 4, 8, 16, 32, 64)
 _ORDERS: tuple[Order, ...] = ("search first", "forward first")

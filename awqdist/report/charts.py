@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Any
 
-from awqdist.cli import tables
 from awqdist.layer.records import STAGES, RunSummary, SiteRecord
+from awqdist.report import tables
 from awqdist.report.expert_tokens import FEW_TOKENS, BlockTokens, tokens_of_experts
+from awqdist.units import pattern_of
 
 FLOOR_STAGES = "read", "forward", "write"
 STACKED_STAGES = (*FLOOR_STAGES, *(stage for stage in STAGES if stage not in FLOOR_STAGES))
@@ -41,7 +42,7 @@ def charts_of(summary: RunSummary) -> dict[str, list[Chart]]:
     labels = tables.run_labels(summary)
     layers = summary.layers
     mappings = [(tables.mapping_label(mapping, labels), x.layer, mapping) for x in layers for mapping in x.mappings]
-    linears = [(labels[tables.pattern_of(linear.name)], x.layer, linear) for x in layers for linear in x.linears]
+    linears = [(labels[pattern_of(linear.name)], x.layer, linear) for x in layers for linear in x.linears]
     sites = [(_site_label(site, labels), x.layer, site) for x in layers for site in x.sites]
 
     before = _series(summary, mappings, lambda mapping: mapping.error_before, math.fsum)
@@ -85,7 +86,7 @@ def _tokens_of_experts(summary: RunSummary) -> list[Chart]:
 
 
 def _site_label(site: SiteRecord, labels: dict[str, str]) -> str:
-    patterns = map(tables.pattern_of, site.linears)
+    patterns = map(pattern_of, site.linears)
     return ", ".join(dict.fromkeys(labels.get(pattern, pattern) for pattern in patterns))
 
 

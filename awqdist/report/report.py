@@ -17,9 +17,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from awqdist.cli import tables
-from awqdist.cli.progress import strict_json
+from awqdist import units
 from awqdist.layer.records import RunSummary
+from awqdist.report import tables
 from awqdist.report.charts import charts_of
 from awqdist.report.expert_tokens import FEW_TOKENS, tokens_of_experts
 from awqdist.report.intervals import timeline
@@ -42,8 +42,8 @@ def render_report(summary: RunSummary, messages: Sequence[Message] = ()) -> str:
         for number, chart in enumerate(group)
     }
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(number=tables.show_number, percent=tables.show_percent)
-    environment.filters.update(bytes=tables.show_bytes, layers=tables.show_layers, pattern=tables.pattern_of)
+    environment.filters.update(number=units.show_number, percent=units.show_percent)
+    environment.filters.update(bytes=units.show_bytes, layers=units.show_layers, pattern=units.pattern_of)
     template = environment.from_string(files("awqdist.report").joinpath("report.html.j2").read_text("utf-8"))
     return template.render(
         summary=summary,
@@ -57,7 +57,7 @@ def render_report(summary: RunSummary, messages: Sequence[Message] = ()) -> str:
         mappings_by_layer=tables.mapping_rows(summary, by_layer=True),
         worst=tables.worst_linears(summary, 20),
         skipped=tables.skipped_rows(summary),
-        ignored=Counter(map(tables.pattern_of, summary.ignored)),
+        ignored=Counter(map(units.pattern_of, summary.ignored)),
         blocks=tokens_of_experts(summary.layers),
         few_tokens=FEW_TOKENS,
         num_tokens=sorted(
@@ -82,7 +82,7 @@ def write_report(summary: RunSummary, folder: Path) -> Path:
 
 def _script_json(value: Any) -> str:
     """JSON that may stand inside <script>: no `<` can end the element or open a comment."""
-    return strict_json(value).replace("<", "\\u003c")
+    return units.strict_json(value).replace("<", "\\u003c")
 
 
 def _tiles(summary: RunSummary) -> list[tuple[str, str, str]]:
@@ -93,12 +93,12 @@ def _tiles(summary: RunSummary) -> list[tuple[str, str, str]]:
     over = "floor not measured" if factor is None else f"{factor:.2f} × the floor"
     written = tables.finite_median(x.relative_error for x in linears)
     nearest = tables.finite_median(x.relative_error_nearest for x in linears)
-    nearest_note = f"median linear; nearest: {tables.show_number(nearest)}"
+    nearest_note = f"median linear; nearest: {units.show_number(nearest)}"
     return [
-        ("Time", tables.show_seconds(summary.seconds.get("total")), over),
-        ("Size", tables.show_bytes(summary.output_bytes), f"{tables.show_percent(share)} of the source"),
-        ("Error removed by smoothing", tables.show_percent(tables.finite_median(reductions)), "median mapping"),
-        ("Relative error as written", tables.show_number(written), nearest_note),
+        ("Time", units.show_seconds(summary.seconds.get("total")), over),
+        ("Size", units.show_bytes(summary.output_bytes), f"{units.show_percent(share)} of the source"),
+        ("Error removed by smoothing", units.show_percent(tables.finite_median(reductions)), "median mapping"),
+        ("Relative error as written", units.show_number(written), nearest_note),
     ]
 
 
@@ -109,13 +109,13 @@ def _facts(summary: RunSummary) -> dict[str, str]:
     )
     changes = [(not math.isfinite(x.smoothing_error), x.smoothing_error, x.layer) for x in summary.layers]
     _, change, layer = max(changes, default=(False, 0.0, 0))
-    by_worker = [f"{tables.show_bytes(n)} by worker {w}" for w, n in summary.bytes_read.items() if w is not None]
-    copied = tables.show_bytes(summary.bytes_read.get(None, 0))
+    by_worker = [f"{units.show_bytes(n)} by worker {w}" for w, n in summary.bytes_read.items() if w is not None]
+    copied = units.show_bytes(summary.bytes_read.get(None, 0))
     return {
         "Read": ", ".join([*by_worker, f"{copied} to copy what is in no layer"]),
         "Quantized": f"{len(linears):,} linears in {len(summary.layers)} layers; {len(summary.ignored):,} left out",
         "Weights": "; ".join(f"{scheme} ({count:,})" for scheme, count in schemes.items()),
-        "Peak memory": tables.show_bytes(max((x.peak_memory_bytes for x in summary.layers), default=0)),
+        "Peak memory": units.show_bytes(max((x.peak_memory_bytes for x in summary.layers), default=0)),
         "Dead inputs": f"{sum(x.num_dead_inputs for x in linears):,} channels were always zero",
-        "Function kept": f"smoothing changed a layer's output by {tables.show_number(change)} at most (layer {layer})",
+        "Function kept": f"smoothing changed a layer's output by {units.show_number(change)} at most (layer {layer})",
     }

@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from awqdist.cli.tables import show_percent, show_seconds
 from awqdist.report.charts import Chart, plot_text
 from awqdist.report.intervals import Lane, Timeline
+from awqdist.units import show_percent, show_seconds
 
 # kind -> (name, offset from the middle of the lane, thickness); lanes are 1 apart, counted downward
 BARS = {

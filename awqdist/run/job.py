@@ -23,9 +23,9 @@ from awqdist.layer.records import LayerRecord
 from awqdist.model.skeleton import Skeleton, build_skeleton, read_config
 from awqdist.plan.bare_config import index_of_config
 from awqdist.recipe import Recipe
-from awqdist.recipe.settings import RunSettings
 from awqdist.run.device import choose_device, compute_dtype
 from awqdist.run.journal import read_journal
+from awqdist.settings import RunSettings
 
 _COMPUTED = ("BF16", "F16", "F32")
 _LIBRARIES = ("awqdist", "torch", "transformers", "compressed-tensors")

@@ -15,8 +15,8 @@ from pathlib import Path
 from awqdist.checkpoint.index import INDEX_FILE, SINGLE_FILE
 from awqdist.checkpoint.writer import output_error
 from awqdist.errors import OutputError
-from awqdist.recipe.settings import RunSettings
 from awqdist.run.event_log import EVENTS_FILE
+from awqdist.settings import RunSettings
 
 STATE_FOLDER = ".awqdist"
 LOCK_FILE = "lock"

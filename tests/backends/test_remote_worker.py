@@ -21,7 +21,6 @@ from awqdist.backends.room import Room
 from awqdist.errors import AwqdistError, CheckpointError, OutputError
 from awqdist.model.registry import register_mappings, registered_mappings
 from awqdist.recipe import MappingPattern, load_recipe
-from awqdist.recipe.settings import RunSettings
 from awqdist.run import shared_folder
 from awqdist.run.events import ChunkForwarded, Event, LayerFinished, Message, StageStarted
 from awqdist.run.job import Job, fingerprint, prepare
@@ -29,6 +28,7 @@ from awqdist.run.lead import Lead
 from awqdist.run.ring import Assignment, RingBroken
 from awqdist.run.schedule import Schedule
 from awqdist.run.shared_folder import check_answers, offer_token
+from awqdist.settings import RunSettings
 
 NUM_CHUNKS = 2
 ROOM = Room(2, 1.0, on_gpu=False)

@@ -6,7 +6,7 @@ import pytest
 
 from awqdist.backends.room import choose_backend, launcher_value, room_for_workers
 from awqdist.errors import AwqdistError
-from awqdist.recipe.settings import Placement
+from awqdist.settings import Placement
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}

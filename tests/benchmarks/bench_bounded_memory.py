@@ -27,11 +27,11 @@ from pathlib import Path
 import torch
 
 from awqdist.checkpoint.writer import LazyTensor, lazy_tensor, stream_safetensors, write_json
-from awqdist.cli.options import parse_bytes
 from awqdist.model.disk_layout import DiskTensor, disk_layout
 from awqdist.model.skeleton import read_config
 from awqdist.run.event_log import EVENTS_FILE, read_events
 from awqdist.run.events import SourceRead
+from awqdist.units import parse_bytes
 
 _TENTHS = 10
 

@@ -17,9 +17,9 @@ from awqdist.doctor.machine import MachineProfile
 from awqdist.plan.estimate import deal, estimate
 from awqdist.plan.predict import predict
 from awqdist.recipe import load_recipe
-from awqdist.recipe.settings import RunSettings
 from awqdist.run.job import foresee
 from awqdist.run.schedule import Schedule
+from awqdist.settings import RunSettings
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 MODELS = {

@@ -17,11 +17,11 @@ from torch import Tensor
 from awqdist.checkpoint.index import CheckpointIndex
 from awqdist.plan.estimate import deal, estimate
 from awqdist.recipe import load_recipe
-from awqdist.recipe.settings import RunSettings
 from awqdist.run.events import Event, SourceRead
 from awqdist.run.job import prepare
 from awqdist.run.ring import Assignment, work
 from awqdist.run.schedule import Schedule
+from awqdist.settings import RunSettings
 
 SAMPLES = torch.randint(0, 128, (8, 32), generator=torch.Generator().manual_seed(0))
 NUM_WORKERS, NUM_CHUNKS = 2, 2

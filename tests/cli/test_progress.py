@@ -15,11 +15,12 @@ from rich.console import Console
 from support.ring_messages import EPOCH, GIB, layer_record, mapping_record, ring
 
 from awqdist.cli.display import display
-from awqdist.cli.progress import renderer, strict_json
+from awqdist.cli.progress import renderer
 from awqdist.cli.run_state import RunState
 from awqdist.layer.records import LayerRecord
 from awqdist.run import events
 from awqdist.run.events import Message
+from awqdist.units import strict_json
 
 
 def messages_of_a_run(*, num_layers: int = 2, num_finished_layers: int = 0) -> list[Message]:

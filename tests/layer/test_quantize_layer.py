@@ -28,9 +28,9 @@ from awqdist.quant.search import search_scales
 from awqdist.quant.stacks import BalanceWeight
 from awqdist.quant.stats import InputStatistics, Statistics
 from awqdist.recipe import Recipe, WeightScheme, load_recipe
-from awqdist.recipe.settings import RunSettings
 from awqdist.run.job import prepare
 from awqdist.run.stopwatch import Stopwatch
+from awqdist.settings import RunSettings
 
 GROUPED = WeightScheme(4, False, 32)
 RECIPE = """

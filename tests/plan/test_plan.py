@@ -19,8 +19,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from awqdist.errors import OffloadError
 from awqdist.plan.estimate import Estimate, estimate
 from awqdist.recipe import load_recipe
-from awqdist.recipe.settings import RunSettings
 from awqdist.run.job import prepare
+from awqdist.settings import RunSettings
 
 
 def foretold(model: Path, recipe: Path, output: Path = Path("output"), **settings: object) -> Estimate:

@@ -19,9 +19,9 @@ from awqdist.plan.estimate import estimate
 from awqdist.plan.predict import RunForecast, predict
 from awqdist.plan.simulate import simulate
 from awqdist.recipe import load_recipe
-from awqdist.recipe.settings import RunSettings
 from awqdist.run.job import prepare
 from awqdist.run.schedule import Schedule
+from awqdist.settings import RunSettings
 
 MACHINE = MachineProfile(
     host="made up",

@@ -29,11 +29,11 @@ from awqdist.quant.lending import HostMemory
 from awqdist.quant.stacks import BATCH_BYTES
 from awqdist.quant.stats import InputStatistics
 from awqdist.recipe import load_recipe
-from awqdist.recipe.settings import RunSettings
 from awqdist.run.events import Event
 from awqdist.run.job import Job, prepare
 from awqdist.run.ring import Assignment, work
 from awqdist.run.schedule import Schedule
+from awqdist.settings import RunSettings
 
 CPU = torch.device("cpu")
 WIDTH = 700

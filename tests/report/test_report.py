@@ -17,11 +17,12 @@ import pytest
 from rich.console import Console
 from support.ring_messages import EPOCH, ring
 
-from awqdist.cli.tables import mapping_rows, show_layers, skipped_rows, summary_table, worst_linears
 from awqdist.layer.records import LayerRecord, LinearRecord, MappingRecord, RunSummary, SiteRecord, SkippedMapping
 from awqdist.report.report import render_report, write_report
+from awqdist.report.tables import mapping_rows, skipped_rows, summary_table, worst_linears
 from awqdist.run.event_log import EVENTS_FILE
 from awqdist.run.events import Message, WorkerLost, WorkerStarted
+from awqdist.units import show_layers
 
 NAN = float("nan")
 

@@ -21,7 +21,6 @@ from torch import Tensor
 from awqdist.checkpoint.writer import lazy_tensor, write_safetensors
 from awqdist.errors import AwqdistError, OutputError
 from awqdist.recipe import load_recipe
-from awqdist.recipe.settings import RunSettings
 from awqdist.run.event_log import EVENTS_FILE, EventLog, read_events, seconds_of_runs
 from awqdist.run.events import (
     Event,
@@ -39,6 +38,7 @@ from awqdist.run.journal import read_journal
 from awqdist.run.lead import Lead
 from awqdist.run.ring import Assignment
 from awqdist.run.snapshots import chunk_name, load_snapshot, save_snapshot
+from awqdist.settings import RunSettings
 
 SAMPLES = torch.randint(0, 128, (8, 32), generator=torch.Generator().manual_seed(0))
 STATE = ".awqdist"

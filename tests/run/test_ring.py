@@ -18,7 +18,6 @@ from transformers import LlamaForCausalLM
 
 from awqdist.errors import CheckpointError, OutputError
 from awqdist.recipe import load_recipe
-from awqdist.recipe.settings import RunSettings
 from awqdist.run.events import (
     ChunkForwarded,
     Event,
@@ -34,6 +33,7 @@ from awqdist.run.job import Job, prepare
 from awqdist.run.journal import SnapshotRecord
 from awqdist.run.ring import Assignment, RingBroken, work
 from awqdist.run.schedule import Schedule
+from awqdist.settings import RunSettings
 
 NUM_CHUNKS = 2
 SAMPLES = torch.randint(0, 128, (8, 32), generator=torch.Generator().manual_seed(0))

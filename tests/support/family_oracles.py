@@ -25,8 +25,8 @@ from awqdist.model.mapping import ResolvedMapping
 from awqdist.model.skeleton import build_skeleton, read_config
 from awqdist.model.smoothed import SmoothedParameters
 from awqdist.recipe import Recipe
-from awqdist.recipe.settings import RunSettings
 from awqdist.run.job import Job, prepare
+from awqdist.settings import RunSettings
 from support.fused_oracles import apart, together
 from support.tiny_models import GROUP_SIZE, VOCABULARY
 

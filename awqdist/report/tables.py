@@ -10,7 +10,6 @@ The row functions are pure and know nothing of rich; the report draws the same r
 from __future__ import annotations
 
 import math
-import re
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,13 +17,11 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from awqdist.layer.records import LinearRecord, MappingRecord, RunSummary
+from awqdist.units import pattern_of, show_bytes, show_layers, show_number, show_percent, show_seconds
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
-
-# `layers.3.mlp` and `layer 3`, but neither `1.5` nor the last part of `mlp.0`, which names a linear of its own.
-INDEX = re.compile(r"(?<=[A-Za-z_]\.)\d+(?=\.[A-Za-z_])|(?<=\blayer )\d+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +43,6 @@ class MappingRow:
         if self.error_before > 0 and math.isfinite(self.error_before) and math.isfinite(self.error_after):
             return 1 - self.error_after / self.error_before
         return None
-
-
-def pattern_of(text: str) -> str:
-    """A name, or a sentence with names in it, without the indices of layer and expert."""
-    return INDEX.sub("*", text)
 
 
 def short_labels(patterns: Iterable[str]) -> dict[str, str]:
@@ -140,45 +132,6 @@ def floor_factor(summary: RunSummary) -> float | None:
     """Total time over the time that no method can do without."""
     total = summary.seconds.get("total")
     return total / summary.floor_seconds if total is not None and summary.floor_seconds > 0 else None
-
-
-def show_number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3g}"
-
-
-def show_percent(share: float | None) -> str:
-    return "–" if share is None else f"{100 * share:.1f} %"
-
-
-def show_seconds(value: float | None) -> str:
-    if value is None or not math.isfinite(value):
-        return "–"
-    if value < 9.995:
-        return f"{value:.2f} s"
-    if value < 59.95:
-        return f"{value:.1f} s"
-    if value < 3600:
-        return f"{int(value // 60)} min {int(value % 60)} s"
-    return f"{int(value // 3600)} h {int(value % 3600 // 60):02d} min"
-
-
-def show_bytes(num_bytes: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(num_bytes) < 1024:
-            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
-        num_bytes /= 1024
-    return f"{num_bytes:.1f} TiB"
-
-
-def show_layers(layers: Iterable[int]) -> str:
-    """`0-2, 5`."""
-    runs: list[list[int]] = []
-    for layer in sorted(layers):
-        if runs and layer == runs[-1][1] + 1:
-            runs[-1][1] = layer
-        else:
-            runs.append([layer, layer])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
 
 
 def summary_table(summary: RunSummary, *, layers: bool = False) -> RenderableType:
