@@ -12,9 +12,10 @@ from rich.markup import escape
 from awqdist.backends.ray_crew import describe_cluster
 from awqdist.doctor.folder_health import check_folder
 from awqdist.doctor.health import Check, check_machine
-from awqdist.doctor.machine import MachineProfile, measure_machine
+from awqdist.doctor.machine import measure_machine
 from awqdist.errors import AwqdistError, OffloadError
 from awqdist.offload.deepspeed_io import BUILD_COMMAND, build_operator
+from awqdist.plan.machine import MachineProfile
 from awqdist.run.device import choose_device
 
 _COLORS = {"ok": "green", "warn": "yellow", "fail": "red"}

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import time
 import zlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from socket import gethostname
 
 import torch
 
 from awqdist.checkpoint.dequantize import dequantize
-from awqdist.checkpoint.writer import write_json
-from awqdist.errors import AwqdistError
+from awqdist.plan.machine import MachineProfile
 from awqdist.quant.precision import exact_for
 
-_KIND = "awqdist machine profile 2"
 _FILE_BYTES = 1 << 28
 _LEAST_FILE_BYTES = 1 << 24
 _BLOCK_BYTES = 1 << 24
@@ -29,49 +25,6 @@ _DIGEST_BYTES = 1 << 24
 _NUM_OPERATIONS = 200
 _MATMUL_S = 0.4  # how long each rate is measured
 _MATMULS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-@dataclass(frozen=True, slots=True)
-class MachineProfile:
-    """Rates of one machine. Of bytes, each way counts: a copy of n bytes in memory is 2n.
-
-    matmul_flops_per_s: by dtype ("tfloat32": float32 on reduced-precision units, of a GPU), with 2·m·n·k operations for a product of
-    (m, k) and (k, n); operation_s: of an operation on a row of a small matrix; checksum, hash: CRC-32 and SHA-256, by one thread;
-    dequantized: values of FP8.
-    """
-
-    host: str
-    device: str  # "cpu", or the name of the GPU
-    threads: int  # of the CPU that the rates are of
-    read_bytes_per_s: float
-    write_bytes_per_s: float
-    checksum_bytes_per_s: float
-    hash_bytes_per_s: float
-    dequantized_per_s: float
-    host_memory_bytes_per_s: float
-    memory_bytes_per_s: float  # of the device
-    operation_s: float
-    host_to_device_bytes_per_s: float | None  # None without a GPU
-    device_memory_bytes: int | None  # the same
-    network_bytes_per_s: float | None = None  # from worker to worker; one machine alone cannot measure it
-    matmul_flops_per_s: dict[str, float] = field(default_factory=dict)
-
-    def save(self, file: Path) -> None:
-        """Writes the profile durably. Raises OutputError."""
-        write_json(file, {"kind": _KIND, **asdict(self)})
-
-    @classmethod
-    def load(cls, file: Path) -> MachineProfile:
-        """Raises AwqdistError for anything that `save` did not write."""
-        try:
-            data = json.loads(file.read_text())
-            if data.pop("kind") != _KIND or set(data) != {field.name for field in fields(cls)}:
-                raise ValueError("it is of another kind")
-            return cls(**data)
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise AwqdistError(
-                f"{file} is no machine profile ({error}); make one with `awqdist doctor --profile {file}`"
-            ) from None
 
 
 def measure_machine(folder: Path, device: torch.device) -> MachineProfile:

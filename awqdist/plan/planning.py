@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from awqdist.checkpoint.hub import described
-from awqdist.doctor.machine import MachineProfile
 from awqdist.layer.plan import Plan
 from awqdist.plan.estimate import Estimate, Placement, WorkerEstimate, deal, estimate, placement
+from awqdist.plan.machine import MachineProfile
 from awqdist.plan.mappings import mapping_table, plan_json, print_left_out
 from awqdist.plan.predict import RunForecast, predict
 from awqdist.plan.simulation import SimulationOptions, forecast, print_forecast, schedule_of

@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass, replace
 from math import prod
 from typing import Any
 
-from awqdist.doctor.machine import MachineProfile
 from awqdist.layer.plan import LayerTask
 from awqdist.plan.estimate_layer import LayerEstimate, chunk_tokens, compute_bytes, token_bytes
+from awqdist.plan.machine import MachineProfile
 from awqdist.plan.simulate import Simulation, StepTimes, simulate
 from awqdist.plan.work import LayerWork
 from awqdist.plan.work_units import STAGES, Product, Work

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from awqdist.doctor.machine import MachineProfile
 from awqdist.plan.estimate import deal, estimate
+from awqdist.plan.machine import MachineProfile
 from awqdist.plan.predict import predict
 from awqdist.recipe import load_recipe
 from awqdist.run.job import foresee

@@ -16,8 +16,9 @@ from support.command_line import awqdist, folder_as_it_was
 from awqdist.doctor import folder_health, health
 from awqdist.doctor.folder_health import check_folder
 from awqdist.doctor.health import Check, check_machine
-from awqdist.doctor.machine import MachineProfile, measure_machine
+from awqdist.doctor.machine import measure_machine
 from awqdist.errors import AwqdistError, OffloadError
+from awqdist.plan.machine import MachineProfile
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +70,7 @@ def test_the_rates_of_a_gpu_are_those_of_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["", "[]", '{"kind": "other"}', '{"kind": "awqdist machine profile 2", "host": "x"}'])
 def test_what_is_no_profile_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "profile.json").write_text(text)
-    with pytest.raises(AwqdistError, match=r"is no machine profile .*make one with `awqdist doctor --profile "):
+    with pytest.raises(AwqdistError, match=r"is not a machine profile .*create one with `awqdist doctor --profile "):
         MachineProfile.load(tmp_path / "profile.json")
 
 

@@ -14,8 +14,8 @@ from support.command_line import awqdist
 from support.tiny_llama import NUM_LAYERS, Tiny
 from support.tiny_models import tiny_checkpoint
 
-from awqdist.doctor.machine import MachineProfile
 from awqdist.plan.estimate import estimate
+from awqdist.plan.machine import MachineProfile
 from awqdist.plan.predict import RunForecast, predict
 from awqdist.plan.simulate import simulate
 from awqdist.recipe import load_recipe
@@ -125,7 +125,7 @@ def test_plan_tells_times_with_a_profile_and_simulates_with_them(tiny: Tiny, tmp
     shown = awqdist(*command).stdout
     assert "Predicted for cpu" in shown
     assert "with 2 workers" in shown
-    assert "no machine profile" in awqdist(*command[:-1], tiny.text).error_line()
+    assert "is not a machine profile" in awqdist(*command[:-1], tiny.text).error_line()
 
 
 def test_a_profile_of_a_gpu_plans_for_one_that_is_not_here(tiny: Tiny, tmp_path: Path) -> None:
