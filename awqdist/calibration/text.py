@@ -1,7 +1,8 @@
-"""From text to calibration samples: (N, L) token ids, no padding.
+"""Turns calibration text into samples: token ids (N, L) without padding.
 
-Samples are taken evenly over the whole text, so that a long file is covered and only what is needed is tokenized. Each sample begins
-with the special tokens that the tokenizer puts in front of a text (BOS, for most models): some models behave quite differently without.
+Samples are taken evenly over the whole text, so that a long file is covered and only the parts that are used are
+tokenized. Each sample begins with the special tokens that the tokenizer puts in front of a text (BOS, for most models):
+some models behave quite differently without them.
 """
 
 from __future__ import annotations
@@ -18,21 +19,26 @@ from torch import Tensor
 from awqdist.errors import CalibrationError
 
 _TEXT_SUFFIXES = {".txt", ".text", ".md", ".json", ".jsonl", ".parquet", ".csv", ".gz"}
-_CHARACTERS_PER_TOKEN = (
-    6,
-    16,
-)  # of a piece of text that is tokenized for a sample; the second if the first were too few
+_CHARACTERS_PER_TOKEN = (6, 16)  # tokenized for a sample; the second where the first gave too few tokens
 
 
 def load_calibration(source: Any, tokenizer: Any, num_samples: int, sequence_length: int, seed: int = 0) -> Tensor:
-    """Token ids (num_samples, sequence_length), int64.
+    """Returns token ids (num_samples, sequence_length), int64.
 
-    source: path of a text file (.txt and the like; .jsonl with a "text" field), a hub dataset "NAME", "NAME:CONFIG" or "NAME:CONFIG:SPLIT",
-    a datasets.Dataset, a list of texts, or a list of token-id lists. Raises CalibrationError if it is missing, empty or too short.
+    Args:
+        source: A text file (.txt and the like, or .jsonl with a "text" field), a hub dataset "NAME", "NAME:CONFIG" or
+            "NAME:CONFIG:SPLIT", a datasets.Dataset, a list of texts, or a list of lists of token ids.
+        tokenizer: The model's tokenizer. Token ids need none.
+        num_samples: Number of samples.
+        sequence_length: Tokens per sample, special tokens included.
+        seed: Moves the places in a text that samples are taken from; 0 starts at its beginning.
+
+    Raises:
+        CalibrationError: If the source is missing, empty, too short, or holds something else.
     """
     if num_samples < 1 or sequence_length < 1:
         raise CalibrationError(
-            f"{num_samples} samples of {sequence_length} tokens are no calibration; both must be 1 or more"
+            f"cannot calibrate on {num_samples} samples of {sequence_length} tokens; both must be 1 or more"
         )
     where = "the calibration dataset"
     if isinstance(source, str | Path):
@@ -59,18 +65,32 @@ def samples_of_text(
     seed: int = 0,
     where: str = "the calibration text",
 ) -> Tensor:
-    """Samples taken evenly over `text`; `seed` moves the places. See `load_calibration`."""
+    """Returns samples taken evenly over `text`: token ids (num_samples, sequence_length), int64.
+
+    Args:
+        text: The whole text.
+        tokenizer: The model's tokenizer.
+        num_samples: Number of samples.
+        sequence_length: Tokens per sample, special tokens included.
+        seed: Moves the places that samples are taken from; 0 starts at the text's beginning.
+        where: The name of the text in error messages.
+
+    Raises:
+        CalibrationError: If the text is empty or too short.
+    """
     if not text.strip():
         raise CalibrationError(f"{where} is empty; give a text of at least {num_samples * sequence_length} tokens")
-    prefix = _prefix(tokenizer)
+    ids = tokenizer("")["input_ids"]
+    prefix = [i for i in ids if i != tokenizer.eos_token_id or i == tokenizer.bos_token_id]
     wanted = sequence_length - len(prefix)
     if wanted < 1:
         raise CalibrationError(
-            f"samples of {sequence_length} tokens leave no room for text behind the {len(prefix)} special tokens; raise --seq-len"
+            f"samples of {sequence_length} tokens leave no room for text behind the {len(prefix)} special tokens; "
+            "raise --seq-len"
         )
     if seed:
-        turn = random.Random(seed).randrange(len(text))
-        text = f"{text[turn:]}\n{text[:turn]}"
+        start = random.Random(seed).randrange(len(text))
+        text = f"{text[start:]}\n{text[:start]}"
     spacing = len(text) // num_samples
     for characters in _CHARACTERS_PER_TOKEN:
         length = min(spacing, wanted * characters)
@@ -89,8 +109,17 @@ def samples_of_text(
     return torch.tensor([prefix + ids for ids in samples], dtype=torch.long)
 
 
+def is_text(source: Any) -> bool:
+    """Returns whether a calibration source is text, which needs a tokenizer. Otherwise it is token ids."""
+    if isinstance(source, str | Path):
+        return True
+    if isinstance(source, list | tuple):
+        return not source or isinstance(source[0], str)
+    return "input_ids" not in (getattr(source, "column_names", None) or ())
+
+
 def _samples_of_ids(rows: Iterable[Sequence[int]], num_samples: int, sequence_length: int) -> Tensor:
-    """Joins token-id lists and cuts them anew; lists of just the right length stay as they are."""
+    """Joins lists of token ids and cuts them anew. Lists of the right length stay as they are."""
     try:
         stream = torch.tensor([int(token) for row in rows for token in row], dtype=torch.long)
     except (TypeError, ValueError) as error:
@@ -104,34 +133,16 @@ def _samples_of_ids(rows: Iterable[Sequence[int]], num_samples: int, sequence_le
     return stream[:needed].view(num_samples, sequence_length)
 
 
-def _prefix(tokenizer: Any) -> list[int]:
-    """Special tokens that the tokenizer puts in front of every text."""
-    ids = tokenizer("")["input_ids"]
-    return [i for i in ids if i != tokenizer.eos_token_id or i == tokenizer.bos_token_id]
-
-
 def _tokenize(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     encoded: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     return encoded
 
 
-def is_text(source: Any) -> bool:
-    """Whether a calibration source is text, which needs a tokenizer; otherwise it is token ids."""
-    if isinstance(source, str | Path):
-        return True
-    if isinstance(source, list | tuple):
-        return not source or isinstance(source[0], str)
-    return "input_ids" not in (getattr(source, "column_names", None) or ())
-
-
 def _is_path(source: str) -> bool:
-    """Whether a calibration source is meant as a file here: it exists, or no hub dataset can have that name."""
-    return (
-        Path(source).exists()
-        or Path(source).suffix in _TEXT_SUFFIXES
-        or source.startswith((".", "/", "~"))
-        or source.count("/") > 1
-    )
+    """Returns whether a source names a file: it exists, or no hub dataset can have that name."""
+    path = Path(source)
+    no_hub_name = path.suffix in _TEXT_SUFFIXES or source.startswith((".", "/", "~")) or source.count("/") > 1
+    return path.exists() or no_hub_name
 
 
 def _read_file(file: Path) -> str:
@@ -152,7 +163,7 @@ def _read_file(file: Path) -> str:
 
 
 def _hub_texts(name: str, num_samples: int) -> list[str]:
-    """Texts of a hub dataset, streamed: eight per sample, which leaves room for short ones."""
+    """Streams eight texts per sample from a hub dataset, enough even where texts are short."""
     from datasets import load_dataset
 
     identifier, _, rest = name.partition(":")
@@ -163,12 +174,13 @@ def _hub_texts(name: str, num_samples: int) -> list[str]:
     except Exception as error:  # the hub client raises many kinds: offline, not found, gated, no such split
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CalibrationError(
-            f"calibration {name!r} is neither a file here nor a dataset that the hub gives ({reason}); give a text file"
+            f"calibration {name!r} is neither a local file nor a dataset that the hub can give ({reason}); "
+            "give a text file"
         ) from None
 
 
 def _column(dataset: Any) -> list[Any]:
-    """The "input_ids" or "text" column of a datasets.Dataset."""
+    """Returns the "input_ids" or "text" column of a datasets.Dataset."""
     names = getattr(dataset, "column_names", None) or []
     column = next((name for name in ("input_ids", "text") if name in names), None)
     if column is None:

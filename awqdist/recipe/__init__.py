@@ -1,8 +1,7 @@
-"""What to do to a model: recipes, their YAML and Python forms, and the weight schemes they ask for.
+"""What to do to a model: recipes in YAML and Python, and the weight schemes they ask for.
 
-`Recipe` is the frozen result that the rest of the package reads; the modifiers are what users write, in YAML or in
-Python, under llm-compressor's names. Nothing here reads a model, and torch is imported only while a recipe is built.
-The names that need pydantic or YAML are imported on first use, so that the weight side pays for dataclasses only.
+Users write modifiers under llm-compressor's names; `load_recipe` turns them into the frozen `Recipe` that the rest of
+the package reads. Nothing here reads a model. Names that need pydantic or YAML are imported on first use.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from awqdist.recipe.recipe import MappingPattern, Recipe, Rounding, SchemeGroup,
 
 if TYPE_CHECKING:
     from awqdist.recipe.build import build_recipe
-    from awqdist.recipe.files import RecipeSource, load_recipe, preset_names
+    from awqdist.recipe.load import RecipeSource, load_recipe, preset_names
     from awqdist.recipe.modifiers import AWQMapping, AWQModifier, GPTQModifier, Modifier, QuantizationModifier
 
 __all__ = [
@@ -38,20 +37,9 @@ __all__ = [
     "preset_names",
 ]
 
-_LAZY = {
-    "AWQMapping": "modifiers",
-    "AWQModifier": "modifiers",
-    "GPTQModifier": "modifiers",
-    "Modifier": "modifiers",
-    "QuantizationModifier": "modifiers",
-    "RecipeSource": "files",
-    "build_recipe": "build",
-    "load_recipe": "files",
-    "preset_names": "files",
-}
-
 
 def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
+    file = {"build_recipe": "build", "RecipeSource": "load", "load_recipe": "load", "preset_names": "load"}
+    return getattr(import_module(f"{__name__}.{file.get(name, 'modifiers')}"), name)

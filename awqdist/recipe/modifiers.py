@@ -1,8 +1,8 @@
 """The modifiers that users write, in YAML or in Python, under llm-compressor 0.14's names and fields.
 
 Every field that llm-compressor can write is accepted. Those that steer only its own execution (offload_device,
-batched_quantization, ...) change nothing here. What a field means for the result, and which values cannot be honoured,
-is decided in `build` and `schemes`. All mistakes raise RecipeError, never pydantic's ValidationError.
+batched_quantization, ...) change nothing here. `build_recipe` decides what a field means for the result and which
+values cannot be honoured. All mistakes raise RecipeError, never pydantic's ValidationError.
 """
 
 from __future__ import annotations
@@ -17,8 +17,27 @@ from awqdist.errors import RecipeError
 from awqdist.recipe.matching import suggestion
 
 
+def first_mistake(error: ValidationError, where: str) -> str:
+    """Returns one sentence on the first finding: where the mistake is, what was expected and what was found."""
+    details = error.errors(include_url=False)[0]
+    place = ".".join(str(part) for part in details["loc"])
+    if details["type"] == "missing":
+        return f"{where} needs the key {place!r}; add it"
+    message = details["msg"].removeprefix("Value error, ").rstrip(".")
+    message = re.sub("^Input should be (?=less|greater)", "expected a value ", message)
+    message = message.replace("Input should be", "expected")
+    return f"{where}: {f'{place}: ' if place else ''}{message}; found {details['input']!r}"
+
+
+def refuse_unknown_keys(fields: dict[str, Any], model: type[BaseModel], where: str) -> None:
+    """Raises RecipeError for the first key that `model` has no field for, with the nearest valid key."""
+    for key in fields:
+        if key not in model.model_fields:
+            raise RecipeError(f"{where} has no key {str(key)!r}; {suggestion(str(key), model.model_fields)}")
+
+
 class _Strict(BaseModel):
-    """Refuses unknown keys with the nearest valid one, and tells every mistake in one sentence."""
+    """Refuses unknown keys, and reports each mistake as a RecipeError of one sentence."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -30,36 +49,25 @@ class _Strict(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _refuse_unknown_keys(cls, fields: Any) -> Any:
+    def _check_keys(cls, fields: Any) -> Any:
         if not isinstance(fields, dict):
             raise RecipeError(f"{cls.__name__}: expected a mapping of its keys, found {fields!r}")
-        for key in fields:
-            if key not in cls.model_fields:
-                raise RecipeError(f"{cls.__name__} has no key {str(key)!r}; {suggestion(str(key), cls.model_fields)}")
+        refuse_unknown_keys(fields, cls, cls.__name__)
         return fields
 
 
-def first_mistake(error: ValidationError, where: str) -> str:
-    """One sentence on the first of pydantic's findings: what holds the mistake, what was expected, what was found."""
-    details = error.errors(include_url=False)[0]
-    place = ".".join(str(part) for part in details["loc"])
-    message = details["msg"].removeprefix("Value error, ").rstrip(".")
-    message = re.sub("^Input should be (?=less|greater)", "expected a value ", message)
-    message = message.replace("Input should be", "expected")
-    if details["type"] == "missing":
-        return f"{where} needs the key {place!r}; add it"
-    return f"{where}: {f'{place}: ' if place else ''}{message}; found {details['input']!r}"
-
-
 class AWQMapping(_Strict):
-    """`AWQMapping("re:.*input_layernorm", ["re:.*q_proj", ...])`: the balance layers read the smooth layer's output.
+    """A smooth layer and the balance layers that read its output, as patterns of module names.
 
-    activation_hook_target is accepted as llm-compressor has it and changes nothing: statistics are taken at the input
-    of each linear itself.
+    `activation_hook_target` is accepted and changes nothing: statistics are taken at the input of each linear itself.
+
+    Example:
+        >>> AWQMapping("re:.*input_layernorm", ["re:.*q_proj", "re:.*k_proj", "re:.*v_proj"]).smooth_layer
+        're:.*input_layernorm'
     """
 
     smooth_layer: str
-    balance_layers: list[str]
+    balance_layers: list[str] = Field(min_length=1)
     activation_hook_target: str | None = None
 
     def __init__(self, *positional: Any, **fields: Any) -> None:
@@ -70,16 +78,9 @@ class AWQMapping(_Strict):
             )
         super().__init__(**dict(zip(names, positional, strict=False)), **fields)
 
-    @field_validator("balance_layers")
-    @classmethod
-    def _at_least_one(cls, value: list[str]) -> list[str]:
-        if not value:
-            raise ValueError("expected at least one balance layer")
-        return value
-
 
 class Modifier(_Strict):
-    """What all modifiers share. These fields order llm-compressor's own sessions and change nothing here."""
+    """The fields that all modifiers share. They order llm-compressor's own sessions and change nothing here."""
 
     requires_calibration_data: bool | None = None
     index: int | None = None
@@ -93,8 +94,8 @@ class Modifier(_Strict):
 class QuantizationFields(Modifier):
     """Which modules are quantized, and how: `scheme` (with `targets`) or `config_groups`, and `ignore`.
 
-    config_groups: compressed-tensors QuantizationScheme objects, or dicts of their fields, by group name; scheme: a
-    preset name such as W4A16_ASYM, or a dict of preset name -> targets. Both are checked by `build_recipe`.
+    `scheme` is the name of a preset such as W4A16_ASYM, or a dict of preset name -> targets. `config_groups` holds
+    compressed-tensors' QuantizationScheme objects, or dicts of their fields, by group name. `build_recipe` checks both.
     """
 
     targets: list[str] = Field(default_factory=lambda: ["Linear"])
@@ -123,30 +124,30 @@ class QuantizationFields(Modifier):
         return {name: [targets] if isinstance(targets, str) else targets for name, targets in value.items()}
 
     def has_scheme(self) -> bool:
-        """True where this modifier itself says how weights are stored."""
+        """Returns whether this modifier itself says how weights are stored."""
         return self.scheme is not None or bool(self.config_groups)
 
     def says_what_to_quantize(self) -> bool:
-        """True where any quantization field differs from its default."""
-        observers = (
-            self.weight_observer,
-            self.input_observer,
-            self.output_observer,
-            self.observer,
-            self.kv_cache_scheme,
-        )
-        others = self.targets != ["Linear"] or bool(self.ignore) or any(o is not None for o in observers)
-        return self.has_scheme() or others
+        """Returns whether any quantization field differs from its default."""
+        fields = (self.weight_observer, self.input_observer, self.output_observer, self.observer, self.kv_cache_scheme)
+        given = any(field is not None for field in fields)
+        return self.has_scheme() or self.targets != ["Linear"] or bool(self.ignore) or given
 
 
 class AWQModifier(QuantizationFields):
     """Activation-aware smoothing before rounding.
 
-    mappings: None for the architecture's own, [] for no smoothing; duo_scaling: True, False or "both"; n_grid:
-    candidates per mapping; clip (ours): shrink each group's range where that lowers the error; rounding (ours):
-    "nearest" or "gptq", None for what the quantization modifier says. bits, symmetric and group_size must agree with
-    the scheme; alone, they are the scheme (4, False, 128). As older llm-compressor recipes do, it may carry the
-    quantization fields itself.
+    As in older recipes of llm-compressor, it may carry the quantization fields itself.
+
+    Attributes:
+        mappings: None for the mappings of the architecture, [] for no smoothing.
+        duo_scaling: Whether scales are made from weights too: True, False or "both".
+        n_grid: Candidates per mapping.
+        bits: Must agree with the scheme. Without a scheme, bits, symmetric and group_size are the scheme (4, False, 128).
+        symmetric: See bits.
+        group_size: See bits; -1 for one group per row.
+        clip: Whether to shrink each group's range where that lowers the error. llm-compressor has no such key.
+        rounding: "nearest", "gptq", or None for what the quantization modifier says. llm-compressor has no such key.
     """
 
     mappings: list[AWQMapping] | None = None
@@ -179,11 +180,14 @@ class QuantizationModifier(QuantizationFields):
 
 
 class GPTQModifier(QuantizationModifier):
-    """Rounds with GPTQ's error compensation.
+    """Rounds with GPTQ's error compensation. Defaults are those of llm-compressor.
 
-    dampening_frac: added to the Gram's diagonal, as a fraction of its mean; actorder: "static" (or its alias "weight")
-    or None; block_size: columns per lazy update. Defaults are llm-compressor's. batched_quantization, offload_hessians
-    and sequential_update steer only its execution and change nothing here.
+    batched_quantization, offload_hessians and sequential_update are accepted and change nothing here.
+
+    Attributes:
+        dampening_frac: Fraction of the mean of the Gram's diagonal that is added to the diagonal.
+        actorder: "static" (or its other name, "weight"): columns in order of activation; None: in plain order.
+        block_size: Columns per lazy update.
     """
 
     dampening_frac: float | None = Field(default=0.01, ge=0, allow_inf_nan=False)

@@ -1,7 +1,7 @@
-"""The recipe that everything below reads: frozen, complete, free of torch.
+"""The recipe as the rest of the package reads it: frozen, complete, and free of torch and pydantic.
 
-A `Recipe` holds decisions, not wishes: presets are expanded, shorthands resolved, contradictions already refused by
-`build_recipe`. Patterns stay patterns, because a recipe does not know the model.
+A `Recipe` holds decisions: presets are expanded, shorthands resolved and contradictions refused by `build_recipe`.
+Patterns stay patterns, because a recipe does not know the model.
 """
 
 from __future__ import annotations
@@ -15,27 +15,21 @@ from awqdist.recipe.matching import is_regex, matches
 
 @dataclass(frozen=True, slots=True)
 class WeightScheme:
-    """How the weights of a linear are stored.
-
-    group_size: input channels that share a scale; -1: all of a row ("channel").
-    """
+    """How the weights of a linear are stored."""
 
     num_bits: int
     symmetric: bool
-    group_size: int
+    group_size: int  # input channels that share a scale; -1: one scale for each row
 
 
 @dataclass(frozen=True, slots=True)
 class SchemeGroup:
-    """One entry of `config_groups`.
-
-    definition: canonical JSON of compressed-tensors' QuantizationScheme, for config.json.
-    """
+    """One entry of `config_groups`: the modules that share a scheme."""
 
     name: str
     targets: tuple[str, ...]
     weights: WeightScheme
-    definition: str
+    definition: str  # canonical JSON of compressed-tensors' QuantizationScheme, for config.json
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,22 +42,16 @@ class MappingPattern:
 
 @dataclass(frozen=True, slots=True)
 class Smoothing:
-    """The scale search (DESIGN.md section 4).
+    """The settings of the scale search. The formulas are in awqdist/quant/README.md."""
 
-    mappings: None for the architecture's own; n_grid: candidates per mapping.
-    """
-
-    mappings: tuple[MappingPattern, ...] | None
+    mappings: tuple[MappingPattern, ...] | None  # None: those of the architecture
     duo_scaling: bool | Literal["both"]
-    n_grid: int
+    n_grid: int  # candidates per mapping
 
 
 @dataclass(frozen=True, slots=True)
 class Rounding:
-    """How smoothed weights become codes.
-
-    The last three are GPTQ's; under "nearest" they keep these defaults, unused.
-    """
+    """How smoothed weights become codes. Rounding to nearest uses none of the fields after `method`."""
 
     method: Literal["nearest", "gptq"]
     dampening_frac: float = 0.01  # of the Gram's mean diagonal
@@ -73,9 +61,9 @@ class Rounding:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """All that the user decides about the quantized weights. smoothing None: the weights keep their scale."""
+    """Everything the user decides about the quantized weights."""
 
-    smoothing: Smoothing | None
+    smoothing: Smoothing | None  # None: weights keep their scale
     clip: bool
     rounding: Rounding
     groups: tuple[SchemeGroup, ...]
@@ -83,14 +71,18 @@ class Recipe:
 
     @property
     def needs_gram(self) -> bool:
-        """True where rounding or clipping uses the Gram matrix XᵀX of a linear's inputs (clip, GPTQ)."""
+        """True where clipping or rounding uses the Gram matrix of a linear's inputs."""
         return self.clip or self.rounding.method == "gptq"
 
     def scheme_for(self, name: str, kind: str = "Linear") -> SchemeGroup | None:
-        """The group of module `name` of class `kind`, or None when it is ignored or not targeted.
+        """Returns the group of a module, or None where it is ignored or not targeted.
 
-        As compressed-tensors decides: `ignore` wins; then the exact name, then regexes in alphabetical order, then the
-        class.
+        The order of precedence is that of compressed-tensors: `ignore`, the exact name, regular expressions in
+        alphabetical order, the class.
+
+        Args:
+            name: The module's name.
+            kind: The name of the module's class.
         """
         if any(matches(pattern, name, kind) for pattern in self.ignore):
             return None
@@ -103,35 +95,31 @@ class Recipe:
         return self.groups[min(found)[2]] if found else None
 
     def to_yaml(self) -> str:
-        """YAML in llm-compressor's layout that `load_recipe` reads back to an equal recipe; the same text every time.
+        """Returns YAML in llm-compressor's layout, which `load_recipe` reads back to an equal recipe.
 
-        Our own key `clip` appears only where it is true, so that llm-compressor reads all other recipes too.
+        Equal recipes give the same text. The key `clip`, which llm-compressor does not know, appears only where it is
+        true.
         """
         import yaml
 
-        modifiers: dict[str, Any] = {}
-        if self.smoothing is not None or self.clip:
-            modifiers["AWQModifier"] = _awq_fields(self.smoothing, self.clip)
-        groups = {group.name: json.loads(group.definition) for group in self.groups}
-        fields: dict[str, Any] = {"config_groups": groups, "ignore": list(self.ignore)}
-        if self.rounding.method == "gptq":
-            fields |= {"block_size": self.rounding.block_size, "dampening_frac": self.rounding.dampening_frac}
-            fields |= {"actorder": "static" if self.rounding.actorder else None}
-            modifiers["GPTQModifier"] = fields
+        awq: dict[str, Any] = {}
+        if self.smoothing is None:
+            awq["mappings"] = []
         else:
-            modifiers["QuantizationModifier"] = fields
-        tree = {"default_stage": {"default_modifiers": modifiers}}
+            if self.smoothing.mappings is not None:
+                awq["mappings"] = [
+                    {"smooth_layer": m.smooth_layer, "balance_layers": list(m.balance_layers)}
+                    for m in self.smoothing.mappings
+                ]
+            awq |= {"duo_scaling": self.smoothing.duo_scaling, "n_grid": self.smoothing.n_grid}
+        if self.clip:
+            awq["clip"] = True
+        groups = {group.name: json.loads(group.definition) for group in self.groups}
+        quantizer: dict[str, Any] = {"config_groups": groups, "ignore": list(self.ignore)}
+        if self.rounding.method == "gptq":
+            quantizer |= {"block_size": self.rounding.block_size, "dampening_frac": self.rounding.dampening_frac}
+            quantizer |= {"actorder": "static" if self.rounding.actorder else None}
+        name = "GPTQModifier" if self.rounding.method == "gptq" else "QuantizationModifier"
+        modifiers = {"AWQModifier": awq} if self.smoothing is not None or self.clip else {}
+        tree = {"default_stage": {"default_modifiers": modifiers | {name: quantizer}}}
         return yaml.safe_dump(tree, sort_keys=False, default_flow_style=None, width=120, allow_unicode=True)
-
-
-def _awq_fields(smoothing: Smoothing | None, clip: bool) -> dict[str, Any]:
-    fields: dict[str, Any] = {}
-    if smoothing is None:
-        fields["mappings"] = []  # nothing to smooth: the clip alone
-    else:
-        if smoothing.mappings is not None:
-            fields["mappings"] = [
-                {"smooth_layer": m.smooth_layer, "balance_layers": list(m.balance_layers)} for m in smoothing.mappings
-            ]
-        fields |= {"duo_scaling": smoothing.duo_scaling, "n_grid": smoothing.n_grid}
-    return fields | ({"clip": True} if clip else {})

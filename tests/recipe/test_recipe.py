@@ -429,7 +429,7 @@ def test_unknown_keys_inside_mappings_and_schemes_are_refused_with_the_nearest_v
         (AWQModifier, {"n_grid": 0}, "n_grid: expected a value greater than or equal to 1"),
         (AWQModifier, {"mappings": ["a"]}, "AWQMapping: expected a mapping of its keys, found 'a'"),
         (AWQMapping, {"smooth_layer": "a"}, "AWQMapping needs the key 'balance_layers'"),
-        (AWQMapping, {"smooth_layer": "a", "balance_layers": []}, "expected at least one balance layer"),
+        (AWQMapping, {"smooth_layer": "a", "balance_layers": []}, "should have at least 1 item"),
         (GPTQModifier, {"dampening_frac": -1}, "dampening_frac: expected a value greater than or equal to 0"),
         (GPTQModifier, {"actorder": "group"}, "actorder 'group' cannot be honoured"),
         (GPTQModifier, {"actorder": True}, "actorder True cannot be honoured"),
@@ -581,7 +581,7 @@ def test_a_contradiction_is_refused(modifiers: list[Any], words: str) -> None:
     [
         ("AWQModifier:\n  bits: [4\n", "line 3, column 1: not valid YAML"),
         ("AWQModifier:\n\tbits: 4\n", "line 2, column 1: not valid YAML"),
-        ("AWQModifier:\n  bits: 4\n  bits: 3\n", "line 3, column 3: not valid YAML: the key 'bits' is here twice"),
+        ("AWQModifier:\n  bits: 4\n  bits: 3\n", "line 3, column 3: not valid YAML: the key 'bits' appears twice"),
         ("AWQModifier:\n  offload_device: !!python/object/apply:os.getcwd []\n", "line 2, column 19"),
         ("AWQModifier: \x00\n", "not valid YAML"),
         ("just\nwords\n", "expected modifiers"),
@@ -589,10 +589,10 @@ def test_a_contradiction_is_refused(modifiers: list[Any], words: str) -> None:
         ("AWQModifier:\n- 3\n", "AWQModifier: expected a mapping of its keys, found [3]"),
         ("AWQModifier:\n  3: 4\n", "AWQModifier has no key 3"),
         ("args: {a: 1}\nAWQModifier:\n", "args are not filled in"),
-        ("x_stage: &x\n  y_modifiers: *x\n", "holds itself"),
+        ("x_stage: &x\n  y_modifiers: *x\n", "contains itself"),
         (
             "AWQModifer: {}\n",
-            "'AWQModifer' is no known modifier; known are AWQModifier, QuantizationModifier, GPTQModifier",
+            "'AWQModifer' is not a known modifier; known are AWQModifier, QuantizationModifier, GPTQModifier",
         ),
     ],
 )
@@ -609,7 +609,7 @@ def test_an_unknown_modifier_is_refused_with_the_known_ones(tmp_path: Path) -> N
     with pytest.raises(RecipeError) as error:
         load_recipe(path)
     assert str(error.value) == (
-        f"recipe {path}: 'SmoothQuantModifier' is no known modifier; "
+        f"recipe {path}: 'SmoothQuantModifier' is not a known modifier; "
         "known are AWQModifier, QuantizationModifier, GPTQModifier"
     )
 

@@ -1,7 +1,7 @@
-"""Recipes from preset names, YAML files, YAML text and modifier objects.
+"""Reads recipes from preset names, YAML files, YAML text and modifier objects.
 
-YAML layouts, as llm-compressor reads and writes them: stages (`default_stage: {default_modifiers: {AWQModifier:
-{...}}}`), a flat mapping of modifiers, or a list of such mappings, in any nesting.
+YAML is accepted in each layout that llm-compressor reads or writes: stages (`default_stage: {default_modifiers:
+{AWQModifier: {...}}}`), a flat mapping of modifiers, or a list of such mappings, in any nesting.
 """
 
 from __future__ import annotations
@@ -21,39 +21,43 @@ from awqdist.recipe.recipe import Recipe
 
 RecipeSource = str | Path | Recipe | Modifier | Sequence[Modifier] | None
 
-_PRESET_FOLDERS = (
-    Path(__file__).parents[1] / "configs",
-    Path(__file__).parents[2] / "configs",
-)  # in a wheel, in a checkout
-_NESTING = re.compile(
-    r"(.*_)?(stage|modifiers)(_\d+)?"
-)  # default_stage, quant_modifiers, and default_stage_0 of merged files
+_PACKAGE = Path(__file__).parents[1]
+_PRESET_FOLDERS = (_PACKAGE / "configs", _PACKAGE.parent / "configs")  # of a wheel, of a checkout
+_NESTING = re.compile(r"(.*_)?(stage|modifiers)(_\d+)?")  # quant_stage, quant_modifiers, default_stage_0
 
 
 def load_recipe(source: RecipeSource = None) -> Recipe:
-    """A recipe from whatever the user has.
+    """Returns the recipe that `source` describes.
 
-    source: a preset name, the path of a YAML file, YAML text (anything with a line break), a modifier or a list of
-    them, a Recipe, or None for the preset "default". Raises RecipeError with the file's name, and line and column of
-    YAML errors.
+    Args:
+        source: A preset's name, the path of a YAML file, YAML text (any string with a line break), a modifier or a list
+            of modifiers, a Recipe, or None for the preset "default".
+
+    Raises:
+        RecipeError: If the recipe cannot be read, contradicts itself or asks for something that cannot be done. The
+            message names the file, and line and column of errors in YAML.
     """
     if isinstance(source, Recipe):
         return source
     if isinstance(source, str) and "\n" in source:
         return _from_text(source, "recipe text")
     if isinstance(source, (str, Path)) or source is None:
-        return _from_file(_path_of("default" if source is None else source))
+        path = _path_of("default" if source is None else source)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"recipe {path} cannot be read ({error}); give a readable YAML file in UTF-8") from error
+        return _from_text(text, f"recipe {path}")
     modifiers: Any = source if isinstance(source, (list, tuple)) else [source]
     return build_recipe(modifiers)
 
 
 def preset_names() -> list[str]:
-    """The names of the recipes that ship with awqdist, sorted."""
+    """Returns the names of the recipes that ship with awqdist, sorted."""
     return sorted({path.stem for folder in _PRESET_FOLDERS for path in folder.glob("*.yaml")})
 
 
 def _path_of(source: str | Path) -> Path:
-    """The file that a preset name or path means. Raises RecipeError where there is none."""
     presets = preset_names()
     if isinstance(source, str) and source in presets:
         return next(path for folder in _PRESET_FOLDERS if (path := folder / f"{source}.yaml").is_file())
@@ -69,35 +73,24 @@ def _path_of(source: str | Path) -> Path:
     )
 
 
-def _from_file(path: Path) -> Recipe:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"recipe {path} cannot be read ({error}); give a readable YAML file in UTF-8") from error
-    return _from_text(text, f"recipe {path}")
-
-
 def _from_text(text: str, where: str) -> Recipe:
     try:
-        tree = yaml.load(text, _RecipeLoader)  # a SafeLoader
+        return build_recipe(list(_modifiers(yaml.load(text, _RecipeLoader))))  # a SafeLoader
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
-        raise RecipeError(
-            f"{where}{place}: not valid YAML: {error.problem or error.context}; correct it there"
-        ) from error
+        message = f"{where}{place}: not valid YAML: {error.problem or error.context}; correct it there"
+        raise RecipeError(message) from error
     except yaml.YAMLError as error:
         raise RecipeError(f"{where}: not valid YAML: {str(error).splitlines()[0]}; correct it") from error
-    try:
-        return build_recipe(list(_modifiers(tree)))
     except RecipeError as error:
         raise RecipeError(f"{where}: {error}") from error
     except RecursionError as error:
-        raise RecipeError(f"{where}: a stage holds itself by a YAML alias; write it out") from error
+        raise RecipeError(f"{where}: a stage contains itself through a YAML alias; write it out") from error
 
 
 def _modifiers(tree: Any) -> Iterator[Modifier]:
-    """All modifiers of a YAML tree, in its order. Raises RecipeError for anything that is no modifier."""
+    """Yields all modifiers of a YAML tree in its order. Raises RecipeError for anything else in it."""
     if isinstance(tree, list):
         for item in tree:
             yield from _modifiers(item)
@@ -107,11 +100,10 @@ def _modifiers(tree: Any) -> Iterator[Modifier]:
                 yield _modifier(key, value)
             elif isinstance(key, str) and _NESTING.fullmatch(key):
                 yield from _modifiers(value)
-            elif key == "args":
-                if value:
-                    raise RecipeError(f"args are not filled in, found {value!r}; write the values where they belong")
-            else:
-                raise RecipeError(f"{str(key)!r} is no known modifier; known are {_known(str(key))}")
+            elif key != "args":
+                raise RecipeError(f"{str(key)!r} is not a known modifier; known are {', '.join(MODIFIERS)}")
+            elif value:
+                raise RecipeError(f"args are not filled in, found {value!r}; write the values where they belong")
     elif isinstance(tree, str) and tree in MODIFIERS:
         yield _modifier(tree, None)
     elif tree is not None:
@@ -127,39 +119,27 @@ def _modifier(name: str, fields: Any) -> Modifier:
     return MODIFIERS[name](**(fields or {}))
 
 
-def _known(name: str) -> str:
-    nearest = suggestion(name, MODIFIERS, cutoff=0.85)
-    return ", ".join(MODIFIERS) + (f"; {nearest}" if nearest.startswith("did") else "")
-
-
 class _RecipeLoader(yaml.SafeLoader):
-    """Safe YAML that refuses a repeated key, and reads the device objects that llm-compressor 0.14 leaves in its
-    recipes.
-    """
+    """Reads YAML safely, refuses repeated keys, and accepts the Python objects that llm-compressor 0.14 writes."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
             if isinstance(key.value, str) and key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value!r} is here twice", key.start_mark
-                )
+                problem = f"the key {key.value!r} appears twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
             seen.add(str(key.value))
         return super().construct_mapping(node, deep)
 
 
-def _python_object(loader: yaml.SafeLoader, kind: str, node: Any) -> Any:
-    """`!!python/object/apply:torch.device [cpu]` -> "cpu"; llm-compressor's "not given" marker -> None.
+def _python_object(_: yaml.SafeLoader, kind: str, node: Any) -> None:
+    """Reads a device, or llm-compressor's marker for "not given", as None. Runs nothing.
 
-    Runs nothing.
+    Only `offload_device` holds such objects, and it changes nothing here.
     """
-    if kind == "torch.device" and isinstance(node, yaml.SequenceNode):
-        return ":".join(str(part) for part in loader.construct_sequence(node))
-    if kind == "llmcompressor.sentinel.Sentinel":
-        return None
-    raise yaml.constructor.ConstructorError(
-        None, None, f"a Python object of {kind} is no recipe value", node.start_mark
-    )
+    if kind not in ("torch.device", "llmcompressor.sentinel.Sentinel"):
+        problem = f"a Python object of {kind} cannot be a value of a recipe"
+        raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
 
 
 _RecipeLoader.add_multi_constructor("tag:yaml.org,2002:python/object/apply:", _python_object)
