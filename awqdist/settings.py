@@ -1,45 +1,96 @@
-"""How a run is carried out, as opposed to what is done to the weights (the recipe). No setting here changes the result, except
-`format`, the calibration samples and their chunks, `all_experts` and, on a CPU, `threads`: libraries sum in another order when there are
-more."""
+"""The settings of a run: how it is carried out, while the recipe says what is done to the weights.
+
+No setting changes the result, except `format`, the calibration samples and their chunks, `all_experts` and, on a CPU, `threads`: libraries
+sum in another order when there are more. Each field carries its default, its help text and its bound; the command line's options are made
+from them (`awqdist.cli.options`).
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
+
+DEFAULT_CALIBRATION = "mit-han-lab/pile-val-backup::validation"
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """What the command line needs to know of a setting. name: of the option, where it is not the field's."""
+
+    help: str
+    minimum: int | None = None
+    name: str | None = None
+    is_bytes: bool = False  # is written as "1.5GB"
 
 
 @dataclass(frozen=True, slots=True)
 class RunSettings:
-    """model: folder of the source checkpoint; output: folder to write; device: "auto", "cpu", "cuda", "cuda:1"."""
+    """The settings of one run. Memory is in bytes and counts for each worker; the help of each field stands in its type."""
 
-    model: Path
-    output: Path
-    device: str = "auto"
-    format: str = "compressed-tensors"
-    num_samples: int = 128
-    sequence_length: int = 512
-    seed: int = 0
-    chunk_tokens: int = 2048  # how many tokens go through a layer at once
-    all_experts: bool = False  # every expert is calibrated on all tokens of its layer, not on those that are sent to it
-    snapshot_every: int = 8  # layers between two snapshots of the boundary activations
-    layers_per_block: int = 1  # consecutive layers that one worker does
-    threads: int | None = (
-        None  # of a worker; None: those of the run that is resumed, else as many as there are cores for it
+    model: Annotated[Path, "Folder of the source checkpoint."]
+    output: Annotated[Path, "Folder for the result."]
+    device: Annotated[str, Option("Device of the workers: auto, cpu, cuda or cuda:N.")] = "auto"
+    format: Annotated[Literal["compressed-tensors", "autoawq"], Option("Format of the quantized checkpoint.")] = (
+        "compressed-tensors"
     )
-    overwrite: bool = False
-    offload: str = "cpu"  # where chunks lie that do not fit cpu_memory: "cpu", "disk" or "nvme"
-    offload_dir: Path | None = None  # None: a folder in the output's state folder
-    gpu_memory: int | None = (
-        None  # bytes of the device for a worker: what has no room there lies in host memory; None: all has room
+    num_samples: Annotated[int, Option("Number of calibration samples.", minimum=1)] = 128
+    sequence_length: Annotated[int, Option("Tokens per calibration sample.", minimum=8, name="seq-len")] = 512
+    seed: Annotated[int, Option("Chooses the places of the text that samples are taken from.", minimum=0)] = 0
+    chunk_tokens: Annotated[int, Option("Tokens that go through a layer at once.", minimum=1)] = 2048
+    all_experts: Annotated[bool, Option("Calibrate every expert on all tokens, not only on those routed to it.")] = (
+        False
     )
-    cpu_memory: int | None = None  # bytes of host memory for a worker; None: all chunks in memory, or, offloaded, none
+    snapshot_every: Annotated[
+        int, Option("Layers between two snapshots of the activations, from which a run resumes.", minimum=1)
+    ] = 8
+    layers_per_block: Annotated[
+        int, Option("Consecutive layers that one worker does; only 1 keeps all workers busy.", minimum=1)
+    ] = 1
+    threads: Annotated[
+        int | None,
+        Option(
+            "CPU threads per worker. On a CPU the output's bytes depend on it. Default: those of the run that is resumed,"
+            " else the cores that a worker can have.",
+            minimum=1,
+        ),
+    ] = None
+    overwrite: Annotated[bool, Option("Replace the model that OUTPUT holds.")] = False
+    offload: Annotated[
+        Literal["cpu", "disk", "nvme"], Option("Where activations beyond --cpu-memory go; nvme uses DeepNVMe.")
+    ] = "cpu"
+    offload_dir: Annotated[
+        Path | None, Option("Folder for offloaded activations, on a fast disk. Default: OUTPUT/.awqdist.")
+    ] = None
+    cpu_memory: Annotated[
+        int | None,
+        Option(
+            "Host memory per worker, such as 1.5GB. Default: no limit; with --offload disk or nvme no activations stay in memory.",
+            is_bytes=True,
+        ),
+    ] = None
+    gpu_memory: Annotated[
+        int | None,
+        Option(
+            "GPU memory per worker, such as 40GB; what does not fit stays in host memory. Default: no limit.",
+            is_bytes=True,
+        ),
+    ] = None
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where workers run. backend: "local", "ray", "torchrun", or "auto": torchrun where its variables are set, else local."""
+    """Where the workers of a run live, and how many there are."""
 
-    backend: str = "auto"
-    num_workers: int | None = None  # of Ray; None: one for every GPU, or one for every node without any
-    ray_address: str | None = None  # None: the cluster that this machine belongs to, else one of its own
-    max_restarts: int = 3  # how many lost workers are replaced (Ray)
+    backend: Annotated[
+        Literal["auto", "local", "ray", "torchrun"],
+        Option("Where workers run; auto: torchrun under its launcher, else local."),
+    ] = "auto"
+    num_workers: Annotated[
+        int | None,
+        Option("Ray: number of workers. Default: one per GPU, or one per node if there is no GPU.", minimum=1),
+    ] = None
+    ray_address: Annotated[
+        str | None, Option("Ray: address of the cluster. Default: this machine's cluster, else a new one.")
+    ] = None
+    max_restarts: Annotated[int, Option("Ray: how many lost workers are replaced.", minimum=0)] = 3

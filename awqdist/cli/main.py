@@ -8,13 +8,14 @@ from __future__ import annotations
 import gc
 import signal
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import typer
 
 from awqdist.cli import options
 from awqdist.cli.failures import clear_errors, interrupt
-from awqdist.cli.options import Backend, Offload, OutputFormat, Progress, Shard
+from awqdist.cli.options import options_from, settings_of
+from awqdist.settings import DEFAULT_CALIBRATION, Placement, RunSettings
 
 app = typer.Typer(
     name="awqdist",
@@ -27,89 +28,44 @@ app = typer.Typer(
 
 
 @app.command(epilog="Example: awqdist quantize meta-llama/Llama-3.1-8B ./llama-w4 --calibration text.txt")
+@options_from(RunSettings, Placement)
 def quantize(
     model: options.Model,
     output: Annotated[Path, typer.Argument(help="Folder for the result. The same command again resumes.")],
-    recipe: options.RecipeOption = "default",
+    recipe: options.Recipe = "default",
     calibration: Annotated[
         str, typer.Option(help="Text file, .jsonl with a text field, or hub dataset NAME[:CONFIG[:SPLIT]].")
-    ] = options.DEFAULT_CALIBRATION,
-    num_samples: options.NumSamples = 128,
-    seq_len: options.SeqLen = 512,
-    device: options.Device = "auto",
-    format: options.Format = OutputFormat.compressed_tensors,
-    progress: Annotated[Progress, typer.Option(help="How to show progress.")] = Progress.auto,
-    seed: Annotated[int, typer.Option(min=0, help="Moves the places that samples are taken from.")] = 0,
-    chunk_tokens: options.ChunkTokens = 2048,
-    all_experts: options.AllExperts = False,
-    snapshot_every: Annotated[int, typer.Option(min=1, help="Layers between snapshots of the activations.")] = 8,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that OUTPUT holds.")] = False,
+    ] = DEFAULT_CALIBRATION,
+    progress: options.Progress = "auto",
     report: Annotated[bool, typer.Option("--report/--no-report", help="Write OUTPUT/report.html.")] = True,
-    backend: options.BackendName = Backend.auto,
-    num_workers: options.NumWorkers = None,
-    ray_address: options.RayAddress = None,
-    max_restarts: Annotated[int, typer.Option(min=0, help="Ray: how many lost workers are replaced.")] = 3,
-    layers_per_block: options.LayersPerBlock = 1,
-    threads: options.Threads = None,
-    offload: options.OffloadLevel = Offload.cpu,
-    offload_dir: options.OffloadDir = None,
-    cpu_memory: options.CpuMemory = None,
-    gpu_memory: options.GpuMemory = None,
+    **values: Any,
 ) -> None:
-    """Quantizes MODEL into OUTPUT. Killed or interrupted, the same command goes on where it stopped."""
+    """Quantizes MODEL into OUTPUT. If it is interrupted or killed, the same command resumes it."""
     from awqdist.cli.commands import quantize_and_report
-    from awqdist.settings import Placement, RunSettings
 
-    settings = RunSettings(
-        model=Path(model),
-        output=output,
-        device=device,
-        format=format.value,
-        num_samples=num_samples,
-        sequence_length=seq_len,
-        seed=seed,
-        chunk_tokens=chunk_tokens,
-        all_experts=all_experts,
-        snapshot_every=snapshot_every,
-        layers_per_block=layers_per_block,
-        threads=threads,
-        overwrite=overwrite,
-        offload=offload.value,
-        offload_dir=offload_dir,
-        cpu_memory=cpu_memory,
-        gpu_memory=gpu_memory,
-    )
-    placement = Placement(backend.value, num_workers, ray_address, max_restarts)
-    quantize_and_report(settings, recipe, calibration, placement, progress=progress.value, report=report)
+    settings = settings_of(RunSettings, values, model=Path(model), output=output)
+    placement = settings_of(Placement, values)
+    quantize_and_report(settings, recipe, calibration, placement, progress=progress, report=report)
 
 
 @app.command(epilog="Example: awqdist watch ./llama-w4")
 def watch(
     output: Annotated[Path, typer.Argument(help="The output folder of a run, on this or another machine.")],
-    progress: Annotated[Progress, typer.Option(help="How to show progress.")] = Progress.auto,
+    progress: options.Progress = "auto",
     once: Annotated[bool, typer.Option("--once", help="Show the present state and end.")] = False,
 ) -> None:
     """Shows a run that goes on elsewhere, until it has finished. Ending this does not end the run."""
     from awqdist.cli.watch import follow, show_now
 
-    (show_now if once else follow)(output, progress.value)
+    (show_now if once else follow)(output, progress)
 
 
 @app.command(epilog="Example: awqdist plan meta-llama/Llama-3.1-8B --profile machine.json")
+@options_from(RunSettings, leave_out=("seed", "snapshot_every", "threads", "overwrite", "offload_dir"))
 def plan(
-    model: options.Described,
-    recipe: options.RecipeOption = "default",
-    num_samples: options.NumSamples = 128,
-    seq_len: options.SeqLen = 512,
-    device: options.Device = "auto",
-    format: options.Format = OutputFormat.compressed_tensors,
-    chunk_tokens: options.ChunkTokens = 2048,
-    all_experts: options.AllExperts = False,
+    model: options.ModelToPlan,
+    recipe: options.Recipe = "default",
     workers: options.Workers = 1,
-    layers_per_block: options.LayersPerBlock = 1,
-    offload: options.OffloadLevel = Offload.cpu,
-    cpu_memory: options.CpuMemory = None,
-    gpu_memory: options.GpuMemory = None,
     profile: options.ProfileFile = None,
     workers_per_machine: options.WorkersPerMachine = 1,
     simulate: options.Simulate = False,
@@ -120,26 +76,13 @@ def plan(
     write_seconds: options.WriteSeconds = None,
     transfer_seconds: options.TransferSeconds = None,
     as_json: options.Json = False,
+    **values: Any,
 ) -> None:
-    """Shows what a run would read, hold and write, what it would leave out, and how long it would take. Reads no tensors."""
+    """Predicts what a run reads, holds and writes, and how long it takes. Reads no tensors."""
     from awqdist.plan.planning import load_machines, show_plan
     from awqdist.plan.simulation import SimulationOptions
-    from awqdist.settings import RunSettings
 
-    settings = RunSettings(
-        model=Path(model),
-        output=Path("."),
-        device=device,
-        format=format.value,
-        num_samples=num_samples,
-        sequence_length=seq_len,
-        chunk_tokens=chunk_tokens,
-        all_experts=all_experts,
-        layers_per_block=layers_per_block,
-        offload=offload.value,
-        cpu_memory=cpu_memory,
-        gpu_memory=gpu_memory,
-    )
+    settings = settings_of(RunSettings, values, model=Path(model), output=Path("."))
     seconds = (chunk_seconds, search_seconds, read_seconds, write_seconds, transfer_seconds)
     machines = load_machines(profile, workers_per_machine)
     show_plan(settings, recipe, SimulationOptions(workers, simulate, times_from, *seconds), machines, as_json=as_json)
@@ -147,8 +90,8 @@ def plan(
 
 @app.command(epilog="Example: awqdist mappings ./my-model --recipe awq")
 def mappings(
-    model: options.Described,
-    recipe: options.RecipeOption = "default",
+    model: options.ModelToPlan,
+    recipe: options.Recipe = "default",
     as_json: options.Json = False,
     as_recipe: Annotated[bool, typer.Option("--as-recipe", help="Print a recipe that holds these mappings.")] = False,
 ) -> None:
@@ -177,14 +120,17 @@ def evaluate(
     against: Annotated[str | None, typer.Option(help="The float model: adds KL(float || quantized) per token.")] = None,
     max_tokens: Annotated[int, typer.Option(min=2, help="How much of the text is read.")] = 16384,
     window: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 256,
-    device: options.Device = "auto",
-    shard: options.ShardOption = Shard.none,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    shard: Annotated[
+        Literal["none", "auto", "zero3"],
+        typer.Option(help="auto: over all GPUs of this process, then memory; zero3: over the ranks of a launcher."),
+    ] = "none",
     as_json: options.Json = False,
 ) -> None:
     """Measures perplexity, and the divergence from the float model, through transformers."""
     from awqdist.cli.commands import show_evaluation
 
-    limits, place = (max_tokens, window), (device, shard.value)
+    limits, place = (max_tokens, window), (device, shard)
     show_evaluation(model, text, against=against, limits=limits, place=place, as_json=as_json)
 
 

@@ -1,102 +1,72 @@
-"""What options of the command line may be: choices, and the options of `awqdist plan` that a simulation is made from."""
+"""Makes the options of commands from the settings dataclasses, and defines those that several commands share."""
 
 from __future__ import annotations
 
-from enum import StrEnum
+import inspect
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 import typer
 
+from awqdist.settings import Option, Placement
 from awqdist.units import parse_bytes
 
-DEFAULT_CALIBRATION = "mit-han-lab/pile-val-backup::validation"
-
-
-class Progress(StrEnum):
-    auto = "auto"
-    rich = "rich"
-    plain = "plain"
-    json = "json"
-
-
-class Backend(StrEnum):
-    auto = "auto"
-    local = "local"
-    ray = "ray"
-    torchrun = "torchrun"
-
-
-class Offload(StrEnum):
-    cpu = "cpu"
-    disk = "disk"
-    nvme = "nvme"
-
-
-class Shard(StrEnum):
-    none = "none"
-    auto = "auto"
-    zero3 = "zero3"
-
-
-class OutputFormat(StrEnum):
-    compressed_tensors = "compressed-tensors"
-    autoawq = "autoawq"
-
+Command = TypeVar("Command", bound=Callable[..., None])
+Settings = TypeVar("Settings")
 
 Model = Annotated[str, typer.Argument(help="Folder of a transformers checkpoint, or a Hugging Face hub id.")]
-ShardOption = Annotated[
-    Shard,
-    typer.Option(
-        "--shard",
-        help="auto: over all GPUs of this process, then memory; zero3: over the ranks of torchrun or deepspeed.",
-    ),
+ModelToPlan = Annotated[
+    str, typer.Argument(help="Folder of a transformers checkpoint, a config.json, or a hub id. No weights are read.")
 ]
-Described = Annotated[
-    str,
-    typer.Argument(
-        help="Folder of a transformers checkpoint, a config.json alone, or a hub id, of which no weights are read."
-    ),
-]
-RecipeOption = Annotated[
-    str, typer.Option(help="Preset name (default, awq) or YAML file, as llm-compressor writes it.")
-]
-NumSamples = Annotated[int, typer.Option(min=1, help="Calibration samples.")]
-SeqLen = Annotated[int, typer.Option(min=8, help="Tokens per calibration sample.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-Format = Annotated[OutputFormat, typer.Option(help="Layout of the quantized checkpoint.")]
-ChunkTokens = Annotated[int, typer.Option(min=1, help="Tokens that go through a layer at once.")]
-AllExperts = Annotated[
-    bool, typer.Option("--all-experts", help="Calibrate every expert on all tokens, not on those that are sent to it.")
-]
-LayersPerBlock = Annotated[
-    int, typer.Option(min=1, help="Consecutive layers that one worker does; only 1 keeps all workers busy.")
-]
-Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
-BackendName = Annotated[
-    Backend, typer.Option("--backend", help="Where workers run. auto: torchrun under its launcher, else local.")
-]
-NumWorkers = Annotated[int | None, typer.Option(min=1, help="Ray: workers; one per GPU, or per node without any.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads of a worker. On a CPU, bytes depend on it.")]
-RayAddress = Annotated[str | None, typer.Option(help="Ray: address of the cluster; this machine's own if not given.")]
-Workers = Annotated[int, typer.Option(min=1, help="Workers that the layers are dealt to.")]
-ProfileFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--profile", help="Predict times for the machine of this file, as `awqdist doctor --profile` writes it."
-    ),
-]
-WorkersPerMachine = Annotated[int, typer.Option(min=1, help="With --profile: workers that share a machine's disk.")]
-Simulate = Annotated[bool, typer.Option("--simulate", help="Show how long a run takes, and where workers wait.")]
-TimesFrom = Annotated[
-    Path | None,
-    typer.Option(help="Take the times from the finished layers of this output folder; times that are given go first."),
-]
-ChunkSeconds = Annotated[float | None, typer.Option(min=0, help="One chunk through one layer.")]
-SearchSeconds = Annotated[float | None, typer.Option(min=0, help="Search, check and rounding of one layer.")]
-ReadSeconds = Annotated[float | None, typer.Option(min=0, help="Reading one layer.")]
-WriteSeconds = Annotated[float | None, typer.Option(min=0, help="Writing one layer.")]
-TransferSeconds = Annotated[float | None, typer.Option(min=0, help="Sending one chunk from worker to worker.")]
+Recipe = Annotated[str, typer.Option(help="Preset (default, awq) or YAML file in llm-compressor's format.")]
+Progress = Annotated[Literal["auto", "rich", "plain", "json"], typer.Option(help="How progress is shown.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def options_from(*settings: type, leave_out: Collection[str] = ()) -> Callable[[Command], Command]:
+    """Replaces the `**values` of a command by one option for each field of the settings that carries an `Option`.
+
+    Args:
+        settings: Dataclasses such as `RunSettings`.
+        leave_out: Names of fields that the command has no option for.
+    """
+
+    def decorate(command: Command) -> Command:
+        signature = inspect.signature(command, eval_str=True)
+        own = [x for x in signature.parameters.values() if x.kind is not inspect.Parameter.VAR_KEYWORD]
+        made = [x for kind in settings for x in _parameters(kind) if x.name not in leave_out]
+        command.__signature__ = signature.replace(parameters=[*own, *made])  # type: ignore[attr-defined]
+        command.__annotations__ = {x.name: x.annotation for x in [*own, *made]}
+        return command
+
+    return decorate
+
+
+def settings_of(kind: type[Settings], values: dict[str, Any], **more: Any) -> Settings:
+    """Returns the settings from the values of the options that were made from their fields, and from `more`."""
+    names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
+    return kind(**{name: value for name, value in values.items() if name in names}, **more)
+
+
+def option_of(kind: type, name: str) -> Any:
+    """Returns the annotation of the option for one field, for a command that takes it alone."""
+    return next(x.annotation for x in _parameters(kind) if x.name == name)
+
+
+def _parameters(kind: type) -> Iterator[inspect.Parameter]:
+    hints = get_type_hints(kind, include_extras=True)
+    for field in fields(kind):
+        option = next((x for x in getattr(hints[field.name], "__metadata__", ()) if isinstance(x, Option)), None)
+        if option is None or field.default is MISSING:
+            continue
+        details: dict[str, Any] = {"parser": _bytes, "metavar": "BYTES"} if option.is_bytes else {"min": option.minimum}
+        flag = f"--{option.name or field.name.replace('_', '-')}"  # given, so that a bool has no --no-…
+        annotation: Any = Annotated[hints[field.name].__origin__, typer.Option(flag, help=option.help, **details)]
+        yield inspect.Parameter(
+            field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=annotation
+        )
 
 
 def _bytes(text: str) -> int:
@@ -106,26 +76,19 @@ def _bytes(text: str) -> int:
         raise typer.BadParameter(str(error)) from None
 
 
-OffloadLevel = Annotated[
-    Offload,
-    typer.Option("--offload", help="Where activations lie that do not fit --cpu-memory; nvme: through DeepNVMe."),
+RayAddress = option_of(Placement, "ray_address")
+Workers = Annotated[int, typer.Option(min=1, help="Number of workers.")]
+ProfileFile = Annotated[
+    Path | None,
+    typer.Option("--profile", help="Predict times for the machine of this file, made by `awqdist doctor --profile`."),
 ]
-OffloadDir = Annotated[
-    Path | None, typer.Option(help="Folder for what is offloaded, on a fast disk; in OUTPUT/.awqdist if not given.")
+WorkersPerMachine = Annotated[int, typer.Option(min=1, help="With --profile: workers that share a machine's disk.")]
+Simulate = Annotated[bool, typer.Option("--simulate", help="Show how long a run takes, and where workers wait.")]
+TimesFrom = Annotated[
+    Path | None, typer.Option(help="Take times from the finished layers of this output folder; given times go first.")
 ]
-CpuMemory = Annotated[
-    int | None,
-    typer.Option(
-        parser=_bytes,
-        metavar="BYTES",
-        help="Host memory of a worker, such as 1.5GB; without it all or, offloaded, none of it is for activations.",
-    ),
-]
-GpuMemory = Annotated[
-    int | None,
-    typer.Option(
-        parser=_bytes,
-        metavar="BYTES",
-        help="Memory of the GPU for a worker, such as 40GB; what has no room in it lies in host memory. All has room if not given.",
-    ),
-]
+ChunkSeconds = Annotated[float | None, typer.Option(min=0, help="Forwarding one chunk through one layer.")]
+SearchSeconds = Annotated[float | None, typer.Option(min=0, help="Search, check and rounding of one layer.")]
+ReadSeconds = Annotated[float | None, typer.Option(min=0, help="Reading one layer.")]
+WriteSeconds = Annotated[float | None, typer.Option(min=0, help="Writing one layer.")]
+TransferSeconds = Annotated[float | None, typer.Option(min=0, help="Sending one chunk from worker to worker.")]

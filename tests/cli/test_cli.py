@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from support.command_line import awqdist, model_files
@@ -108,6 +109,43 @@ def test_commands_options_and_defaults_are_these() -> None:
         for name, command in commands.items()
     }
     assert found == OPTIONS
+
+
+LIMITS = {
+    "--backend": ("auto", "local", "ray", "torchrun"),
+    "--chunk-seconds": 0,
+    "--chunk-tokens": 1,
+    "--format": ("compressed-tensors", "autoawq"),
+    "--layers-per-block": 1,
+    "--max-restarts": 0,
+    "--max-tokens": 2,
+    "--num-samples": 1,
+    "--num-workers": 1,
+    "--offload": ("cpu", "disk", "nvme"),
+    "--progress": ("auto", "rich", "plain", "json"),
+    "--read-seconds": 0,
+    "--search-seconds": 0,
+    "--seed": 0,
+    "--seq-len": 8,
+    "--shard": ("none", "auto", "zero3"),
+    "--snapshot-every": 1,
+    "--threads": 1,
+    "--transfer-seconds": 0,
+    "--window": 2,
+    "--workers": 1,
+    "--workers-per-machine": 1,
+    "--write-seconds": 0,
+}
+
+
+def test_choices_and_smallest_values_of_options_are_these() -> None:
+    """An option means the same in every command. Each value here was that of the options when they were written by hand."""
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    for command in commands.values():
+        for option in command.params:
+            choices = get_args(option.type_descriptor.annotation)
+            limit = choices if set(map(type, choices)) == {str} else option.min
+            assert limit == LIMITS.get(option.opts[0]), option.opts[0]
 
 
 def _plain(default: object) -> object:
