@@ -18,31 +18,35 @@ if TYPE_CHECKING:
 
     from awqdist.api import oneshot, quantize, register_mappings
     from awqdist.errors import AwqdistError
+    from awqdist.eval.evaluate import evaluate
     from awqdist.recipe import AWQMapping, AWQModifier, GPTQModifier, QuantizationModifier, load_recipe
-    from awqdist.settings import RunSettings
+    from awqdist.settings import Placement, RunSettings
 
 __all__ = [
     "AWQMapping",
     "AWQModifier",
     "AwqdistError",
     "GPTQModifier",
+    "Placement",
     "QuantizationArgs",
     "QuantizationModifier",
     "QuantizationScheme",
     "QuantizationStrategy",
     "QuantizationType",
     "RunSettings",
+    "evaluate",
     "load_recipe",
     "oneshot",
     "quantize",
     "register_mappings",
 ]
 
-_HOMES = {
+_MODULES = {
     "awqdist.api": ("oneshot", "quantize", "register_mappings"),
     "awqdist.errors": ("AwqdistError",),
+    "awqdist.eval.evaluate": ("evaluate",),
     "awqdist.recipe": ("AWQMapping", "AWQModifier", "GPTQModifier", "QuantizationModifier", "load_recipe"),
-    "awqdist.settings": ("RunSettings",),
+    "awqdist.settings": ("Placement", "RunSettings"),
     "compressed_tensors.quantization": (
         "QuantizationArgs",
         "QuantizationScheme",
@@ -53,7 +57,11 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    for home, names in _HOMES.items():
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("awqdist")
+    for module, names in _MODULES.items():
         if name in names:
-            return getattr(import_module(home), name)
+            return getattr(import_module(module), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
