@@ -7,8 +7,7 @@ import threading
 from torch import Tensor
 
 from awqdist.errors import AwqdistError
-from awqdist.offload.ram import RamStore
-from awqdist.offload.store import Store
+from awqdist.offload.store import MemoryStore, Store
 from awqdist.run.ring import RingBroken
 
 
@@ -19,7 +18,7 @@ class Inbox:
     """
 
     def __init__(self, store: Store | None = None) -> None:
-        self._store = store or RamStore()
+        self._store = store or MemoryStore()
         self._there: set[tuple[int, int]] = set()
         self._changed = threading.Condition()
         self.broken: str | None = None  # why nothing will come any more

@@ -21,9 +21,8 @@ from awqdist.backends.inbox import Inbox
 from awqdist.backends.room import Room
 from awqdist.errors import CheckpointError
 from awqdist.model.registry import register_mappings, registered_mappings
-from awqdist.offload.levels import open_store
 from awqdist.recipe import MappingPattern, Recipe
-from awqdist.run.chunks import store_settings
+from awqdist.run.chunks import open_chunk_store
 from awqdist.run.events import Event, Message
 from awqdist.run.job import Job, fingerprint, prepare, with_threads
 from awqdist.run.ring import Assignment, RingBroken, work
@@ -71,7 +70,6 @@ class RemoteWorker:
     def introduce(self, token: str) -> Introduction:
         """Proves that the model and the leader's output folder are in sight. Raises AwqdistError."""
         self._job: Job = prepare(self._order.recipe, self._order.settings)
-        self._store_settings = store_settings(self._job, self._order.num_workers)
         answer_token(self._job.settings.output, token, self._number)
         return Introduction(gethostname(), str(self._job.device), fingerprint(self._job, self._samples))
 
@@ -120,9 +118,8 @@ class RemoteWorker:
             if attempt not in self._inboxes:
                 for old in self._inboxes.values():
                     old.close()
-                self._inboxes = {
-                    attempt: Inbox(open_store(self._store_settings, _ignore))
-                }  # the ring's own store warns
+                store = open_chunk_store(self._job, self._order.num_workers)  # the worker's own store warns
+                self._inboxes = {attempt: Inbox(store)}
             return self._inboxes[attempt]
 
 
@@ -169,10 +166,6 @@ def agreed(introductions: list[Introduction]) -> dict[str, str]:
                     " give all of them the same model, libraries and kind of device"
                 )
     return first.fingerprint
-
-
-def _ignore(message: str) -> None:
-    """For warnings that are given elsewhere."""
 
 
 def with_device(job: Job, kind: str) -> Job:

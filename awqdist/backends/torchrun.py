@@ -23,9 +23,8 @@ from awqdist.backends.remote_worker import Introduction, agreed
 from awqdist.backends.room import launcher_value
 from awqdist.errors import AwqdistError
 from awqdist.layer.records import RunSummary
-from awqdist.offload.levels import open_store
 from awqdist.recipe import Recipe
-from awqdist.run.chunks import store_settings
+from awqdist.run.chunks import open_chunk_store
 from awqdist.run.device import choose_device
 from awqdist.run.events import Event, Listen, Message
 from awqdist.run.job import Job, fingerprint, prepare, token_chunks, with_threads
@@ -121,7 +120,7 @@ def _transport(ranks: RankStore, job: Job, samples: Tensor, assignment: Assignme
     width = job.skeleton.model.config.get_text_config(decoder=True).hidden_size
     shapes = [(*tokens.shape, width) for tokens in token_chunks(job.settings, samples)]
     groups = edge_groups(ranks.num_ranks)
-    store = open_store(store_settings(job, ranks.num_ranks), lambda message: None)  # the ring's own store warns
+    store = open_chunk_store(job, ranks.num_ranks)  # the ring's own store warns
     transport = RankTransport(assignment, groups, shapes, job.skeleton.dtype, job.device, store)
     yield transport
     transport.close()

@@ -14,7 +14,7 @@ from awqdist.doctor.folder_health import check_folder
 from awqdist.doctor.health import Check, check_machine
 from awqdist.doctor.machine import measure_machine
 from awqdist.errors import AwqdistError, OffloadError
-from awqdist.offload.deepspeed_io import BUILD_COMMAND, build_operator
+from awqdist.offload.nvme import BUILD_COMMAND, build_operator
 from awqdist.plan.machine import MachineProfile
 from awqdist.run.device import choose_device
 

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import distributed
 
-from awqdist.offload.deepspeed_io import BUILD_COMMAND, reason_against
+from awqdist.offload.nvme import BUILD_COMMAND, why_unavailable
 
 State = Literal["ok", "warn", "fail"]
 _LEAST_LOCKED_BYTES = 1 << 28  # DeepNVMe locks a buffer for reading and one for writing
@@ -38,7 +38,7 @@ def check_machine() -> list[Check]:
 
 def check_operator() -> Check:
     """DeepNVMe's operator: optional, so its absence is a warning."""
-    reason = reason_against()
+    reason = why_unavailable()
     if reason is None:
         return Check("DeepNVMe", "ok", f"async_io of deepspeed {version('deepspeed')} is compiled")
     return Check("DeepNVMe", "warn", reason, f"for --offload nvme run `{BUILD_COMMAND}`; --offload disk works without")

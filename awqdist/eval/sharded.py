@@ -1,4 +1,4 @@
-"""Evaluates models that are larger than one GPU: ZeRO-3 inference of DeepSpeed, which is imported here only beside offload/deepspeed_io.py.
+"""Evaluates models that are larger than one GPU: ZeRO-3 inference of DeepSpeed, which is imported here only beside offload/nvme.py.
 
 Every rank holds a part of every weight, and all of a module's for as long as it computes. The windows are dealt to the ranks, which take
 the same number of steps, since each step needs all of them.

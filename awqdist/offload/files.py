@@ -1,10 +1,18 @@
-"""Files as a store: one per tensor, checksummed, written and read ahead in the background. How bytes get to the disk and back is the
-business of a medium: plain system calls (`disk`) or DeepNVMe (`nvme`)."""
+"""Keeps tensors in files on a local disk: one checksummed file per tensor, written and read ahead by background threads.
+
+Each process has a folder of its own, beside which it holds a lock; `sweep` removes the folders of processes that have died.
+Nothing is synced: a chunk that is dropped before the system writes it out never costs the disk anything.
+"""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import itertools
+import os
+import shutil
 import threading
+import uuid
 import zlib
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,45 +25,136 @@ import torch
 from torch import Tensor
 
 from awqdist.errors import OffloadError
-from awqdist.offload.folder import OwnFolder
-from awqdist.offload.store import bytes_of, size_of
 
-_MAX_WAITING_WRITES = 2  # so that a slow disk slows the worker down instead of filling its memory
+_MAX_WAITING_WRITES = 2  # a slow disk must slow the worker down instead of filling its memory
+_BLOCK_BYTES = 1 << 26
+_PREFIX = "awqdist-kept-"
+_NUM_TRIES = 5  # another process may sweep between two steps
+_REMEDY = "run the same command again to resume, with --offload-dir on another disk if this happens again"
 
 
 class Medium(Protocol):
-    """Moves the bytes of one whole file."""
+    """Writes and reads whole files. One thread writes and one reads."""
 
     def write(self, file: Path, data: Tensor) -> None:
         """Writes data (num_bytes,) uint8 into a new file. Raises OSError."""
 
     def read(self, file: Path, num_bytes: int) -> Tensor:
-        """The first `num_bytes` of a file: (num_bytes,) uint8. Raises OSError if it has fewer, or is gone."""
+        """Returns the first `num_bytes` of a file, (num_bytes,) uint8. Raises OSError if the file is shorter or missing."""
 
     def close(self) -> None:
-        """Gives back what it holds, after the last transfer."""
+        """Frees buffers, after the last transfer."""
+
+
+class PlainFiles:
+    """A medium that uses ordinary system calls and leaves as little as possible in the page cache."""
+
+    def __init__(self, *, pinned: bool = False) -> None:
+        """pinned: read into page-locked memory."""
+        self._pinned = pinned
+
+    def write(self, file: Path, data: Tensor) -> None:
+        view, done = data.numpy().data, 0
+        with open(file, "xb", buffering=0, opener=lambda path, flags: os.open(path, flags, 0o600)) as stream:
+            while done < len(view):
+                count = stream.write(view[done:][:_BLOCK_BYTES])
+                if not count:
+                    raise OSError(errno.EIO, "the disk accepts no more bytes")
+                done += count
+            _drop_cache(stream.fileno())
+
+    def read(self, file: Path, num_bytes: int) -> Tensor:
+        data = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self._pinned)
+        view, done = data.numpy().data, 0
+        with open(file, "rb", buffering=0) as stream:
+            while done < num_bytes:
+                count = stream.readinto(view[done:][:_BLOCK_BYTES])
+                if not count:
+                    raise OSError(errno.EIO, f"it ends after {done:,} of {num_bytes:,} bytes")
+                done += count
+            _drop_cache(stream.fileno())
+        return data
+
+    def close(self) -> None:
+        """Does nothing: no buffer is kept."""
+
+
+def _drop_cache(descriptor: int) -> None:
+    """Removes an open file from the page cache, except for pages that are not yet written out."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+class OwnFolder:
+    """A new folder in `base` that belongs to this process. Raises OffloadError if it cannot be made."""
+
+    def __init__(self, base: Path) -> None:
+        self.path = base / f"{_PREFIX}{uuid.uuid4().hex[:12]}"
+        self._lock_file = self.path.with_suffix(".lock")
+        try:
+            self._lock = self._acquire_lock()
+            self.path.mkdir()
+        except OSError as error:
+            raise OffloadError(
+                f"cannot make the offload folder {self.path}: {error.strerror}; give another --offload-dir"
+            ) from error
+
+    def remove(self) -> None:
+        """Removes the folder, but not `base`."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        self._lock_file.unlink(missing_ok=True)
+        os.close(self._lock)
+
+    def _acquire_lock(self) -> int:
+        """Returns the descriptor of the locked file. The lock ends with the process, however that dies."""
+        for _ in range(_NUM_TRIES):
+            with suppress(FileNotFoundError):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                lock = os.open(self._lock_file, os.O_RDWR | os.O_CREAT, 0o600)
+                with suppress(OSError):  # a file system without locks: its folders are never swept
+                    fcntl.flock(lock, fcntl.LOCK_EX)
+                if self._lock_file.exists():
+                    return lock
+                os.close(lock)
+        raise FileNotFoundError(errno.ENOENT, "other processes keep removing it")
+
+
+def sweep(base: Path) -> None:
+    """Removes the folders in `base` whose processes have died.
+
+    A lock that cannot be acquired means that its process is alive, here or, on file systems with distributed locks, on another machine.
+    """
+    for file in base.glob(f"{_PREFIX}*.lock"):
+        with suppress(OSError):
+            lock = os.open(file, os.O_RDWR)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(file.with_suffix(""), ignore_errors=True)
+                file.unlink()
+            finally:
+                os.close(lock)
 
 
 @dataclass(slots=True)
-class _Kept:
-    """A tensor in a file. waiting: the tensor itself, until it is written; ahead: the reading of it, once that has begun."""
+class _Entry:
+    """A stored tensor."""
 
     file: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
     num_bytes: int
-    waiting: Tensor | None
+    unwritten: Tensor | None  # the tensor itself, until it is written
     written: Future[None]
     crc32: int = 0
-    ahead: Future[Tensor] | None = None
+    ahead: Future[Tensor] | None = None  # the read that `prefetch` has started
 
 
 class FileStore:
-    """A tensor per file in `folder`, which is removed with the store."""
+    """Keeps one file per tensor in `folder`, which is removed when the store is closed. See `store.Store` for the methods."""
 
     def __init__(self, folder: OwnFolder, medium: Medium) -> None:
         self._folder, self._medium = folder, medium
-        self._kept: dict[str, _Kept] = {}
+        self._entries: dict[str, _Entry] = {}
         self._numbers = itertools.count()
         self._writes: deque[Future[None]] = deque()
         self._lock = threading.Lock()
@@ -66,94 +165,92 @@ class FileStore:
     def put(self, key: str, tensor: Tensor) -> None:
         self.drop(key)
         file = self._folder.path / f"{key}.{next(self._numbers)}"  # a new name: the old file may still be being written
-        kept = _Kept(file, tensor.dtype, tuple(tensor.shape), size_of(tensor), tensor, Future())
+        entry = _Entry(file, tensor.dtype, tuple(tensor.shape), tensor.nbytes, tensor, Future())
         with self._lock:
             if self._closed:
                 return
-            self._kept[key] = kept
-            self._writes.append(kept.written)
-            self._writer.submit(self._write, kept)
+            self._entries[key] = entry
+            self._writes.append(entry.written)
+            self._writer.submit(self._write, entry)
             due = [self._writes.popleft() for _ in range(len(self._writes) - _MAX_WAITING_WRITES)]
         for write in due:
             write.result()
 
     def get(self, key: str) -> Tensor:
         with self._lock:
-            kept = self._kept.get(key)
-            if kept is None:
-                raise OffloadError(f"{key} is not kept in {self._folder.path}; this is a bug of awqdist")
-            tensor, ahead, kept.ahead = kept.waiting, kept.ahead, None
-        if tensor is not None and not kept.written.done():
+            entry = self._entries.get(key)
+            if entry is None:
+                raise OffloadError(f"{key} is not stored in {self._folder.path}; this is a bug in awqdist")
+            tensor, ahead, entry.ahead = entry.unwritten, entry.ahead, None
+        if tensor is not None and not entry.written.done():
             return tensor
-        kept.written.result()
-        data = (ahead or self._reader.submit(self._read, kept)).result()
-        return data.view(kept.dtype).reshape(kept.shape)
+        entry.written.result()
+        data = (ahead or self._reader.submit(self._read, entry)).result()
+        return data.view(entry.dtype).reshape(entry.shape)
 
     def prefetch(self, key: str) -> None:
         with self._lock:
-            kept = self._kept.get(key)
-            if kept is not None and kept.waiting is None and kept.ahead is None:
-                kept.ahead = self._reader.submit(self._read, kept)
+            entry = self._entries.get(key)
+            if entry is not None and entry.unwritten is None and entry.ahead is None:
+                entry.ahead = self._reader.submit(self._read, entry)
 
     def drop(self, key: str) -> None:
         with self._lock:
-            kept = self._kept.pop(key, None)
-        if kept is not None:
-            kept.written.add_done_callback(lambda _: kept.file.unlink(missing_ok=True))
+            entry = self._entries.pop(key, None)
+        if entry is not None:
+            entry.written.add_done_callback(lambda _: entry.file.unlink(missing_ok=True))
 
     @property
     def num_bytes(self) -> int:
         with self._lock:
-            return sum(kept.num_bytes for kept in self._kept.values())
+            return sum(entry.num_bytes for entry in self._entries.values())
 
     def close(self) -> None:
         with self._lock:
             if self._closed:
                 return
             self._closed = True
-        for key in list(self._kept):
+        for key in list(self._entries):
             self.drop(key)
         self._writer.shutdown(wait=True)
         self._reader.shutdown(wait=True, cancel_futures=True)
         self._medium.close()
         self._folder.remove()
 
-    def _write(self, kept: _Kept) -> None:
-        tensor = kept.waiting
+    def _write(self, entry: _Entry) -> None:
+        tensor = entry.unwritten
         assert tensor is not None
         try:
             with self._lock:
-                wanted = any(other is kept for other in self._kept.values())
-            if wanted:
-                data = bytes_of(tensor)
-                kept.crc32 = zlib.crc32(data.numpy().data)
-                self._medium.write(kept.file, data)
-            kept.waiting = None
-            kept.written.set_result(None)
+                is_dropped = all(other is not entry for other in self._entries.values())
+            if not is_dropped:
+                data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+                entry.crc32 = zlib.crc32(data.numpy().data)
+                self._medium.write(entry.file, data)
+            entry.unwritten = None
+            entry.written.set_result(None)
         except OSError as error:
             with suppress(OSError):
-                kept.file.unlink(missing_ok=True)
-            kept.written.set_exception(_write_error(kept, error))
+                entry.file.unlink(missing_ok=True)
+            reason = error.strerror or error
+            entry.written.set_exception(
+                OffloadError(
+                    f"cannot write {entry.num_bytes:,} bytes to {entry.file}: {reason}; free space there, or give an --offload-dir"
+                    " with enough space, and run the same command again"
+                )
+            )
         except BaseException as error:
-            kept.written.set_exception(error)
+            entry.written.set_exception(error)
 
-    def _read(self, kept: _Kept) -> Tensor:
-        """(num_bytes,) uint8."""
+    def _read(self, entry: _Entry) -> Tensor:
+        """Returns the bytes of a tensor, (num_bytes,) uint8."""
         try:
-            data = self._medium.read(kept.file, kept.num_bytes)
+            data = self._medium.read(entry.file, entry.num_bytes)
         except OSError as error:
-            reason = "it is gone" if isinstance(error, FileNotFoundError) else error.strerror or error
-            raise OffloadError(f"cannot read {kept.file} back: {reason}; {_REMEDY}") from error
-        if zlib.crc32(data.numpy().data) != kept.crc32:
-            raise OffloadError(f"{kept.file} holds other bytes than were written: the disk is failing; {_REMEDY}")
+            reason = "it is missing" if isinstance(error, FileNotFoundError) else error.strerror or error
+            raise OffloadError(f"cannot read {entry.file}: {reason}; {_REMEDY}") from error
+        if zlib.crc32(data.numpy().data) != entry.crc32:
+            raise OffloadError(
+                f"{entry.file} does not hold the bytes that were written: the disk is failing; {_REMEDY}"
+            )
         return data
-
-
-_REMEDY = "the same command resumes, with --offload-dir on another disk if this happens again"
-
-
-def _write_error(kept: _Kept, error: OSError) -> OffloadError:
-    return OffloadError(
-        f"cannot keep {kept.num_bytes:,} bytes in {kept.file}: {error.strerror or error}; free space there, or give an --offload-dir"
-        " with room, and run the same command again"
-    )

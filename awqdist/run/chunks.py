@@ -10,9 +10,8 @@ from pathlib import Path
 from torch import Tensor
 
 from awqdist.checkpoint.writer import LazyTensor, lazy_tensor
-from awqdist.offload.folder import sweep
-from awqdist.offload.levels import StoreSettings
-from awqdist.offload.store import Store
+from awqdist.offload.files import sweep
+from awqdist.offload.store import Store, open_store
 from awqdist.plan.estimate import chunk_budget
 from awqdist.run.job import Job
 from awqdist.run.output import STATE_FOLDER
@@ -34,12 +33,19 @@ def sweep_offload(job: Job) -> None:
             offload_folder(job).rmdir()
 
 
-def store_settings(job: Job, num_workers: int) -> StoreSettings:
-    """A store of one of so many workers. If there are several, each has two: this one, and one for what neighbours send."""
+def open_chunk_store(job: Job, num_workers: int, warn: Callable[[str], None] = lambda message: None) -> Store:
+    """Returns an empty store for chunks of one worker, to be closed by the caller.
+
+    If there are several workers, each has two stores, which share the budget: its own chunks, and chunks from its neighbor.
+
+    Args:
+        warn: called once if plain files have to replace DeepNVMe.
+    """
     budget_bytes = chunk_budget(job)
     if budget_bytes is not None and num_workers > 1:
         budget_bytes //= 2
-    return StoreSettings(job.settings.offload, offload_folder(job), budget_bytes, pinned=job.device.type == "cuda")
+    pinned = job.device.type == "cuda"
+    return open_store(job.settings.offload, offload_folder(job), budget_bytes, warn, pinned=pinned)
 
 
 class Chunks:

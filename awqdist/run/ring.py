@@ -20,8 +20,7 @@ from typing import Generic, Protocol, TypeVar
 from torch import Tensor
 
 from awqdist.checkpoint.writer import LazyTensor
-from awqdist.offload.levels import open_store
-from awqdist.run.chunks import Chunks, store_settings
+from awqdist.run.chunks import Chunks, open_chunk_store
 from awqdist.run.device import worker_status
 from awqdist.run.events import Emit, LayerForwarded, Warned, WorkerStarted
 from awqdist.run.job import Job, other_weights
@@ -88,8 +87,8 @@ class _Course:
         self._writer: _Background[None] = _Background()
         self._snapshot: list[LazyTensor] = []  # of the inputs of the layer under way
         self._searched: SearchedLayer | None = None
-        settings = store_settings(job, assignment.schedule.num_workers)
-        self._chunks = Chunks(open_store(settings, lambda message: emit(Warned(message))))
+        num_workers = assignment.schedule.num_workers
+        self._chunks = Chunks(open_chunk_store(job, num_workers, lambda message: emit(Warned(message))))
 
     def __enter__(self) -> _Course:
         return self

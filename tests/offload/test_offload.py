@@ -12,7 +12,7 @@ from support.command_line import awqdist, model_files, start
 from support.rings import Ring, ray_cluster, run
 from support.tiny_llama import Tiny
 
-from awqdist.offload.disk import PlainFiles
+from awqdist.offload.files import PlainFiles
 
 LEVELS = ["cpu", "disk", pytest.param("nvme", marks=pytest.mark.nvme)]
 
@@ -80,7 +80,7 @@ def test_a_run_without_the_compiled_operator_says_so_once_and_compiles_nothing(
     outcome = awqdist("quantize", tiny.model, tmp_path / "output", *tiny.options("--offload", "nvme"))
     warnings = [event["message"] for event in outcome.events if event["event"] == "Warned"]
     assert len(warnings) == 1
-    assert "is not compiled; run `awqdist doctor --build-nvme` once; plain files in" in warnings[0]
+    assert "is not compiled; run `awqdist doctor --build-nvme` once; using plain files in" in warnings[0]
     assert model_files(tmp_path / "output") == model_files(undisturbed)
     assert not [path for path in (tmp_path / "extensions").rglob("*") if path.is_file()]
 
@@ -105,7 +105,7 @@ def test_a_full_offload_disk_ends_the_run_with_one_line_and_the_same_command_res
         patched.setattr(PlainFiles, "write", full_at_last)
         line = awqdist("quantize", tiny.model, output, *options).error_line()
     assert "No space left on device" in line
-    assert "free space there, or give an --offload-dir with room" in line
+    assert "free space there, or give an --offload-dir with enough space" in line
     assert sorted(path.name for path in (output / ".awqdist").iterdir() if path.is_dir()) == []
     assert awqdist("quantize", tiny.model, output, *options).code == 0
     assert model_files(output) == model_files(undisturbed)
