@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from awqdist.layer.calibrate import SiteStatistics
-from awqdist.quant.two_sided import OutputOrder
+from awqdist.quant.gptq import OutputOrder
 from awqdist.recipe import WeightScheme
 
 

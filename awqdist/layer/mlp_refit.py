@@ -1,7 +1,7 @@
 """Inner linears of a module, such as an MLP's down_proj: what they read once the linears before them are rounded.
 
 Rows of what the module reads are kept. When its outer linears are rounded, the module's own forward takes the rows through them as they
-were and as they are, and the inner linear is fitted to the difference (`quant/absorb.py`).
+were and as they are, and the inner linear is fitted to the difference (`quant/factor.py`).
 """
 
 from __future__ import annotations

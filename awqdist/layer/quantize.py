@@ -24,12 +24,12 @@ from awqdist.model.smoothed import SmoothedParameters
 from awqdist.quant.candidates import ScaleChoice
 from awqdist.quant.compensated import CompensatedStatistics
 from awqdist.quant.experts import SharedStatistics
+from awqdist.quant.gptq import OutputOrder
 from awqdist.quant.grid import QuantizedWeight
 from awqdist.quant.lending import LentTensors
 from awqdist.quant.search import search_groups, search_side_by_side
 from awqdist.quant.stacks import BalanceWeight, SearchGroup
 from awqdist.quant.stats import Statistics
-from awqdist.quant.two_sided import OutputOrder
 from awqdist.recipe import Recipe
 from awqdist.run.stopwatch import Stopwatch
 

@@ -18,12 +18,9 @@ from awqdist.layer.linear_records import linear_errors, linear_record
 from awqdist.layer.mlp_refit import InnerStatistics
 from awqdist.layer.plan import LayerTask
 from awqdist.layer.records import LinearRecord
-from awqdist.quant.absorb import correction
-from awqdist.quant.clip import clipped_range
-from awqdist.quant.grid import QuantizedWeight, grid_parameters, group_range, round_to_nearest
-from awqdist.quant.rounding import Columns, round_in_order
-from awqdist.quant.rounding_experts import num_side_by_side, round_gptq_side_by_side
-from awqdist.quant.two_sided import OutputOrder, Problem, round_two_sided
+from awqdist.quant.factor import refit_correction
+from awqdist.quant.gptq import OutputOrder, gptq, num_side_by_side
+from awqdist.quant.grid import Grid, QuantizedWeight, clipped_range, group_range, make_grid, round_to_nearest
 from awqdist.recipe import Recipe
 from awqdist.run.device import release_host_memory
 
@@ -144,7 +141,7 @@ def _refitted(statistics: InnerStatistics, state: _State) -> tuple[Tensor, Tenso
     outer = next(path for site in state.task.sites for path in site if path.startswith(prefix))
     found = statistics.refitting(before, after, state.scales(outer))
     gram = found.statistics.take_smoothed_gram(torch.ones_like(statistics.mean_abs))  # it is of smoothed inputs
-    return gram, correction(gram, found.lost, state.recipe.rounding.dampening_frac)
+    return gram, refit_correction(gram, found.lost, state.recipe.rounding.dampening_frac)
 
 
 def _drafts(paths: tuple[str, ...], state: _State) -> Iterator[Draft]:
@@ -163,30 +160,19 @@ def _drafts(paths: tuple[str, ...], state: _State) -> Iterator[Draft]:
         else:
             low, high = group_range(target, scheme)
         # in the dtype of the grid, as compressed-tensors' observer sees them: rounding keeps the order of numbers
-        weight_scale, zero_point = grid_parameters(low.to(site.grid_dtype), high.to(site.grid_dtype), scheme)
-        yield Draft(stacked, weight, target, scheme, site, weight_scale, zero_point, clipped)
+        grid = make_grid(low.to(site.grid_dtype), high.to(site.grid_dtype), scheme)
+        yield Draft(stacked, weight, target, scheme, site, grid.weight_scale, grid.zero_point, clipped)
 
 
 def _rounded(batch: Sequence[tuple[str, ...]], state: _State) -> Iterator[tuple[Draft, QuantizedWeight]]:
-    """The linears of a batch of sites on their grids: to nearest one draft at a time, else together, and then all of one shape and scheme
-    where they are of several sites."""
+    """The linears of a batch of sites on their grids: to nearest one draft at a time, else together."""
     every, rounding = (draft for paths in batch for draft in _drafts(paths, state)), state.recipe.rounding
     if rounding.method == "nearest":
         for d in every:
-            yield d, round_to_nearest(d.target, d.weight_scale, d.zero_point, d.scheme, d.site.grid_dtype)
+            yield d, round_to_nearest(d.target, Grid(d.weight_scale, d.zero_point, d.scheme), d.site.grid_dtype)
         return
     drafts = list(every)
     grams = [draft.site.gram for draft in drafts if draft.site.gram is not None]
-    grids = [(d.weight_scale, d.zero_point) for d in drafts]
-    if (outputs := drafts[0].site.outputs) is not None:
-        columns = [Columns.of(gram, rounding) for gram in grams]
-        problems = [Problem(d.target, c, grid) for d, c, grid in zip(drafts, columns, grids, strict=True)]
-        yield from zip(drafts, round_two_sided(problems, drafts[0].scheme, outputs), strict=True)
-    elif len({id(d.site) for d in drafts}) == 1:
-        shared = Columns.of(grams[0], rounding)
-        for d, grid in zip(drafts, grids, strict=True):
-            yield d, round_in_order(d.target, shared, grid, d.scheme)
-    else:
-        weights = [d.target for d in drafts]
-        results = round_gptq_side_by_side(weights, grams, grids, drafts[0].scheme, rounding)
-        yield from zip(drafts, results, strict=True)
+    grids = [Grid(d.weight_scale, d.zero_point, d.scheme) for d in drafts]
+    results = gptq([d.target for d in drafts], grams, grids, rounding, drafts[0].site.outputs)
+    yield from zip(drafts, results, strict=True)

@@ -12,7 +12,7 @@ from awqdist.layer.plan import LayerTask
 from awqdist.layer.residency import LEVELS, Residency
 from awqdist.model.expert_products import takes_rows_by_expert
 from awqdist.quant.experts import SKETCHED_ROWS, max_rows
-from awqdist.quant.rounding_experts import num_side_by_side
+from awqdist.quant.gptq import num_side_by_side
 from awqdist.quant.sketch import is_sketched, num_held_rows
 from awqdist.quant.stacks import BATCH_BYTES
 from awqdist.recipe import WeightScheme

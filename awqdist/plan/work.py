@@ -16,10 +16,8 @@ from awqdist.layer.quantize import TRIAL_TOKENS
 from awqdist.plan.estimate_layer import chunk_tokens, compute_bytes, routed_tokens
 from awqdist.plan.work_units import STAGES, Stage, Unit, Work, attention_width
 from awqdist.quant.experts import SKETCHED_ROWS, max_rows
-from awqdist.quant.rounding import SUB_BLOCK
-from awqdist.quant.rounding_experts import num_side_by_side
+from awqdist.quant.gptq import SUB_BLOCK, num_side_by_side, output_block_size
 from awqdist.quant.sketch import SKETCH_ROWS, is_sketched
-from awqdist.quant.two_sided import block_of_outputs
 from awqdist.recipe import WeightScheme
 from awqdist.run.job import Job
 
@@ -214,7 +212,7 @@ class LayerWork:
 
     def _compensate(self, work: Work, unit: Unit) -> None:
         """What two-sided compensation adds: targets that are moved, and the way from the first block of outputs to the last."""
-        blocks, block = ceil(unit.rows / block_of_outputs(unit.rows)), self._job.recipe.rounding.block_size
+        blocks, block = ceil(unit.rows / output_block_size(unit.rows)), self._job.recipe.rounding.block_size
         work.add(flops=unit.count * unit.rows**2 * unit.columns, values=6 * unit.count * unit.rows * unit.columns)
         steps = unit.count * blocks * ceil(unit.columns / block)
         work.add(operations=_COLUMN_OPERATIONS * (steps + blocks * block))

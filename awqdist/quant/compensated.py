@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from awqdist.quant.rounding import factorised, rounding_order
+from awqdist.quant.factor import reversed_cholesky, rounding_order
 from awqdist.quant.stats import Statistics
 from awqdist.recipe import Rounding
 
@@ -43,7 +43,7 @@ class CompensatedStatistics:
         """v, (I,) float32. Raises NumericalError where the Gram matrix cannot be factorised."""
         gram = self._statistics.gram()
         order = rounding_order(gram, self._rounding)
-        lower, _ = factorised(gram, order, self._rounding.dampening_frac)
+        lower, _ = reversed_cholesky(gram, order, self._rounding.dampening_frac)
         variances = gram.new_empty(gram.shape[0])
         variances[order.flip(0)] = lower.diagonal().square()
         return variances.to(self.mean_abs.device)

@@ -1,4 +1,4 @@
-"""In which precision matrices are multiplied: the lowest that loses nothing."""
+"""How numbers are computed: float32 products at the lowest precision that loses nothing, and tensors read back to Python."""
 
 from __future__ import annotations
 
@@ -9,22 +9,29 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+
+def read_value(tensor: Tensor, assumed: float) -> float:
+    """Returns the value of a tensor with one element, or `assumed` if it has no data, as when a layer is measured on fake tensors."""
+    return assumed if tensor.is_meta or isinstance(tensor, FakeTensor) else tensor.item()
 
 
 @cache
 def has_fast_bfloat16(device: torch.device) -> bool:
-    """Whether the hardware multiplies bfloat16 here; other CPUs emulate it, slower than float32."""
+    """Returns whether the hardware multiplies bfloat16. CPUs that do not emulate it, slower than float32."""
     capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
     return device.type == "cuda" or any(capabilities.get(unit) for unit in ("amx_bf16", "avx512_bf16"))
 
 
 @contextmanager
 def exact_for(dtype: torch.dtype) -> Iterator[None]:
-    """Lets float32 products run on reduced-precision units where that loses nothing.
+    """Lets float32 products of values that came in `dtype` run on reduced-precision units where that loses nothing.
 
-    bfloat16 values have 8 significant bits: a bfloat16 (CPU) or TF32 (CUDA) multiplier takes them unrounded and the sums are
+    bfloat16 values have 8 significant bits: a bfloat16 (CPU) or TF32 (CUDA) multiplier takes them unrounded, and the sums are
     float32 all the same. float16 fits TF32 only. Other dtypes are multiplied in full float32. torch has one such setting for the whole
-    process: threads that overlap in here share it, and the last to leave puts back what the first one found.
+    process: threads that overlap in here share it, and the last to leave restores what the first one found.
     """
     with ExitStack() as stack:
         if dtype == torch.bfloat16:
@@ -35,7 +42,7 @@ def exact_for(dtype: torch.dtype) -> Iterator[None]:
 
 
 class _Lowered:
-    """A process-wide precision, lowered while anyone is in this context."""
+    """Lowers a process-wide precision while any thread is in this context."""
 
     def __init__(self, backend: Any, precision: str) -> None:
         self._backend, self._precision = backend, precision

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from awqdist.model.norms import final_norm
-from awqdist.quant.two_sided import OutputOrder, logit_weighting
+from awqdist.quant.gptq import OutputOrder, logit_weighting
 from awqdist.run.events import Emit, SourceRead
 from awqdist.run.job import Job
 from awqdist.run.layer_io import check_named, read_named
@@ -38,4 +38,4 @@ def output_order(job: Job, samples: Tensor, outside: Mapping[str, Tensor], emit:
     if head.shape[1] != job.skeleton.model.config.get_text_config(decoder=True).hidden_size:
         return None  # a projection stands between the residual stream and the logits, or there are none
     counts = torch.bincount(samples.flatten(), minlength=head.shape[0]).to(head.device)
-    return OutputOrder.of(logit_weighting(head, counts, weight))
+    return OutputOrder.from_weighting(logit_weighting(head, counts, weight))

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from awqdist.errors import RecipeError
 from awqdist.export.formats import Format, output_format
-from awqdist.quant.grid import QuantizedWeight, grid_parameters, group_range, round_to_nearest, scheme_args
-from awqdist.quant.rounding import round_gptq
+from awqdist.quant.gptq import gptq
+from awqdist.quant.grid import QuantizedWeight, group_range, make_grid, round_to_nearest, scheme_args
 from awqdist.recipe import Recipe, Rounding, WeightScheme, load_recipe
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -117,7 +117,7 @@ def test_the_grid_is_fixed_in_the_dtype_that_is_stored(name: str, dtype: torch.d
     grid_dtype = output.grid_dtype(dtype)
     assert grid_dtype == (dtype if name == "compressed-tensors" else torch.float16)
     weight = random_weight(8, 64).to(grid_dtype)
-    rounded = round_to_nearest(weight, *grid_parameters(*group_range(weight, GROUPED), GROUPED), GROUPED)
+    rounded = round_to_nearest(weight, make_grid(*group_range(weight, GROUPED), GROUPED))
     packed = output.pack(rounded)
     assert packed["scales" if name == "autoawq" else "weight_scale"].dtype == grid_dtype
     assert torch.equal(output.unpack(packed, GROUPED).dequantize(), rounded.dequantize())
@@ -212,11 +212,9 @@ def test_tensors_are_those_that_compressed_tensors_itself_compresses(
 ) -> None:
     """What compressed-tensors makes of the rounded weight, as a float tensor, under the same grid."""
     weight, x = random_weight(24, 96).to(dtype), activations(200, 96)
-    grid = grid_parameters(*group_range(weight, scheme), scheme)
-    if rounding == "nearest":
-        result = round_to_nearest(weight, *grid, scheme)
-    else:
-        result = round_gptq(weight.float(), x.T @ x, *grid, scheme, Rounding("gptq"))
+    grid = make_grid(*group_range(weight, scheme), scheme)
+    compensated = gptq([weight.float()], [x.T @ x], [grid], Rounding("gptq"))[0]
+    result = round_to_nearest(weight, grid) if rounding == "nearest" else compensated
     signed_zero = result.zero_point.to(torch.int16) - 2 ** (scheme.num_bits - 1)
     state = {
         "weight": result.dequantize()

@@ -12,7 +12,7 @@ from support.quant_oracles import Array, activations, random_weight
 from torch import Tensor, nn
 
 from awqdist.layer.mlp_refit import InnerStatistics, Owner, Refitting, num_kept_rows
-from awqdist.quant.absorb import correction
+from awqdist.quant.factor import refit_correction
 from awqdist.quant.grid import rounding_difference
 from awqdist.recipe import WeightScheme
 
@@ -88,7 +88,7 @@ def test_the_correction_is_that_of_ridge_regression_and_makes_up_for_most_of_the
     moment = inputs.T @ inputs
     ridge = DAMPENING * moment.diagonal().mean() * np.eye(INNER)
     expected = np.linalg.solve(moment + ridge, inputs.T @ (exact - inputs @ p.weight.T)).T
-    found = correction(p.found.statistics.gram(), p.found.lost, DAMPENING).double().numpy()
+    found = refit_correction(p.found.statistics.gram(), p.found.lost, DAMPENING).double().numpy()
     np.testing.assert_allclose(found, expected, atol=2e-2 * np.abs(expected).max())
 
     def error(weight: Array) -> float:
@@ -99,14 +99,14 @@ def test_the_correction_is_that_of_ridge_regression_and_makes_up_for_most_of_the
 
 def test_in_bfloat16_it_is_about_the_same() -> None:
     exact, p = problem(), problem(torch.bfloat16)
-    corrections = [correction(x.found.statistics.gram(), x.found.lost, DAMPENING) for x in (exact, p)]
+    corrections = [refit_correction(x.found.statistics.gram(), x.found.lost, DAMPENING) for x in (exact, p)]
     assert (corrections[1] - corrections[0]).norm() < 0.2 * corrections[0].norm()
 
 
 def test_inputs_that_were_never_active_are_left_alone() -> None:
     gram, lost = problem().found.statistics.gram().clone(), problem().found.lost.clone()
     gram[3], gram[:, 3], lost[3] = 0, 0, 0
-    assert not correction(gram, lost, DAMPENING)[:, 3].any()
+    assert not refit_correction(gram, lost, DAMPENING)[:, 3].any()
 
 
 @pytest.mark.parametrize(("num_tokens", "kept"), [(INNER, 0), (4 * INNER - 1, 0), (4 * INNER, 192), (9999, 1536)])

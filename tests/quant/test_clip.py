@@ -8,9 +8,8 @@ import torch
 from support.quant_oracles import Array, activations, group_codes, group_slices, output_error, random_weight
 from torch import Tensor
 
-from awqdist.quant import clip
-from awqdist.quant.clip import clipped_range
-from awqdist.quant.grid import group_range
+from awqdist.quant import grid
+from awqdist.quant.grid import clipped_range, group_range
 from awqdist.recipe import WeightScheme
 
 NUM_INPUTS = 48
@@ -95,7 +94,7 @@ def test_a_channel_that_carries_the_outputs_is_not_clipped() -> None:
 def test_the_cut_into_blocks_of_rows_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, x, scheme = heavy_tailed(13), activations(64, NUM_INPUTS), WeightScheme(3, False, 16)
     whole = clipped_range(weight, x.T @ x, scheme)
-    monkeypatch.setattr(clip, "_MAX_ELEMENTS", 4 * NUM_INPUTS)
+    monkeypatch.setattr(grid, "_CLIPPED_AT_ONCE", 4 * NUM_INPUTS)
     blocks = clipped_range(weight, x.T @ x, scheme)
     assert torch.equal(whole[0], blocks[0])
     assert torch.equal(whole[1], blocks[1])

@@ -8,8 +8,8 @@ import torch
 from support.quant_oracles import activations, output_error, random_weight, statistics_of
 
 from awqdist.quant.compensated import CompensatedStatistics, stacked_row_errors
-from awqdist.quant.grid import grid_parameters, group_range, rounding_difference
-from awqdist.quant.rounding import round_gptq
+from awqdist.quant.gptq import gptq
+from awqdist.quant.grid import group_range, make_grid, rounding_difference
 from awqdist.recipe import Rounding, WeightScheme
 
 SCHEME = WeightScheme(4, symmetric=False, group_size=32)
@@ -37,8 +37,8 @@ def test_the_error_after_gptq_is_foretold(num_tokens: int) -> None:
 
     foretold = float(CompensatedStatistics(statistics, rounding).row_errors(nearest).sum())
 
-    grid = grid_parameters(*group_range(weight, SCHEME), SCHEME)
-    rounded = round_gptq(weight, statistics.gram(), *grid, SCHEME, rounding).dequantize() - weight
+    grid = make_grid(*group_range(weight, SCHEME), SCHEME)
+    rounded = gptq([weight], [statistics.gram()], [grid], rounding)[0].dequantize() - weight
     damped = 0.01 * float(statistics.gram().diagonal().mean()) * float(rounded.square().sum())
     assert foretold == pytest.approx(output_error(x.numpy(), rounded.numpy()) + damped, rel=0.15)
     assert foretold < 0.7 * output_error(x.numpy(), nearest.numpy())

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from awqdist.quant.grid import (
     QuantizedWeight,
-    grid_parameters,
     group_range,
+    make_grid,
     round_to_nearest,
     rounding_difference,
     scheme_args,
@@ -51,7 +51,7 @@ def odd_weight(dtype: torch.dtype) -> Tensor:
 
 
 def quantized(weight: Tensor, scheme: WeightScheme) -> QuantizedWeight:
-    return round_to_nearest(weight, *grid_parameters(*group_range(weight, scheme), scheme), scheme)
+    return round_to_nearest(weight, make_grid(*group_range(weight, scheme), scheme))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -9,9 +9,8 @@ from support.quant_oracles import Array, activations, random_weight
 from torch import Tensor
 
 from awqdist.errors import NumericalError
-from awqdist.quant.grid import QuantizedWeight, grid_parameters, group_range
-from awqdist.quant.rounding import Columns, round_in_order
-from awqdist.quant.two_sided import OutputOrder, Problem, logit_weighting, round_two_sided
+from awqdist.quant.gptq import OutputOrder, gptq, logit_weighting
+from awqdist.quant.grid import Grid, QuantizedWeight, group_range, make_grid
 from awqdist.recipe import Rounding, WeightScheme
 
 SCHEME = WeightScheme(4, False, 16)
@@ -37,20 +36,16 @@ def correlated(num_outputs: int = NUM_OUTPUTS) -> Tensor:
     return rows.T @ rows
 
 
-def grid_of(weight: Tensor) -> tuple[Tensor, Tensor]:
-    return grid_parameters(*group_range(weight, SCHEME), SCHEME)
+def grid_of(weight: Tensor) -> Grid:
+    return make_grid(*group_range(weight, SCHEME), SCHEME)
 
 
 def one_sided(weight: Tensor, gram: Tensor) -> QuantizedWeight:
-    return round_in_order(weight, Columns.of(gram, ROUNDING), grid_of(weight), SCHEME)
+    return gptq([weight], [gram], [grid_of(weight)], ROUNDING)[0]
 
 
 def two_sided(weight: Tensor, gram: Tensor, weighting: Tensor) -> QuantizedWeight:
-    return round_two_sided([problem(weight, gram)], SCHEME, OutputOrder.of(weighting))[0]
-
-
-def problem(weight: Tensor, gram: Tensor, rounding: Rounding = ROUNDING) -> Problem:
-    return Problem(weight, Columns.of(gram, rounding), grid_of(weight))
+    return gptq([weight], [gram], [grid_of(weight)], ROUNDING, OutputOrder.from_weighting(weighting))[0]
 
 
 def error(result: QuantizedWeight, weight: Tensor, gram: Tensor, weighting: Tensor) -> float:
@@ -68,7 +63,7 @@ def test_what_counts_of_a_difference_is_its_error_under_the_weighting(weight: Te
     weighting = correlated()
     result = one_sided(weight, gram)
     damped = weighting + 0.1 * weighting.diagonal().mean() * torch.eye(NUM_OUTPUTS)
-    counted = OutputOrder.of(weighting).weighted(result.dequantize() - weight).double()
+    counted = OutputOrder.from_weighting(weighting).weighted(result.dequantize() - weight).double()
     assert float(((counted @ gram.double()) * counted).sum()) == pytest.approx(
         error(result, weight, gram, damped), rel=1e-4
     )
@@ -78,10 +73,8 @@ def test_several_problems_side_by_side_are_each_rounded_as_by_itself(weight: Ten
     weights = [weight, random_weight(NUM_OUTPUTS, NUM_INPUTS, 7)]
     x = activations(150, NUM_INPUTS, seed=5)
     grams, weighting = [gram, x.T @ x], correlated()
-    problems = [problem(*pair) for pair in zip(weights, grams, strict=True)]
-    for result, own, its_gram in zip(
-        round_two_sided(problems, SCHEME, OutputOrder.of(weighting)), weights, grams, strict=True
-    ):
+    found = gptq(weights, grams, [grid_of(own) for own in weights], ROUNDING, OutputOrder.from_weighting(weighting))
+    for result, own, its_gram in zip(found, weights, grams, strict=True):
         assert (result.codes != two_sided(own, its_gram, weighting).codes).float().mean() < TIES
 
 
@@ -89,8 +82,8 @@ def test_several_problems_side_by_side_are_each_rounded_as_by_itself(weight: Ten
 @pytest.mark.parametrize("block_size", [128, 16, 20])
 def test_blocks_of_any_size_give_the_same(weight: Tensor, gram: Tensor, num_outputs: int, block_size: int) -> None:
     part, weighting = weight[:num_outputs], correlated()[:num_outputs, :num_outputs]
-    blocked = problem(part, gram, Rounding("gptq", 0.01, block_size=block_size))
-    result = round_two_sided([blocked], SCHEME, OutputOrder.of(weighting))[0]
+    rounding = Rounding("gptq", 0.01, block_size=block_size)
+    result = gptq([part], [gram], [grid_of(part)], rounding, OutputOrder.from_weighting(weighting))[0]
     assert (result.codes != two_sided(part, gram, weighting).codes).float().mean() < 10 * TIES
 
 
@@ -107,7 +100,7 @@ def test_each_block_is_rounded_from_the_target_that_the_blocks_before_it_have_mo
     the blocks behind: the minimum over these of the objective as if they were not rounded."""
     weighting = correlated()
     result = two_sided(weight, gram, weighting)
-    order = OutputOrder.of(weighting).order.tolist()
+    order = OutputOrder.from_weighting(weighting).order.tolist()
     weights: Array = weighting.double().numpy()
     weights = weights + 0.1 * weights.diagonal().mean() * np.eye(NUM_OUTPUTS)
     done: list[int] = []
@@ -121,10 +114,9 @@ def test_each_block_is_rounded_from_the_target_that_the_blocks_before_it_have_mo
         if done:
             moved = conditioned[np.ix_(block, done)] @ errors[done]
             target = target - np.linalg.solve(conditioned[np.ix_(block, block)], moved)
-        grid = tuple(part[block] for part in grid_of(weight))
-        expected = round_in_order(
-            torch.from_numpy(target).float(), Columns.of(gram, ROUNDING), (grid[0], grid[1]), SCHEME
-        )
+        grid = grid_of(weight)
+        own = Grid(grid.weight_scale[block], grid.zero_point[block], SCHEME)
+        expected = gptq([torch.from_numpy(target).float()], [gram], [own], ROUNDING)[0]
         assert (expected.codes != result.codes[block]).float().mean() < TIES
         done += list(block)
 
@@ -146,4 +138,4 @@ def test_the_weighting_is_the_second_moment_of_logits_around_what_they_share() -
 
 def test_a_weighting_that_is_not_finite_is_named() -> None:
     with pytest.raises(NumericalError, match="positive definite"):
-        OutputOrder.of(torch.full((4, 4), torch.nan))
+        OutputOrder.from_weighting(torch.full((4, 4), torch.nan))
