@@ -1,26 +1,28 @@
-"""A model's folder, from a local path or a Hugging Face hub id."""
+"""Finds the folder of a model, or its config.json, from a local path or a Hugging Face hub id."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
-from awqdist.checkpoint.source import holds_weights
+from awqdist.checkpoint.index import holds_weights
 from awqdist.errors import CheckpointError
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*"]
 _PICKLES = "pytorch_model*.bin"
 
 
 def model_folder(model: str) -> Path:
-    """The folder of `model`; a hub id is downloaded, or taken from the cache. Raises CheckpointError."""
-    folder = Path(model).expanduser()
-    if folder.exists():
-        if not folder.is_dir():
+    """Returns the folder of a model; a hub id is downloaded, or taken from the cache.
+
+    Raises:
+        CheckpointError: there is no such folder, and the hub does not provide it.
+    """
+    place = _local(model)
+    if place is not None:
+        if not place.is_dir():
             raise CheckpointError(f"{model} is a file; give the folder of a model")
-        return folder
-    _check_hub_id(model)
+        return place
     from huggingface_hub import snapshot_download
 
     try:
@@ -29,37 +31,45 @@ def model_folder(model: str) -> Path:
             found = Path(snapshot_download(model, allow_patterns=[*_PATTERNS, _PICKLES]))
         return found
     except Exception as error:  # the hub client raises many kinds: offline, not found, gated, interrupted
-        raise _not_given(model, error) from None
+        raise _not_provided(model, error) from None
 
 
-def described(model: str) -> Path:
-    """What is enough to plan with `model`: a folder that holds weights, else its config.json, of a hub id downloaded or from the cache.
+def resolve_config(model: str) -> Path:
+    """Returns what `plan` needs of a model: a folder that holds weights, otherwise its config.json alone.
 
-    model: a folder, a config.json, or a hub id. Raises CheckpointError.
+    Args:
+        model: a folder, a config.json, or a hub id, whose config.json is downloaded or taken from the cache.
+
+    Raises:
+        CheckpointError: there is no such model.
     """
-    place = Path(model).expanduser()
-    if place.is_dir():
-        file = place / "config.json"
-        return file if file.is_file() and not holds_weights(place) else place
-    if place.exists():
+    place = _local(model)
+    if place is not None:
+        if place.is_dir():
+            file = place / "config.json"
+            return file if file.is_file() and not holds_weights(place) else place
         if place.suffix != ".json":
             raise CheckpointError(f"{model} is a file; give the folder of a model, or a config.json")
         return place
-    _check_hub_id(model)
     from huggingface_hub import hf_hub_download
 
     try:
         return Path(hf_hub_download(model, "config.json"))
     except Exception as error:
-        raise _not_given(model, error) from None
+        raise _not_provided(model, error) from None
 
 
-def _check_hub_id(model: str) -> None:
-    if not _HUB_ID.fullmatch(model):
+def _local(model: str) -> Path | None:
+    """Returns the path of a model on this machine, or None for a hub id. Raises CheckpointError for anything else."""
+    place = Path(model).expanduser()
+    if place.exists():
+        return place
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
         raise CheckpointError(f"model folder not found: {model}; give an existing folder or a hub id such as org/name")
+    return None
 
 
-def _not_given(model: str, error: Exception) -> CheckpointError:
+def _not_provided(model: str, error: Exception) -> CheckpointError:
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     return CheckpointError(
         f"{model} is neither a folder here nor a model that the hub gives ({reason}); check the name and the network,"

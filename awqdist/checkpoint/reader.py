@@ -1,5 +1,8 @@
-"""Reads tensors by byte range into fresh memory. Nothing is mapped, and the page cache is dropped behind, so that neither the
-resident memory of the process nor the machine's cache grows with the model. Quantized weights are dequantized one by one."""
+"""Reads tensors by byte range into fresh memory, dequantizing one weight after the other.
+
+Nothing is mapped, and the page cache is dropped behind, so that neither the process's resident memory nor the machine's cache grows with
+the model.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from awqdist.checkpoint.dequantize import dequantize
-from awqdist.checkpoint.index import DTYPES, MXFP4, TensorEntry
-from awqdist.checkpoint.mxfp4 import dequantize_mxfp4
+from awqdist.checkpoint.index import DTYPES, TensorEntry
+from awqdist.checkpoint.sources import FORMATS
 from awqdist.errors import CheckpointError
 
 T = TypeVar("T")
@@ -25,52 +27,87 @@ _SAMPLE_BYTES = 256
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """Tensors that were read, by name. crc32: of all bytes read, in order: which weights a layer was made from; samples: a few bytes of
-    each tensor, as `sample_checksum` reads them."""
+    """Tensors that were read, and what identifies the bytes they were read from.
+
+    Attributes:
+        tensors: by name.
+        crc32: of all bytes read, in order; it says which weights a layer was made from.
+        num_bytes: as counted while they were read.
+        samples: a few bytes of each tensor, by name, as `sample_checksum` reads them.
+    """
 
     tensors: dict[str, Tensor]
     crc32: int
-    num_bytes: int  # as counted while they were read
+    num_bytes: int
     samples: dict[str, bytes]
 
     def sample_checksum(self) -> int:
-        """That of the tensors by name, without reading again."""
+        """Returns what the function `sample_checksum` returns for these tensors by name, without reading again."""
         return _checksum(self.samples[name] for name in _sampled(sorted(self.samples)))
 
 
 def read_tensor(entry: TensorEntry) -> Tensor:
-    """The tensor of `entry` on the CPU, in the entry's dtype. Raises CheckpointError if the file ends early."""
+    """Returns the tensor of `entry` on the CPU, in the entry's dtype.
+
+    Raises:
+        CheckpointError: the file ends early, or cannot be read.
+    """
     return read_tensors([entry]).tensors[entry.name]
 
 
 def read_tensors(entries: Iterable[TensorEntry]) -> Reading:
-    """The tensors of `entries` on the CPU, in the entries' dtypes. Raises CheckpointError if a file ends early."""
+    """Reads the tensors of `entries` to the CPU, in the entries' dtypes.
+
+    Views of one tensor that follow one another are made from a single reading of it.
+
+    Raises:
+        CheckpointError: a file ends early, or cannot be read.
+    """
     tensors: dict[str, Tensor] = {}
     samples: dict[str, bytes] = {}
     checksum = num_bytes = 0
     whole: Tensor | None = None
     sample = b""
-    last: TensorEntry | None = None  # what `whole` was read from: the views of a tensor come one after the other
+    last: TensorEntry | None = None  # the entry that `whole` was read from
     for entry in entries:
         source = entry.whole or entry
         if whole is None or source != last:
-            stored = [_read_range(part, part.start, part.stop) for part in _parts(source)]
+            stored = [_read_range(part, part.start, part.stop) for part in _stored_parts(source)]
             for data in stored:
                 checksum = zlib.crc32(data.numpy().data, checksum)
                 num_bytes += data.numel()
             sample = b"".join(bytes(data[_middle(data.numel())].numpy().data) for data in stored)
-            whole, last = _assembled(stored, source), source
+            whole, last = _decode(stored, source), source
         samples[entry.name] = sample
-        tensors[entry.name] = _part(whole, entry)
+        tensor = whole
+        if entry.whole is not None:
+            assert entry.strides is not None
+            view = whole.as_strided(entry.shape, entry.strides, entry.offset)
+            tensor = view.clone(memory_format=torch.contiguous_format)
+        tensors[entry.name] = tensor
     return Reading(tensors, checksum, num_bytes, samples)
 
 
 def sample_checksum(entries: Sequence[TensorEntry]) -> int:
-    """CRC-32 of a few bytes from the middle of every tensor (of some, where there are many): enough to tell two trained models of one
-    shape apart, and as good as no reading."""
+    """Returns the CRC-32 of a few bytes from the middle of every tensor, or of some where there are many.
+
+    That distinguishes two trained models of one shape, and reads almost nothing.
+    """
     return _checksum(
-        b"".join(_read_middle(part) for part in _parts(entry.whole or entry)) for entry in _sampled(entries)
+        b"".join(_read_middle(part) for part in _stored_parts(entry.whole or entry)) for entry in _sampled(entries)
     )
+
+
+def check_finite(tensors: dict[str, Tensor], where: str) -> None:
+    """Raises CheckpointError naming the first tensor that holds NaN or infinity. where: the message's beginning."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor.sum(dtype=torch.float32))):
+            finite = torch.isfinite(tensor.float())
+            count = int(tensor.numel() - finite.sum())
+            if count:
+                raise CheckpointError(
+                    f"{where}: tensor {name} holds {count} values that are NaN or infinite; repair the source"
+                )
 
 
 def _sampled(items: Sequence[T]) -> Sequence[T]:
@@ -94,25 +131,13 @@ def _middle(num_bytes: int) -> slice:
     return slice(start, min(start + _SAMPLE_BYTES, num_bytes))
 
 
-def check_finite(tensors: dict[str, Tensor], where: str) -> None:
-    """Raises CheckpointError naming the first tensor that holds NaN or infinity."""
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor.sum(dtype=torch.float32))):
-            finite = torch.isfinite(tensor.float())
-            count = int(tensor.numel() - finite.sum())
-            if count:
-                raise CheckpointError(
-                    f"{where}: tensor {name} holds {count} values that are NaN or infinite; repair the source"
-                )
-
-
-def _parts(entry: TensorEntry) -> tuple[TensorEntry, ...]:
-    """Where the bytes of a tensor lie: its values, then its scales if it has any."""
-    return (entry, entry.packing.scale) if entry.packing else (entry,)
+def _stored_parts(entry: TensorEntry) -> tuple[TensorEntry, ...]:
+    """Returns where the bytes of a tensor lie: its values, then its scales if it has any."""
+    return (entry, *entry.packing.parts) if entry.packing else (entry,)
 
 
 def _read_range(entry: TensorEntry, start: int, stop: int) -> Tensor:
-    """Bytes of the file of `entry`: (stop - start,) uint8."""
+    """Returns bytes of the file of `entry`: (stop - start,) uint8."""
     data = torch.empty(stop - start, dtype=torch.uint8)
     view = data.numpy().data
     try:
@@ -132,27 +157,18 @@ def _read_range(entry: TensorEntry, start: int, stop: int) -> Tensor:
     return data
 
 
-def _assembled(stored: list[Tensor], entry: TensorEntry) -> Tensor:
-    """The tensor of `entry` from the bytes of its parts, each (n,) uint8."""
-    if entry.packing is None:
-        return _view(stored[0], entry, entry.dtype)
-    values, scale = stored
-    if entry.packing.dtype == MXFP4:
-        return dequantize_mxfp4(values, scale, DTYPES[entry.dtype]).reshape(entry.shape)
-    weight = _view(values, entry, entry.packing.dtype)
-    scales = _view(scale, entry.packing.scale, entry.packing.scale.dtype)
-    return dequantize(weight, scales, entry.packing.block, DTYPES[entry.dtype])
+def _decode(stored: list[Tensor], entry: TensorEntry) -> Tensor:
+    """Returns the tensor of `entry`. stored: the bytes of its values and of its scales, each (n,) uint8."""
+    packing, values = entry.packing, stored[0]
+    if packing is None:
+        return _as_tensor(values, entry, entry.dtype)
+    if packing.dtype in DTYPES:
+        values = _as_tensor(values, entry, packing.dtype)
+    parts = [_as_tensor(data, part, part.dtype) for data, part in zip(stored[1:], packing.parts, strict=True)]
+    return FORMATS[packing.format].dequantize(entry, values, parts)
 
 
-def _part(whole: Tensor, entry: TensorEntry) -> Tensor:
-    """The tensor of `entry` from that which it is a view of, in memory of its own; `whole` itself if it is none."""
-    if entry.whole is None:
-        return whole
-    assert entry.strides is not None
-    return whole.as_strided(entry.shape, entry.strides, entry.offset).clone(memory_format=torch.contiguous_format)
-
-
-def _view(data: Tensor, entry: TensorEntry, dtype: str) -> Tensor:
+def _as_tensor(data: Tensor, entry: TensorEntry, dtype: str) -> Tensor:
     values = data.view(DTYPES[dtype])
     if entry.strides is None:
         return values.reshape(entry.shape)

@@ -1,4 +1,4 @@
-"""Writes files that are whole or not there: temporary name, write, fsync, mode by umask, rename, fsync of the folder.
+"""Writes files atomically and durably: temporary name, write, fsync, rename, fsync of the folder; the mode follows the umask.
 
 safetensors' own save_file neither syncs nor honours the umask, and needs every tensor in memory at once; this writer streams.
 """
@@ -13,22 +13,22 @@ import struct
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from awqdist.checkpoint.index import DTYPES
+from awqdist.checkpoint.index import DTYPE_NAMES
 from awqdist.errors import CheckpointError, OutputError
 
-_FORMAT_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-TEMPORARY_SUFFIX = ".awqdist-partial"
+_TEMPORARY_SUFFIX = ".awqdist-partial"
 _BLOCK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class WrittenFile:
-    """What is known of a finished file."""
+    """A finished file: its name, size and SHA-256."""
 
     name: str
     num_bytes: int
@@ -37,7 +37,7 @@ class WrittenFile:
 
 @dataclass(frozen=True, slots=True)
 class LazyTensor:
-    """A tensor that is read only when its turn to be written comes."""
+    """A tensor that is loaded only when its turn to be written comes. dtype: its name in safetensors."""
 
     name: str
     dtype: str
@@ -47,22 +47,28 @@ class LazyTensor:
 
 
 def write_safetensors(file: Path, tensors: dict[str, Tensor]) -> WrittenFile:
-    """Writes `tensors` durably, sorted by name, so that equal tensors give equal bytes."""
+    """Writes `tensors` durably, sorted by name, so that equal tensors give equal bytes.
 
-    def lazy(name: str, tensor: Tensor) -> LazyTensor:
-        return lazy_tensor(name, tensor, lambda: tensor)
-
-    return stream_safetensors(file, [lazy(name, tensors[name]) for name in sorted(tensors)])
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    return stream_safetensors(
+        file, [lazy_tensor(n, tensors[n], partial(tensors.__getitem__, n)) for n in sorted(tensors)]
+    )
 
 
 def lazy_tensor(name: str, like: Tensor, load: Callable[[], Tensor]) -> LazyTensor:
-    """A tensor of the dtype and shape of `like`, which is not kept."""
+    """Returns a tensor with the dtype and shape of `like`, which is not kept; `load` returns its values."""
     num_bytes = like.numel() * like.element_size()
-    return LazyTensor(name, _FORMAT_NAMES[like.dtype], tuple(like.shape), num_bytes, load)
+    return LazyTensor(name, DTYPE_NAMES[like.dtype], tuple(like.shape), num_bytes, load)
 
 
 def stream_safetensors(file: Path, tensors: Sequence[LazyTensor]) -> WrittenFile:
-    """Writes tensors durably in the given order, one in memory at a time. Raises OutputError."""
+    """Writes tensors durably in the given order, one in memory at a time.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for tensor in tensors:
@@ -76,18 +82,23 @@ def stream_safetensors(file: Path, tensors: Sequence[LazyTensor]) -> WrittenFile
 
 
 def write_bytes(file: Path, data: bytes) -> WrittenFile:
-    """Writes a small file durably. Raises OutputError."""
+    """Writes a small file durably. Raises OutputError if it cannot."""
     return _write(file, [data], ())
 
 
 def write_json(file: Path, data: object) -> WrittenFile:
-    """Writes indented JSON with a final newline, durably."""
+    """Writes indented JSON with a final newline, durably. Raises OutputError if it cannot."""
     return write_bytes(file, (json.dumps(data, indent=2) + "\n").encode())
 
 
 def copy_file(source: Path, file: Path) -> WrittenFile:
-    """Copies a file durably, with the mode of a new one. Raises CheckpointError if `source` cannot be read."""
-    return _write(file, _blocks(source), ())
+    """Copies a file durably, with the mode of a new one.
+
+    Raises:
+        CheckpointError: `source` cannot be read.
+        OutputError: `file` cannot be written.
+    """
+    return _write(file, _read_blocks(source), ())
 
 
 def sync_folder(folder: Path) -> None:
@@ -100,13 +111,13 @@ def sync_folder(folder: Path) -> None:
 
 
 def remove_temporary_files(folder: Path) -> None:
-    """Removes what writers that were killed left behind."""
-    for file in folder.glob(f"*{TEMPORARY_SUFFIX}"):
+    """Removes the temporary files of writers that were killed."""
+    for file in folder.glob(f"*{_TEMPORARY_SUFFIX}"):
         file.unlink(missing_ok=True)
 
 
 def output_error(file: Path, error: OSError) -> OutputError:
-    """The clear form of an operating-system error while writing `file`."""
+    """Returns the error for users that explains an operating-system error while writing `file`."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return OutputError(
             f"no space left on the disk while writing {file}; free some and run the same command again to resume"
@@ -117,8 +128,8 @@ def output_error(file: Path, error: OSError) -> OutputError:
 
 
 def _write(file: Path, head: Iterable[bytes], parts: Iterable[memoryview]) -> WrittenFile:
-    # unique: a worker that was given up, but lives, may be writing the same file, with the same bytes
-    temporary = file.with_name(f"{file.name}.{uuid.uuid4().hex[:12]}{TEMPORARY_SUFFIX}")
+    # unique: a worker that was given up but still runs may be writing the same file, with the same bytes
+    temporary = file.with_name(f"{file.name}.{uuid.uuid4().hex[:12]}{_TEMPORARY_SUFFIX}")
     digest, num_bytes = hashlib.sha256(), 0
     try:
         # open() creates files by the umask, where tempfile would leave mode 0600
@@ -141,7 +152,7 @@ def _write(file: Path, head: Iterable[bytes], parts: Iterable[memoryview]) -> Wr
     return WrittenFile(file.name, num_bytes, digest.hexdigest())
 
 
-def _blocks(source: Path) -> Iterator[bytes]:
+def _read_blocks(source: Path) -> Iterator[bytes]:
     try:
         with source.open("rb") as stream:
             while block := stream.read(_BLOCK_BYTES):

@@ -13,7 +13,7 @@ from socket import gethostname
 
 import torch
 
-from awqdist.checkpoint.dequantize import dequantize
+from awqdist.checkpoint.sources import dequantize_fp8
 from awqdist.plan.machine import MachineProfile
 from awqdist.quant.precision import exact_for
 
@@ -118,7 +118,7 @@ def _digest_rate(digest: Callable[[bytes], object]) -> float:
 def _dequantize_rate() -> float:
     weight = torch.randn(2048, 2048).to(torch.float8_e4m3fn)
     scale = torch.ones(16, 16)
-    seconds = _seconds_of(lambda: dequantize(weight, scale, (128, 128), torch.bfloat16), torch.device("cpu"))
+    seconds = _seconds_of(lambda: dequantize_fp8(weight, scale, (128, 128), torch.bfloat16), torch.device("cpu"))
     return weight.numel() / seconds
 
 

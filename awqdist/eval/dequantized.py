@@ -16,8 +16,8 @@ from awqdist.errors import CheckpointError
 
 def has_packed_experts(folder: Path, config: Any) -> bool:
     """Whether `folder` holds experts in the pack-quantized format that transformers does not load."""
+    from awqdist.checkpoint.experts import fused_experts
     from awqdist.checkpoint.index import read_index
-    from awqdist.layouts import fused_experts
 
     packed = (getattr(config, "quantization_config", None) or {}).get("format") == "pack-quantized"
     if not packed or not folder.is_dir():
@@ -34,8 +34,8 @@ def load_dequantized(folder: Path, config: Any, **options: Any) -> tuple[Any, di
     import torch
     import transformers
 
+    from awqdist.checkpoint.experts import fused_experts, join_experts
     from awqdist.eval.float_weights import FloatWeights
-    from awqdist.layouts import fused_experts, join_experts
 
     weights = FloatWeights(folder, config.quantization_config)
     state = {name: weights.read(name) for name in weights.names}

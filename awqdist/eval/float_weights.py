@@ -13,7 +13,7 @@ from torch import Tensor
 
 from awqdist.checkpoint.index import read_index
 from awqdist.checkpoint.reader import read_tensor
-from awqdist.checkpoint.source import read_source
+from awqdist.checkpoint.sources import read_source
 from awqdist.errors import CheckpointError
 from awqdist.export.formats import CompressedTensorsFormat
 from awqdist.recipe import WeightScheme

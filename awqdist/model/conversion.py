@@ -1,7 +1,7 @@
 """How names and layouts on disk become those of transformers' modules: its renamings, its fusing of experts, its dtypes.
 
 On disk each expert's linears are tensors of their own (`mlp.experts.3.gate_proj.weight`), or are read as if they were. Which 3-D
-parameter of the model they belong to is told by transformers' conversions, and for families that store that very parameter by `layouts.py`.
+parameter of the model they belong to is told by transformers' conversions, or by `checkpoint.experts` for families that store it.
 
 transformers' private loading API is used in this file only.
 """
@@ -24,8 +24,8 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
+from awqdist.checkpoint.experts import ROWS, ExpertLayout, fused_experts, place_of
 from awqdist.errors import CheckpointError, ModelError
-from awqdist.layouts import ROWS, Layout, fused_experts, place_of
 from awqdist.model.experts import FusedParameter
 
 
@@ -44,7 +44,7 @@ class _Fusing:
 
     name: str
     linears: tuple[str, ...]
-    layout: Layout = ROWS
+    layout: ExpertLayout = ROWS
     bias: str | None = None
 
     def path(self, expert: int, linear: str) -> str:
@@ -65,7 +65,7 @@ _STACKING = ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)])  
 
 
 class _Renamings:
-    """transformers' conversions of one model, and the families of `layouts.py`."""
+    """transformers' conversions of one model, and the families of `checkpoint/experts.py`."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         conversions = get_model_conversion_mapping(model)
@@ -87,7 +87,7 @@ class _Renamings:
         return self._renamed[disk]
 
     def part(self, disk: str) -> _Part | None:
-        """What tensor `disk` is of an expert, by transformers' conversions or by `layouts.py`; None for all other tensors."""
+        """What tensor `disk` is of an expert, by transformers' conversions or by `checkpoint/experts.py`; None for all other tensors."""
         place = place_of(disk, self._stored_fused)
         if place is None:
             return self._converted(disk)

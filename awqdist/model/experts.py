@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from awqdist.layouts import ROWS, Layout
+from awqdist.checkpoint.experts import ROWS, ExpertLayout
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class FusedParameter:
     name: str
     parts: tuple[tuple[str, ...], ...]
     part_shape: tuple[int, int]
-    layout: Layout
+    layout: ExpertLayout
     bias: str | None = None
 
     @property

@@ -11,14 +11,10 @@ from pathlib import Path
 import torch
 from transformers import PretrainedConfig
 
-from awqdist.checkpoint.experts import join_mxfp4, split_experts
-from awqdist.checkpoint.index import DTYPES, CheckpointIndex, Packing, TensorEntry
-from awqdist.checkpoint.mxfp4 import BLOCK
-from awqdist.checkpoint.source import Quantization, declared_quantization
-from awqdist.layouts import FusedExperts, fused_experts
+from awqdist.checkpoint.experts import FusedExperts, fused_experts, split_experts
+from awqdist.checkpoint.index import DTYPE_NAMES, CheckpointIndex, Packing, TensorEntry
+from awqdist.checkpoint.sources import FORMATS, MXFP4_BLOCK, Quantization, declared_quantization
 from awqdist.model.disk_layout import DiskTensor, disk_layout
-
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def index_of_config(file: Path, config: PretrainedConfig) -> CheckpointIndex:
@@ -34,9 +30,8 @@ def index_of_config(file: Path, config: PretrainedConfig) -> CheckpointIndex:
     layout = disk_layout(config)
     families = fused_experts(config.model_type)
     stored = CheckpointIndex(file.parent, {name: _entry(file, name, layout[name], quantization) for name in layout})
-    if quantization is not None and quantization.is_mxfp4:
-        dtype = next(entry.dtype for name, entry in stored.entries.items() if any(f.leaf(name) for f in families))
-        return split_experts(join_mxfp4(_with_mxfp4(stored, families), families, dtype), families)
+    if quantization is not None and quantization.format == "MXFP4":
+        stored = FORMATS["MXFP4"].join(_with_mxfp4(stored, families), quantization, families)
     return split_experts(stored, families)
 
 
@@ -50,19 +45,21 @@ def _with_mxfp4(index: CheckpointIndex, families: Sequence[FusedExperts]) -> Che
             continue
         experts, *sizes = entry.shape
         rows, columns = reversed(sizes) if fused.layout.transposed else sizes
-        shape = (experts, rows, columns // BLOCK)
+        shape = (experts, rows, columns // MXFP4_BLOCK)
         scales = TensorEntry(f"{name}_scales", entry.file, "U8", shape, 0, prod(shape))
-        blocks = TensorEntry(f"{name}_blocks", entry.file, "U8", (*shape, BLOCK // 2), 0, prod(shape) * BLOCK // 2)
+        blocks = TensorEntry(
+            f"{name}_blocks", entry.file, "U8", (*shape, MXFP4_BLOCK // 2), 0, prod(shape) * MXFP4_BLOCK // 2
+        )
         entries |= {blocks.name: blocks, scales.name: scales}
     return replace(index, entries=entries)
 
 
 def _entry(file: Path, name: str, tensor: DiskTensor, quantization: Quantization | None) -> TensorEntry:
-    dtype, width = _NAMES[tensor.dtype], tensor.dtype.itemsize
+    dtype, width = DTYPE_NAMES[tensor.dtype], tensor.dtype.itemsize
     num_values = prod(tensor.shape)
     if (
         quantization is None
-        or quantization.is_mxfp4
+        or quantization.format == "MXFP4"
         or not tensor.is_linear
         or not quantization.covers(name.removesuffix(".weight"))
     ):
@@ -71,4 +68,4 @@ def _entry(file: Path, name: str, tensor: DiskTensor, quantization: Quantization
     block = quantization.block or (1, columns)
     blocks = -(-rows // block[0]), -(-columns // block[1])
     scale = TensorEntry(f"{name}_scale_inv", file, "F32", blocks, 0, 4 * blocks[0] * blocks[1])
-    return TensorEntry(name, file, dtype, tensor.shape, 0, num_values, None, Packing("F8_E4M3", scale, block))
+    return TensorEntry(name, file, dtype, tensor.shape, 0, num_values, None, Packing("FP8", "F8_E4M3", (scale,), block))

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from awqdist.checkpoint.hub import described
+from awqdist.checkpoint.hub import resolve_config
 from awqdist.layer.plan import LayerTask, Plan
 from awqdist.recipe import Recipe, load_recipe
 from awqdist.run.device import choose_device
@@ -22,7 +22,7 @@ from awqdist.units import pattern_of, show_layers
 
 def show_mappings(model: str, recipe: str, *, as_json: bool, as_recipe: bool) -> None:
     """Shows the resolved mappings of every layer; with `as_recipe` as a recipe that gives the same ones whatever the registry holds."""
-    built, settings = load_recipe(recipe), RunSettings(described(model), Path("."))
+    built, settings = load_recipe(recipe), RunSettings(resolve_config(model), Path("."))
     job = foresee(built, settings, choose_device(settings.device))
     if as_recipe:
         print(_with_mappings(built, job.plan).to_yaml(), end="")

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from awqdist.checkpoint.hub import described
+from awqdist.checkpoint.hub import resolve_config
 from awqdist.layer.plan import Plan
 from awqdist.plan.estimate import Estimate, Placement, WorkerEstimate, deal, estimate, placement
 from awqdist.plan.machine import MachineProfile
@@ -56,7 +56,7 @@ def show_plan(
 ) -> None:
     """Shows the plan and the estimate of a run, or what a simulation of it tells."""
     options.check(has_times=machines.profile is not None)
-    settings = replace(settings, model=described(str(settings.model)))
+    settings = replace(settings, model=resolve_config(str(settings.model)))
     job = foresee(load_recipe(recipe), settings, machines.device(settings.device))
     expected = estimate(job)
     schedule = schedule_of(settings, len(job.plan.tasks), options.num_workers)

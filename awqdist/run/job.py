@@ -15,7 +15,7 @@ from transformers import PretrainedConfig
 
 from awqdist.checkpoint.index import DTYPES, CheckpointIndex
 from awqdist.checkpoint.reader import sample_checksum
-from awqdist.checkpoint.source import read_source
+from awqdist.checkpoint.sources import read_source
 from awqdist.errors import AwqdistError, CheckpointError, OutputError
 from awqdist.export.formats import Format, output_format
 from awqdist.layer.plan import Plan, make_plan

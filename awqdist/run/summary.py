@@ -69,7 +69,7 @@ def _source_warnings(job: Job) -> list[str]:
     packed: dict[str, list[str]] = {}  # kind -> dtypes
     for entry in entries.values():
         if entry.quantized:
-            packed.setdefault(entry.quantized.kind, []).append(entry.dtype)
+            packed.setdefault(entry.quantized.format, []).append(entry.dtype)
     for kind, became in packed.items():
         dtypes = ", ".join(sorted(set(became)))
         found.append(f"{len(became)} {kind} weights of the source were dequantized to {dtypes} as they were read")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from awqdist.checkpoint.index import INDEX_FILE, CheckpointIndex, TensorEntry, read_header, read_index
 from awqdist.checkpoint.reader import read_tensor
-from awqdist.checkpoint.source import read_source
+from awqdist.checkpoint.sources import read_source
 from awqdist.errors import CheckpointError, OutputError
 from awqdist.export.formats import Format, output_format
 from awqdist.layer.records import LinearRecord

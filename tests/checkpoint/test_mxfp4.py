@@ -15,8 +15,7 @@ from support.fused_oracles import Tensors, apart
 from support.source_kinds import from_mxfp4, mxfp4_pair
 from support.tiny_models import tiny_checkpoint
 
-from awqdist.checkpoint.mxfp4 import dequantize_mxfp4
-from awqdist.checkpoint.source import read_source
+from awqdist.checkpoint.sources import dequantize_mxfp4, read_source
 from awqdist.errors import AwqdistError, CheckpointError
 from awqdist.run.verify import verify
 

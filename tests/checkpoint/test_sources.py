@@ -20,9 +20,8 @@ from support.source_kinds import FP8_KINDS, dense_deepseek, fp8_pair, is_linear,
 from support.tiny_models import GROUP_SIZE, tiny_checkpoint, tiny_text
 from torch import Tensor
 
-from awqdist.checkpoint.dequantize import dequantize
 from awqdist.checkpoint.reader import read_tensor, read_tensors
-from awqdist.checkpoint.source import read_source
+from awqdist.checkpoint.sources import dequantize_fp8, read_source
 from awqdist.run.event_log import bytes_read, read_events
 
 RECIPE = f"""
@@ -138,7 +137,7 @@ def test_dequantizing_goes_by_blocks_whatever_the_shape(shape: tuple[int, ...]) 
     *leading, rows, columns = shape
     weight = torch.randn(shape, generator=generator).to(torch.float8_e4m3fn)
     scale = torch.rand(*leading, -(-rows // 32), -(-columns // 64), generator=generator)
-    found = dequantize(weight, scale, (32, 64), torch.bfloat16)
+    found = dequantize_fp8(weight, scale, (32, 64), torch.bfloat16)
     assert found.dtype == torch.bfloat16
     wide = scale.repeat_interleave(32, -2).repeat_interleave(64, -1)[..., :rows, :columns]
     assert torch.equal(found, (weight.float() * wide).bfloat16())
@@ -147,7 +146,7 @@ def test_dequantizing_goes_by_blocks_whatever_the_shape(shape: tuple[int, ...]) 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
 def test_every_value_of_8_bits_is_widened_exactly(dtype: torch.dtype) -> None:
     weight = torch.arange(256, dtype=torch.uint8).view(dtype).reshape(4, 64)
-    found = dequantize(weight, torch.ones(1), (4, 64), torch.float32)
+    found = dequantize_fp8(weight, torch.ones(1), (4, 64), torch.float32)
     assert torch.equal(found.nan_to_num(1e6), weight.float().nan_to_num(1e6))
     assert torch.equal(found.signbit()[~found.isnan()], weight.float().signbit()[~found.isnan()])
 
@@ -184,12 +183,12 @@ def test_values_that_are_not_finite_are_found_under_the_weights_name(model: Path
 @pytest.mark.parametrize("suffix", ["", "_scale_inv"])
 def test_other_values_or_scales_are_another_source(model: Path, tmp_path: Path, suffix: str) -> None:
     source = fp8_pair(model, tmp_path, **FP8_KINDS["blocks"])[0]
-    before = read_tensors(read_source(source).under(NAME)).crc32
+    before = read_tensors([read_source(source).entries[NAME]]).crc32
 
     def spoil(tensors: dict[str, Tensor]) -> None:
         tensors[NAME + suffix].view(torch.uint8)[0, 0] ^= 1
 
-    assert read_tensors(read_source(respoiled(source, spoil)).under(NAME)).crc32 != before
+    assert read_tensors([read_source(respoiled(source, spoil)).entries[NAME]]).crc32 != before
 
 
 @pytest.mark.parametrize(

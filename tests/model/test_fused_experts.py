@@ -20,7 +20,7 @@ from support.source_kinds import pickled, set_config
 from support.tiny_models import fused_families, tiny_checkpoint, transpose_experts
 from torch import Tensor, nn
 
-from awqdist.checkpoint.source import read_source
+from awqdist.checkpoint.sources import read_source
 from awqdist.errors import AwqdistError, CheckpointError, ModelError
 from awqdist.model.experts import fuse_experts
 from awqdist.model.forward import forward_layer, record_calls, with_buffers

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from awqdist import AWQMapping, oneshot
 from awqdist.checkpoint.index import INDEX_FILE
-from awqdist.checkpoint.source import read_source
+from awqdist.checkpoint.sources import read_source
 from awqdist.errors import ModelError, NumericalError, RecipeError
 from awqdist.layer.records import RunSummary
 from awqdist.model.inference import infer_mappings

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import Dots1ForCausalLM
 
 from awqdist import oneshot
-from awqdist.checkpoint.source import read_source
+from awqdist.checkpoint.sources import read_source
 from awqdist.errors import ModelError
 from awqdist.layer.plan import LayerTask
 from awqdist.model.inference import infer_mappings

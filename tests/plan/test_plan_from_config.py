@@ -19,7 +19,7 @@ from support.source_kinds import FP8_KINDS, fp8_pair, mxfp4_pair, set_config
 from support.tiny_llama import NUM_LAYERS, Tiny
 from support.tiny_models import families, moe_families, tiny_checkpoint
 
-from awqdist.checkpoint.source import read_source
+from awqdist.checkpoint.sources import read_source
 from awqdist.model.skeleton import read_config
 from awqdist.plan.bare_config import index_of_config
 

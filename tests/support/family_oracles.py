@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from awqdist import AWQModifier, QuantizationArgs, QuantizationModifier, QuantizationScheme, load_recipe
 from awqdist.checkpoint.reader import read_tensors
-from awqdist.checkpoint.source import read_source
+from awqdist.checkpoint.sources import read_source
 from awqdist.layer.plan import LayerTask
 from awqdist.model.experts import fuse_experts
 from awqdist.model.forward import forward_layer, head_inputs, record_calls, with_buffers
