@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import json
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from compressed_tensors.quantization import (
 from compressed_tensors.quantization.quant_args import ActivationOrdering
 from compressed_tensors.utils.match import match_targets
 
+import awqdist.recipe.modifiers
 from awqdist.errors import RecipeError
 from awqdist.recipe import (
     AWQMapping,
@@ -196,6 +198,12 @@ def test_reading_modifiers_does_not_import_torch() -> None:
     root = Path(__file__).parents[2]
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
     assert run.stdout.strip() == "False"
+
+
+def test_the_examples_in_docstrings_run() -> None:
+    result = doctest.testmod(awqdist.recipe.modifiers)
+    assert result.attempted > 0
+    assert result.failed == 0
 
 
 # What the modifiers mean together
