@@ -72,6 +72,10 @@ class ResolvedMapping:
         kv_heads, repeats, head_dim = self.source
         return torch.arange(kv_heads * head_dim).view(kv_heads, 1, head_dim).expand(-1, repeats, -1).reshape(-1)
 
+    def num_channels(self, num_inputs: int) -> int:
+        """Returns how many output channels of the smooth layer the balance layers' inputs come from."""
+        return num_inputs if self.source is None else self.source[0] * self.source[2]
+
     def over_rows(self, scales: Tensor) -> Tensor:
         """What the smooth layer's last rows are divided by, from the scales of its output channels (S,): 1 for rows that nobody scales."""
         scales = scales ** (1 / self.power)

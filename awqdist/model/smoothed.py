@@ -31,13 +31,14 @@ class SmoothedParameters(Mapping[str, Tensor]):
         """Smooths by scales (I,) over the inputs of the balance layers. Returns the scales as applied, which a norm may have to adapt."""
         weight, bias = f"{mapping.smooth}.weight", f"{mapping.smooth}.bias"
         source = mapping.source_channels(scales.shape[0]).to(scales.device)
+        outputs = per_source(scales, source, mapping.num_channels(scales.shape[0]))
         if mapping.norm:
-            stored, applied = smooth_norm(self[weight], per_source(scales, source), mapping.unit_offset)
+            stored, applied = smooth_norm(self[weight], outputs, mapping.unit_offset)
             self._changes[weight] = [lambda _: stored]
             self._change(bias, lambda tensor: tensor.float() / applied)
             scales = applied[source]
         else:
-            outputs = mapping.over_rows(per_source(scales, source))
+            outputs = mapping.over_rows(outputs)
             self._change(weight, partial(smooth_linear, scales=outputs))
             self._change(bias, partial(smooth_linear, scales=outputs))
         for path in mapping.balance:

@@ -1,6 +1,6 @@
-"""Moving scales from activations into weights without changing the function.
+"""Moves scales from activations into weights without changing the layer's function; all functions are pure.
 
-The output of the smooth layer is divided by s, and every consumer multiplies its matching input column by s. All functions are pure.
+The output of the smooth layer is divided by s, and every linear that reads it multiplies its matching input column by s.
 """
 
 from __future__ import annotations
@@ -10,12 +10,15 @@ from torch import Tensor
 
 
 def balance_linear(weight: Tensor, scales: Tensor) -> Tensor:
-    """W·diag(s): (O, I) float32 for weight (O, I) and scales (I,)."""
+    """Returns W·diag(s), (O, I) float32, for weight (O, I), any float dtype, and scales (I,)."""
     return weight * scales if weight.dtype == torch.float32 else weight.float().mul_(scales)
 
 
 def smooth_linear(weight: Tensor, scales: Tensor) -> Tensor:
-    """Divides the last len(scales) rows of `weight` (O, I), or of a bias (O,), by `scales`; a fused layer's other rows stay."""
+    """Returns `weight` (O, I), or a bias (O,), in float32 with its last len(scales) rows divided by `scales`.
+
+    The other rows of a fused linear stay as they are.
+    """
     smoothed = weight.to(torch.float32, copy=True)
     divisor = scales if weight.ndim == 1 else scales.unsqueeze(1)
     smoothed[-scales.shape[0] :] /= divisor
@@ -23,12 +26,19 @@ def smooth_linear(weight: Tensor, scales: Tensor) -> Tensor:
 
 
 def smooth_norm(weight: Tensor, scales: Tensor, unit_offset: bool) -> tuple[Tensor, Tensor]:
-    """The norm weight to store, and the scales that it really divides by.
+    """Divides a norm weight by `scales` as far as its dtype allows.
 
-    weight: (I,); `unit_offset`: the norm multiplies by (1 + w), so w becomes (1 + w)/s - 1. The stored weight is rounded to the
-    checkpoint's dtype and the scales are taken back from the rounded value, so that the pair preserves the function exactly; with
-    (1 + w) norms plain rounding could be off by percents where s is large. Channels where that is impossible (a factor that rounds
-    to zero) keep scale 1. Returns (I,) in weight's dtype and (I,) float32.
+    The stored weight is rounded to the checkpoint's dtype, and the scales are computed back from the rounded value, so that the
+    pair preserves the function exactly. With (1 + w) norms plain rounding could be off by percents where s is large. Channels where
+    that is impossible (a factor that rounds to zero) keep scale 1.
+
+    Args:
+        weight: (I,), any float dtype.
+        scales: (I,) float32.
+        unit_offset: whether the norm multiplies by (1 + w), so that w becomes (1 + w)/s - 1.
+
+    Returns:
+        The weight to store, (I,) in its own dtype, and the scales that it divides by, (I,) float32.
     """
     offset = 1.0 if unit_offset else 0.0
     factor = weight.float() + offset
@@ -40,6 +50,9 @@ def smooth_norm(weight: Tensor, scales: Tensor, unit_offset: bool) -> tuple[Tens
     return torch.where(sound | inert, stored, weight), effective
 
 
-def per_source(scales: Tensor, source: Tensor) -> Tensor:
-    """Scales of the smooth layer's outputs (S,) from those of the inputs that read them (I,), tied by `source` (I,)."""
-    return torch.ones(int(source.max()) + 1, device=scales.device).index_copy_(0, source, scales)
+def per_source(scales: Tensor, source: Tensor, num_channels: int) -> Tensor:
+    """Returns the scales of the smooth layer's outputs (num_channels,) from those of the inputs that read them (I,).
+
+    source: (I,) int64, the output that each input comes from. Outputs that no input reads get scale 1.
+    """
+    return torch.ones(num_channels, device=scales.device).index_copy_(0, source, scales)

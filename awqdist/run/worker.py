@@ -36,7 +36,7 @@ from awqdist.run.device import compute_dtype, peak_memory_bytes, release_host_me
 from awqdist.run.events import ChunkForwarded, Emit, MappingSearched, StageStarted
 from awqdist.run.job import Job, token_chunks
 from awqdist.run.layer_io import LoadedLayer, SearchedLayer, SourceChecksums, check_named, read_outside
-from awqdist.run.readout import output_order
+from awqdist.run.logit_weighting import output_order
 from awqdist.run.stopwatch import Stopwatch
 
 

@@ -128,7 +128,7 @@ def test_functions_are_pure() -> None:
 def test_scales_of_outputs_are_gathered_from_the_inputs_that_read_them() -> None:
     source = torch.tensor([0, 1, 0, 1, 2, 3, 2, 3])  # two kv heads of two values, each read by two query heads
     outputs = torch.tensor([0.5, 2.0, 3.0, 7.0])
-    assert torch.equal(per_source(outputs[source], source), outputs)
+    assert torch.equal(per_source(outputs[source], source, len(outputs)), outputs)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,4 +1,4 @@
-"""How much the directions of the residual stream count for what the model says: read from lm_head and the final norm, once per worker."""
+"""Reads, once per worker, what weights the errors of outputs written to the residual stream: lm_head and the final norm."""
 
 from __future__ import annotations
 
@@ -15,9 +15,16 @@ from awqdist.run.layer_io import check_named, read_named
 
 
 def output_order(job: Job, samples: Tensor, outside: Mapping[str, Tensor], emit: Emit) -> OutputOrder | None:
-    """The order in which GPTQ rounds what is written to the residual stream, and how it compensates over it; None where it does not.
+    """Returns how GPTQ compensates over outputs that are written to the residual stream, or None where it does not.
 
-    samples: (N, L), the calibration tokens; outside: parameters of the decoder that are in no layer. Raises CheckpointError.
+    Args:
+        job: what is quantized.
+        samples: (N, L) int64, the calibration tokens.
+        outside: parameters of the decoder that are in no layer, by name.
+        emit: is told how much was read.
+
+    Raises:
+        CheckpointError: lm_head is missing or damaged.
     """
     if not job.compensates_outputs:
         return None
