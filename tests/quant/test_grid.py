@@ -1,4 +1,4 @@
-"""The integer grid: what is stored equals compressed-tensors bit for bit; what the search computes equals DESIGN's formulas."""
+"""The integer grid: what is stored equals compressed-tensors bit for bit; what the search computes equals the README's formulas."""
 
 from __future__ import annotations
 

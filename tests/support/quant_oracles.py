@@ -1,4 +1,4 @@
-"""The formulas of DESIGN.md section 4 once more, slowly, in numpy, one group at a time. Independent of awqdist's own arithmetic."""
+"""The formulas of awqdist/quant/README.md once more, slowly, in numpy, one group at a time. Independent of awqdist's own arithmetic."""
 
 from __future__ import annotations
 
