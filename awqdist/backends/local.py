@@ -15,21 +15,28 @@ from awqdist.run.lead import Lead
 from awqdist.run.ring import work
 
 
-class Alone:
-    """The transport of a ring of one: its chunks never leave it."""
+class NoTransport:
+    """The transport of a ring of one worker, whose chunks never leave it."""
 
     def send(self, layer: int, chunk: int, hidden: Tensor) -> None:
-        raise AssertionError("a single worker has nobody to send to")
+        """Is never called."""
+        raise AssertionError("a single worker has no neighbor to send to")
 
     def receive(self, layer: int, chunk: int) -> Tensor:
-        raise AssertionError("a single worker has nobody to receive from")
+        """Is never called."""
+        raise AssertionError("a single worker has no neighbor to receive from")
 
     def check(self) -> None:
-        """Nothing can break."""
+        """Does nothing: a ring of one cannot break."""
 
 
 def run_local(job: Job, samples: Tensor, listen: Listen) -> RunSummary:
-    """Quantizes the model of `job` with calibration samples (N, L), or goes on where an earlier run was interrupted."""
+    """Quantizes the model of `job` in this process, or resumes an interrupted run.
+
+    Args:
+        samples: calibration samples (N, L) int64.
+        listen: called with every message.
+    """
     job = replace(job, settings=with_threads(job.settings, torch.get_num_threads()))
     torch.set_num_threads(job.settings.threads or 1)
     with Lead(job, samples, listen) as lead:
@@ -39,5 +46,5 @@ def run_local(job: Job, samples: Tensor, listen: Listen) -> RunSummary:
 
         lead.begin("local", 1)
         for assignment in lead.assignments(1):
-            work(job, samples, assignment, Alone(), emit)
+            work(job, samples, assignment, NoTransport(), emit)
         return lead.finish()

@@ -1,7 +1,7 @@
-"""A worker that is called from afar: by a driver that deals its layers and listens, and by the neighbour that delivers chunks.
+"""A worker that a driver controls from another process: the driver assigns layers and collects messages, a neighbor delivers chunks.
 
-A run may take several attempts: when a worker is lost, the others are stopped, keep their process, and begin again with another assignment.
-Chunks that still come from an earlier attempt are thrown away.
+A run may take several attempts: when a worker is lost, the others are stopped, keep their process, and start again with another assignment.
+Chunks that arrive late from an earlier attempt are discarded. How calls travel is the backend's business; Ray's actors are made of it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from awqdist.backends.inbox import Inbox
-from awqdist.backends.room import Room
+from awqdist.backends.placement import Allocation
 from awqdist.errors import CheckpointError
 from awqdist.model.registry import register_mappings, registered_mappings
 from awqdist.recipe import MappingPattern, Recipe
@@ -29,14 +29,14 @@ from awqdist.run.ring import Assignment, RingBroken, work
 from awqdist.run.shared_folder import answer_token
 from awqdist.settings import RunSettings
 
-Deliver = Callable[[int, int, Tensor], None]  # layer, chunk, hidden -> the neighbour has it
+Deliver = Callable[[int, int, Tensor], None]  # (layer, chunk, hidden); returns when the neighbor has it
 
-_CHUNKS_ON_THEIR_WAY = 2  # from one worker to the next
+_MAX_CHUNKS_IN_FLIGHT = 2  # from one worker to the next
 
 
 @dataclass(frozen=True, slots=True)
-class Introduction:
-    """Who a worker is. fingerprint: of its job, which must be the same for all."""
+class WorkerInfo:
+    """Where a worker runs, and the fingerprint of its job, which must be the same for all workers."""
 
     host: str
     device: str
@@ -44,8 +44,8 @@ class Introduction:
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
-    """What the workers of one run have in common. patterns: of an architecture that the user registered mappings for."""
+class WorkerSpec:
+    """What all workers of a run are given. patterns: the mappings of `architecture`, which the user may have registered."""
 
     recipe: Recipe
     settings: RunSettings
@@ -55,50 +55,55 @@ class Order:
 
 
 class RemoteWorker:
-    """One per process. `work` runs in one thread, everything else in others. samples: (N, L), the same for all."""
+    """The one worker of a process. `work_and_deliver` runs in one thread, the other methods in others."""
 
-    def __init__(self, number: int, order: Order, samples: Tensor) -> None:
-        if order.settings.threads:
-            torch.set_num_threads(order.settings.threads)
-        if order.patterns is not None:
-            register_mappings(order.architecture, order.patterns)
-        self._number, self._order, self._samples = number, order, samples
+    def __init__(self, number: int, spec: WorkerSpec, samples: Tensor) -> None:
+        """samples: calibration samples (N, L), the same for all workers."""
+        if spec.settings.threads:
+            torch.set_num_threads(spec.settings.threads)
+        if spec.patterns is not None:
+            register_mappings(spec.architecture, spec.patterns)
+        self._number, self._spec, self._samples = number, spec, samples
         self._messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
-        self._inboxes: dict[int, Inbox] = {}
+        self._inboxes: dict[int, Inbox] = {}  # of the newest attempt
         self._lock = threading.Lock()
 
-    def introduce(self, token: str) -> Introduction:
-        """Proves that the model and the leader's output folder are in sight. Raises AwqdistError."""
-        self._job: Job = prepare(self._order.recipe, self._order.settings)
+    def introduce(self, token: str) -> WorkerInfo:
+        """Opens the model and answers the leader's token in the output folder. Raises AwqdistError if either is not visible here."""
+        self._job: Job = prepare(self._spec.recipe, self._spec.settings)
         answer_token(self._job.settings.output, token, self._number)
-        return Introduction(gethostname(), str(self._job.device), fingerprint(self._job, self._samples))
+        return WorkerInfo(gethostname(), str(self._job.device), fingerprint(self._job, self._samples))
 
     def work_and_deliver(self, attempt: int, assignment: Assignment, deliver: Deliver) -> str | None:
-        """Does an assignment. Returns None, or why it did not come to its end: the attempt was stopped, or a chunk could not be delivered.
+        """Carries out an assignment.
 
-        Raises AwqdistError.
+        Args:
+            deliver: hands a chunk to the next worker; called from a few threads.
+
+        Returns:
+            None, or why the assignment was not completed: the attempt was stopped, or a chunk could not be delivered.
         """
         inbox = self._inbox(attempt)
-        with ThreadPoolExecutor(_CHUNKS_ON_THEIR_WAY) as outbox:
+        with ThreadPoolExecutor(_MAX_CHUNKS_IN_FLIGHT) as outbox:
             try:
-                work(self._job, self._samples, assignment, _Outlet(inbox, outbox, deliver), self.emit)
+                work(self._job, self._samples, assignment, _Transport(inbox, outbox, deliver), self.emit)
             except RingBroken as broken:
                 outbox.shutdown(wait=False, cancel_futures=True)
                 return str(broken)
             finally:
                 inbox.close()
-        return inbox.broken  # by the last chunks, for which the worker did not wait
+        return inbox.broken  # by one of the last chunks, for which the worker did not wait
 
     def put(self, attempt: int, layer: int, chunk: int, hidden: Tensor) -> None:
-        """Takes a chunk in for this or a coming attempt. hidden: (B, L, H), private."""
+        """Receives a chunk (B, L, H) for this or a coming attempt; nobody else may use its memory."""
         self._inbox(attempt).put(layer, chunk, hidden)
 
     def stop(self, attempt: int) -> None:
-        """Ends an attempt as soon as what is being searched is written."""
+        """Ends an attempt as soon as the layer that is being searched is written."""
         self._inbox(attempt).break_off("the attempt was stopped")
 
     def messages(self, patience_s: float) -> list[Message]:
-        """The messages since the last call; waits up to `patience_s` for the first."""
+        """Returns the messages since the last call; waits up to `patience_s` for the first."""
         found: list[Message] = []
         try:
             found.append(self._messages.get(timeout=patience_s) if patience_s else self._messages.get_nowait())
@@ -108,57 +113,59 @@ class RemoteWorker:
             return found
 
     def emit(self, event: Event) -> None:
+        """Queues an event for `messages`."""
         self._messages.put(Message(event, self._number, time.time()))
 
     def _inbox(self, attempt: int) -> Inbox:
         with self._lock:
             newest = max(self._inboxes, default=0)
             if attempt < newest:
-                return Inbox()  # nobody will look into it
+                return Inbox()  # nobody reads it
             if attempt not in self._inboxes:
                 for old in self._inboxes.values():
                     old.close()
-                store = open_chunk_store(self._job, self._order.num_workers)  # the worker's own store warns
+                store = open_chunk_store(self._job, self._spec.num_workers)
                 self._inboxes = {attempt: Inbox(store)}
             return self._inboxes[attempt]
 
 
-class _Outlet:
-    """The transport: chunks that come in lie in the inbox; those that go out wait for one of a few threads to deliver them."""
+class _Transport:
+    """Takes incoming chunks from the inbox and delivers outgoing ones from a few threads."""
 
     def __init__(self, inbox: Inbox, outbox: ThreadPoolExecutor, deliver: Deliver) -> None:
         self._inbox, self._outbox, self._deliver = inbox, outbox, deliver
         self.receive, self.check = inbox.take, inbox.check
 
     def send(self, layer: int, chunk: int, hidden: Tensor) -> None:
-        self._outbox.submit(self._delivered, layer, chunk, hidden)
+        def delivered() -> None:
+            try:
+                self._deliver(layer, chunk, hidden)
+            except Exception as error:  # of any kind: the neighbor will wait in vain, and so does the ring
+                self._inbox.break_off(f"a chunk could not be delivered: {error}")
+                raise
 
-    def _delivered(self, layer: int, chunk: int, hidden: Tensor) -> None:
-        try:
-            self._deliver(layer, chunk, hidden)
-        except Exception as error:  # whatever it is: the neighbour will wait in vain, and so does the ring
-            self._inbox.break_off(f"a chunk could not be delivered: {error}")
-            raise
+        self._outbox.submit(delivered)
 
 
-def order_for(job: Job, room: Room) -> Order:
-    """The job for all workers: paths that hold from anywhere, and device and number of threads settled."""
+def worker_spec(job: Job, allocation: Allocation) -> WorkerSpec:
+    """Returns what the workers of `job` are given: absolute paths, and a fixed device and number of threads."""
     settings = replace(
-        with_threads(job.settings, room.threads),
-        device="cuda" if room.on_gpu else "cpu",
+        with_threads(job.settings, allocation.threads),
+        device="cuda" if allocation.on_gpu else "cpu",
         model=job.settings.model.resolve(),
         output=job.settings.output.resolve(),
         offload_dir=job.settings.offload_dir and job.settings.offload_dir.absolute(),
     )
     architecture = job.skeleton.architecture
     config = job.skeleton.model.config.get_text_config(decoder=True)
-    return Order(job.recipe, settings, architecture, registered_mappings(architecture, config), room.num_workers)
+    patterns = registered_mappings(architecture, config)
+    return WorkerSpec(job.recipe, settings, architecture, patterns, allocation.num_workers)
 
 
-def agreed(introductions: list[Introduction]) -> dict[str, str]:
-    """The fingerprint of all workers. Raises CheckpointError if they do not have the same source, recipe or library versions."""
-    first = introductions[0]
-    for other in introductions[1:]:
+def agreed_fingerprint(workers: list[WorkerInfo]) -> dict[str, str]:
+    """Returns the fingerprint that all workers share. Raises CheckpointError if their source, recipe or library versions differ."""
+    first = workers[0]
+    for other in workers[1:]:
         for key, value in first.fingerprint.items():
             if other.fingerprint.get(key) != value:
                 raise CheckpointError(
@@ -166,8 +173,3 @@ def agreed(introductions: list[Introduction]) -> dict[str, str]:
                     " give all of them the same model, libraries and kind of device"
                 )
     return first.fingerprint
-
-
-def with_device(job: Job, kind: str) -> Job:
-    """The job as the workers see it, for a leader that may have no such device itself."""
-    return replace(job, device=torch.device(kind))

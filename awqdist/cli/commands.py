@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from awqdist.api import quantize
-from awqdist.backends.room import choose_backend, launcher_value
+from awqdist.backends.placement import choose_backend
 from awqdist.checkpoint.hub import model_folder
 from awqdist.cli.progress import Kind, renderer
 from awqdist.demo import calibration_text, demo_folder, evaluation_text
@@ -24,7 +24,7 @@ from awqdist.layer.records import RunSummary
 from awqdist.recipe import load_recipe
 from awqdist.report.report import write_report
 from awqdist.report.tables import summary_table
-from awqdist.run.device import choose_device
+from awqdist.run.device import choose_device, launcher_value
 from awqdist.run.verify import verify
 from awqdist.settings import Placement, RunSettings
 

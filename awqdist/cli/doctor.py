@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from awqdist.backends.ray_crew import describe_cluster
+from awqdist.backends.ray import describe_cluster
 from awqdist.doctor.folder_health import check_folder
 from awqdist.doctor.health import Check, check_machine
 from awqdist.doctor.machine import measure_machine

@@ -20,13 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from awqdist.backends.room import launcher_value
 from awqdist.checkpoint.hub import model_folder
 from awqdist.errors import AwqdistError, CheckpointError
 from awqdist.eval.float_weights import FloatWeights
 from awqdist.model.config import load_config
 from awqdist.model.experts import fuse_experts
 from awqdist.model.skeleton import Skeleton, build_skeleton, read_config
+from awqdist.run.device import launcher_value
 
 _CONFIG = {
     "train_micro_batch_size_per_gpu": 1,

@@ -14,6 +14,7 @@ from awqdist.errors import AwqdistError
 from awqdist.quant.precision import has_fast_bfloat16
 from awqdist.run.events import WorkerStatus
 
+_SLURM_NAMES = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
 _IDLE_BYTES = 64 << 20  # by which resident memory grows before freed memory is given back
 
 
@@ -32,6 +33,11 @@ def choose_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise AwqdistError(f"device {name!r} is not supported; use auto, cpu, cuda or cuda:N")
     return device
+
+
+def launcher_value(name: str) -> str | None:
+    """Returns RANK, WORLD_SIZE or LOCAL_RANK as torchrun, accelerate and deepspeed set it, or as srun calls it; None if not set."""
+    return os.environ.get(name) or os.environ.get(_SLURM_NAMES[name])
 
 
 def compute_dtype(device: torch.device, checkpoint: torch.dtype) -> torch.dtype:

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from awqdist.backends.inbox import Inbox
 from awqdist.backends.local import run_local
-from awqdist.backends.remote_worker import Introduction, Order, RemoteWorker, agreed, order_for, with_device
-from awqdist.backends.room import Room
+from awqdist.backends.placement import Allocation
+from awqdist.backends.remote_worker import RemoteWorker, WorkerInfo, WorkerSpec, agreed_fingerprint, worker_spec
 from awqdist.errors import AwqdistError, CheckpointError, OutputError
 from awqdist.model.registry import register_mappings, registered_mappings
 from awqdist.recipe import MappingPattern, load_recipe
@@ -31,7 +31,7 @@ from awqdist.run.shared_folder import check_answers, offer_token
 from awqdist.settings import RunSettings
 
 NUM_CHUNKS = 2
-ROOM = Room(2, 1.0, on_gpu=False)
+ALLOCATION = Allocation(2, 1.0, on_gpu=False)
 SAMPLES = torch.randint(0, 128, (8, 32), generator=torch.Generator().manual_seed(0))
 TIMEOUT_S = 30.0
 React = Callable[["Worker", Event], None]
@@ -40,8 +40,8 @@ React = Callable[["Worker", Event], None]
 class Worker(RemoteWorker):
     """react: called with every event, in the thread that emits it."""
 
-    def __init__(self, number: int, order: Order, react: React = lambda worker, event: None) -> None:
-        super().__init__(number, order, SAMPLES)
+    def __init__(self, number: int, spec: WorkerSpec, react: React = lambda worker, event: None) -> None:
+        super().__init__(number, spec, SAMPLES)
         self.react = react
 
     def emit(self, event: Event) -> None:
@@ -49,9 +49,9 @@ class Worker(RemoteWorker):
         self.react(self, event)
 
 
-def introduced(number: int, order: Order, react: React = lambda worker, event: None) -> Worker:
+def introduced(number: int, spec: WorkerSpec, react: React = lambda worker, event: None) -> Worker:
     """A worker that is ready to work."""
-    worker, output = Worker(number, order, react), order.settings.output
+    worker, output = Worker(number, spec, react), spec.settings.output
     token = offer_token(output)
     worker.introduce(token)
     check_answers(output, token, [number])
@@ -76,7 +76,7 @@ def inputs(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[i
     """What the first of two workers sends to the second: the inputs of layer 1."""
     output = tmp_path_factory.mktemp("sent")
     sent: dict[tuple[int, int], Tensor] = {}
-    worker = introduced(0, order_for(job_of(tiny, output), ROOM))
+    worker = introduced(0, worker_spec(job_of(tiny, output), ALLOCATION))
     worker.work_and_deliver(
         1, assignment(0, stop=2), lambda layer, chunk, hidden: sent.update({(layer, chunk): hidden})
     )
@@ -96,7 +96,7 @@ def assignment(number: int, *, stop: int = NUM_LAYERS) -> Assignment:
 
 
 def second(tiny: Tiny, output: Path, react: React = lambda worker, event: None) -> Worker:
-    return introduced(1, order_for(job_of(tiny, output), ROOM), react)
+    return introduced(1, worker_spec(job_of(tiny, output), ALLOCATION), react)
 
 
 def nowhere(layer: int, chunk: int, hidden: Tensor) -> None:
@@ -129,7 +129,7 @@ def test_workers_wired_to_a_ring_write_the_bytes_of_one_worker(
     tiny: Tiny, alone: Path, tmp_path: Path, num_workers: int
 ) -> None:
     job = job_of(tiny, tmp_path / "output")
-    workers = [introduced(number, order_for(job, ROOM)) for number in range(num_workers)]
+    workers = [introduced(number, worker_spec(job, ALLOCATION)) for number in range(num_workers)]
     with Lead(job, SAMPLES, lambda message: None) as lead, ThreadPoolExecutor(num_workers) as pool:
         lead.begin("threads", num_workers)
         works = [
@@ -277,8 +277,8 @@ def test_no_more_than_two_chunks_are_on_their_way_and_waiting_for_them_holds_up_
         if isinstance(event, LayerFinished):
             searched.set()
 
-    settings = replace(order_for(job_of(tiny, output), ROOM).settings, chunk_tokens=32)  # 8 chunks
-    worker = introduced(0, replace(order_for(job_of(tiny, output), ROOM), settings=settings), note)
+    settings = replace(worker_spec(job_of(tiny, output), ALLOCATION).settings, chunk_tokens=32)  # 8 chunks
+    worker = introduced(0, replace(worker_spec(job_of(tiny, output), ALLOCATION), settings=settings), note)
     assert worker.work_and_deliver(1, Assignment(0, Schedule(0, 2, 2, 8), {}, None), slow) is None
     assert most == 2
 
@@ -300,17 +300,17 @@ def test_messages_are_waited_for_and_given_once_in_the_order_in_which_they_were_
 def test_a_worker_introduces_itself_with_its_answer_and_what_decides_the_bytes(tiny: Tiny, output: Path) -> None:
     job = job_of(tiny, output)
     token = offer_token(output)
-    introduction = Worker(1, order_for(job, ROOM)).introduce(token)
+    found = Worker(1, worker_spec(job, ALLOCATION)).introduce(token)
     check_answers(output, token, [1])
-    assert introduction.device == "cpu"
-    assert introduction.fingerprint == fingerprint(job, SAMPLES)
+    assert found.device == "cpu"
+    assert found.fingerprint == fingerprint(job, SAMPLES)
 
 
 def test_a_worker_that_sees_another_output_does_not_introduce_itself(
     tiny: Tiny, output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shared_folder, "_PATIENCE_S", 0.1)
-    worker = Worker(1, order_for(job_of(tiny, tmp_path / "other"), ROOM))
+    worker = Worker(1, worker_spec(job_of(tiny, tmp_path / "other"), ALLOCATION))
     with pytest.raises(OutputError, match=r"worker 1 on .* does not see"):
         worker.introduce(offer_token(output))
 
@@ -318,18 +318,18 @@ def test_a_worker_that_sees_another_output_does_not_introduce_itself(
 def test_a_worker_on_whose_machine_the_model_is_missing_says_so_when_it_introduces_itself(
     tiny: Tiny, output: Path, tmp_path: Path
 ) -> None:
-    order = order_for(job_of(tiny, output), ROOM)
-    worker = Worker(1, replace(order, settings=replace(order.settings, model=tmp_path / "nowhere")))
+    spec = worker_spec(job_of(tiny, output), ALLOCATION)
+    worker = Worker(1, replace(spec, settings=replace(spec.settings, model=tmp_path / "nowhere")))
     with pytest.raises(AwqdistError, match="nowhere"):
         worker.introduce(offer_token(output))
 
 
-def introduction(host: str, **differences: str) -> Introduction:
-    return Introduction(host, "cpu", {"source": "ab", "recipe": "r", "versions": "torch 2.10", **differences})
+def info(host: str, **differences: str) -> WorkerInfo:
+    return WorkerInfo(host, "cpu", {"source": "ab", "recipe": "r", "versions": "torch 2.10", **differences})
 
 
 def test_workers_agree_if_all_fingerprints_are_equal() -> None:
-    assert agreed([introduction(host) for host in "abc"]) == introduction("a").fingerprint
+    assert agreed_fingerprint([info(host) for host in "abc"]) == info("a").fingerprint
 
 
 @pytest.mark.parametrize(
@@ -342,7 +342,7 @@ def test_workers_agree_if_all_fingerprints_are_equal() -> None:
 )
 def test_workers_that_do_not_agree_are_named_with_what_differs(different: dict[str, str], words: str) -> None:
     with pytest.raises(CheckpointError, match=words):
-        agreed([introduction("a"), introduction("b"), introduction("c", **different)])
+        agreed_fingerprint([info("a"), info("b"), info("c", **different)])
 
 
 def test_workers_on_another_kind_of_device_do_not_agree() -> None:
@@ -350,28 +350,23 @@ def test_workers_on_another_kind_of_device_do_not_agree() -> None:
     cpu = {"device": "cpu torch.bfloat16", "threads": "1"}
     for first, other in ((gpu, cpu), (cpu, gpu)):
         with pytest.raises(CheckpointError, match="do not agree on device"):
-            agreed([introduction("a", **first), introduction("b", **other)])
+            agreed_fingerprint([info("a", **first), info("b", **other)])
 
 
-def test_an_order_holds_paths_from_anywhere_and_settles_device_and_threads(
+def test_a_worker_spec_holds_paths_from_anywhere_and_settles_device_and_threads(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").symlink_to(tiny.model)
     job = prepare(load_recipe(tiny.recipe), RunSettings(Path("model"), Path("output"), device="auto"))
-    order = order_for(job, Room(3, 5.5, on_gpu=True))
-    assert order.settings.model == tiny.model.resolve()
-    assert order.settings.output == tmp_path / "output"
-    assert order.settings.device == "cuda"
-    assert order.settings.threads == 5
-    assert order_for(job, Room(3, 0.66, on_gpu=False)).settings.threads == 1
+    spec = worker_spec(job, Allocation(3, 5.5, on_gpu=True))
+    assert spec.settings.model == tiny.model.resolve()
+    assert spec.settings.output == tmp_path / "output"
+    assert spec.settings.device == "cuda"
+    assert spec.settings.threads == 5
+    assert worker_spec(job, Allocation(3, 0.66, on_gpu=False)).settings.threads == 1
     given = replace(job, settings=replace(job.settings, threads=2))
-    assert order_for(given, Room(3, 5.5, on_gpu=False)).settings.threads == 2
-
-
-def test_a_leader_without_the_workers_device_has_their_job() -> None:
-    job = with_device(Job(*[None] * 7), "cuda")  # type: ignore[arg-type]
-    assert job.device == torch.device("cuda")
+    assert worker_spec(given, Allocation(3, 5.5, on_gpu=False)).settings.threads == 2
 
 
 @pytest.fixture
@@ -393,9 +388,9 @@ def test_registered_mappings_reach_the_workers(
 ) -> None:
     register_mappings("LlamaForCausalLM", [MappingPattern("re:.*up_proj$", ("re:.*down_proj$",))])
     job = job_of(tiny, output)
-    order = order_for(job, ROOM)
+    spec = worker_spec(job, ALLOCATION)
     unregistered()
-    worker = Worker(1, order)
+    worker = Worker(1, spec)
     assert worker.introduce(offer_token(output)).fingerprint == fingerprint(job, SAMPLES)
     put_all(worker, 1, inputs)
     assert worker.work_and_deliver(1, assignment(1, stop=2), nowhere) is None

@@ -19,7 +19,7 @@ from support.tiny_llama import RECIPE
 from support.tiny_models import tiny_checkpoint
 from torch import Tensor
 
-from awqdist.backends.local import Alone
+from awqdist.backends.local import NoTransport
 from awqdist.errors import OffloadError
 from awqdist.layer import residency
 from awqdist.layer.residency import LEVELS, Residency
@@ -117,7 +117,7 @@ def quantized(job: Job) -> dict[str, bytes]:
         pass
 
     num_chunks = -(-job.settings.num_samples // max(1, job.settings.chunk_tokens // job.settings.sequence_length))
-    work(job, SAMPLES, Assignment(0, Schedule(0, len(job.plan.tasks), 1, num_chunks), {}, None), Alone(), ignore)
+    work(job, SAMPLES, Assignment(0, Schedule(0, len(job.plan.tasks), 1, num_chunks), {}, None), NoTransport(), ignore)
     return {file.name: file.read_bytes() for file in job.settings.output.glob("*.safetensors")}
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from awqdist.backends.room import choose_backend, launcher_value, room_for_workers
+from awqdist.backends.placement import allocate, choose_backend
 from awqdist.errors import AwqdistError
+from awqdist.run.device import launcher_value
 from awqdist.settings import Placement
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
@@ -54,17 +55,17 @@ def node(cpus: float = 0.0, gpus: float = 0.0) -> dict[str, float]:
         pytest.param([node(2)], 3, "cpu", (3, 0.66, False), id="rounded down, or the last has no room"),
     ],
 )
-def test_the_room_of_a_cluster_is_dealt_to_its_workers(
+def test_a_cluster_is_divided_among_its_workers(
     nodes: list[dict[str, float]], num_workers: int | None, device: str, expected: tuple[int, float, bool]
 ) -> None:
-    room = room_for_workers(nodes, num_workers, device)
-    assert (room.num_workers, room.cpus, room.on_gpu) == expected
+    found = allocate(nodes, num_workers, device)
+    assert (found.num_workers, found.cpus, found.on_gpu) == expected
 
 
 @pytest.mark.parametrize("cpus", [[1.0], [2.0], [3.0, 3.0], [5.0, 9.0], [16.0, 16.0, 4.0]])
 def test_all_workers_fit_on_the_nodes_at_once(cpus: list[float]) -> None:
     for num_workers in range(1, 40):
-        share = room_for_workers([node(count) for count in cpus], num_workers, "auto").cpus
+        share = allocate([node(count) for count in cpus], num_workers, "auto").cpus
         assert share > 0
         assert sum(int(count / share + 1e-9) for count in cpus) >= num_workers
 
@@ -73,22 +74,22 @@ def test_all_workers_fit_on_the_nodes_at_once(cpus: list[float]) -> None:
 @pytest.mark.parametrize("nodes", [[node(16)], [node(16), node(16)], []])
 def test_cuda_on_a_cluster_without_a_gpu_is_refused(nodes: list[dict[str, float]], device: str) -> None:
     with pytest.raises(AwqdistError, match="no GPU; use --device cpu"):
-        room_for_workers(nodes, None, device)
+        allocate(nodes, None, device)
 
 
 @pytest.mark.parametrize("nodes", [[], [node()], [node(0.5)]])
 def test_a_cluster_without_a_cpu_is_refused(nodes: list[dict[str, float]]) -> None:
     with pytest.raises(AwqdistError, match="no node with a CPU"):
-        room_for_workers(nodes, 1, "auto")
+        allocate(nodes, 1, "auto")
 
 
-def test_a_worker_keeps_at_least_one_thread_busy_and_no_more_than_its_cpus() -> None:
-    assert [room_for_workers([node(cpus)], 2, "cpu").threads for cpus in (1, 2, 7, 16)] == [1, 1, 3, 8]
+def test_a_worker_uses_at_least_one_thread_and_no_more_than_its_cpus() -> None:
+    assert [allocate([node(cpus)], 2, "cpu").threads for cpus in (1, 2, 7, 16)] == [1, 1, 3, 8]
 
 
 def test_ray_reserves_a_gpu_for_workers_that_need_one_only() -> None:
-    assert room_for_workers([node(16, 2)], None, "auto").bundle == {"CPU": 8.0, "GPU": 1.0}
-    assert room_for_workers([node(16, 2)], None, "cpu").bundle == {"CPU": 16.0}
+    assert allocate([node(16, 2)], None, "auto").bundle == {"CPU": 8.0, "GPU": 1.0}
+    assert allocate([node(16, 2)], None, "cpu").bundle == {"CPU": 16.0}
 
 
 def test_without_a_launcher_the_backend_is_local(launched: pytest.MonkeyPatch) -> None:
@@ -132,10 +133,10 @@ def test_an_unknown_backend_is_refused_with_the_known_ones() -> None:
 
 
 def test_more_workers_than_gpus_are_refused() -> None:
-    with pytest.raises(AwqdistError, match="9 workers need a GPU each, the Ray cluster has 8"):
-        room_for_workers([{"CPU": 16.0, "GPU": 8.0}], 9, "auto")
+    with pytest.raises(AwqdistError, match="9 workers need one GPU each, the Ray cluster has 8"):
+        allocate([{"CPU": 16.0, "GPU": 8.0}], 9, "auto")
 
 
 def test_a_gpu_without_a_cpu_is_of_no_use() -> None:
     with pytest.raises(AwqdistError, match="no node with a GPU and a CPU"):
-        room_for_workers([{"GPU": 8.0}], None, "auto")
+        allocate([{"GPU": 8.0}], None, "auto")
