@@ -17,8 +17,9 @@ from awqdist.cli.display import LONG_SILENCE_S, display, silence
 from awqdist.cli.progress import Kind, renderer, resolve
 from awqdist.cli.run_state import RunState, WorkerState
 from awqdist.errors import OutputError
-from awqdist.run.event_log import EVENTS_FILE, follow_events, last_run, read_events
 from awqdist.run.events import Message, RunFailed, RunFinished
+from awqdist.run.log import follow as follow_log
+from awqdist.run.log import last_run, log_file, read_log
 from awqdist.units import strict_json
 
 POLL_S = 0.5
@@ -27,10 +28,10 @@ POLL_S = 0.5
 def show_now(output: Path, kind: Kind = "auto") -> None:
     """The present state of the last run in `output`, on stdout: the live display once, or with "json" an object."""
     state = RunState()
-    for message in last_run(read_events(output / EVENTS_FILE)):
+    for message in last_run(read_log(log_file(output)).messages):
         state.observe(message)
     if state.started is None:
-        raise OutputError(f"{output / EVENTS_FILE} tells of no run; name the output folder of a run that has begun")
+        raise OutputError(f"{log_file(output)} tells of no run; name the output folder of a run that has begun")
     now = max(state.time, time.time())
     if kind == "json":
         print(strict_json(_state_json(state, now)))
@@ -47,10 +48,10 @@ def follow(output: Path, kind: Kind = "auto") -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: signals.append(number))
     kind, clock, silent = resolve(kind), _RunClock(), _Silence()
-    if not (output / EVENTS_FILE).exists():
-        _say(f"waiting for a run to begin: there is no {output / EVENTS_FILE} yet")
+    if not log_file(output).exists():
+        _say(f"waiting for a run to begin: there is no {log_file(output)} yet")
     with renderer(kind, clock.now) as listen:
-        for message in follow_events(output / EVENTS_FILE, POLL_S, lambda: bool(signals)):
+        for message in follow_log(log_file(output), POLL_S, lambda: bool(signals)):
             if message is None:
                 clock.is_live = True
                 if kind != "rich" and silent.is_to_be_told(clock.silent_seconds()):  # the live display tells by itself

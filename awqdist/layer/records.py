@@ -5,8 +5,7 @@ All records are frozen, hold plain Python values only and go to JSON and back wi
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 STAGES = ("read", "forward", "search", "round", "check", "write")
 
@@ -78,26 +77,6 @@ class LayerRecord:
     source_sample: int = (
         0  # checksum of a few bytes of each of the layer's tensors: read at no cost when the run is resumed
     )
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> LayerRecord:
-        def records(kind: Any, key: str) -> tuple[Any, ...]:
-            return tuple(
-                kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in item.items()}) for item in data[key]
-            )
-
-        return cls(
-            **{
-                **data,
-                "mappings": records(MappingRecord, "mappings"),
-                "linears": records(LinearRecord, "linears"),
-                "sites": records(SiteRecord, "sites"),
-                "skipped": records(SkippedMapping, "skipped"),
-            }
-        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,8 +23,8 @@ from awqdist.plan.simulate import (
     sweep,
     worker_counts,
 )
-from awqdist.run.journal import JOURNAL_FILE, read_journal
-from awqdist.run.output import STATE_FOLDER
+from awqdist.run.journal import read_journal
+from awqdist.run.log import log_file
 from awqdist.run.schedule import Order, Schedule
 from awqdist.settings import RunSettings
 from awqdist.units import show_percent, show_seconds
@@ -206,9 +206,8 @@ def _step_times(
         return StepTimes(**{**(asdict(predicted) if predicted else {}), **options.given})
     records = read_journal(options.times_from).layers.values()
     if not any(site.num_tokens for record in records for site in record.sites):
-        file = options.times_from / STATE_FOLDER / JOURNAL_FILE
         raise OutputError(
-            f"{file} speaks of no finished layer; give --times-from the output folder of a run that has one"
+            f"{log_file(options.times_from)} speaks of no finished layer; give --times-from the output folder of a run that has one"
         )
     return StepTimes(**{**asdict(measured_times(records, num_tokens, schedule.num_chunks)), **options.given})
 

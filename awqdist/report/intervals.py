@@ -85,7 +85,7 @@ class Timeline:
 
 
 def timeline(messages: Sequence[Message]) -> Timeline:
-    """Of one run (`event_log.last_run`), its messages in any order."""
+    """Of one run (`log.last_run`), its messages in any order."""
     began = _time_of(messages, RunStarted, min)
     wall = _time_of(messages, RunFinished, max) - began
     pieces: dict[int, list[Span]] = defaultdict(list)

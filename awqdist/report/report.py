@@ -24,8 +24,8 @@ from awqdist.report.charts import charts_of
 from awqdist.report.expert_tokens import FEW_TOKENS, tokens_of_experts
 from awqdist.report.intervals import timeline
 from awqdist.report.timeline import COLUMNS, lane_rows, timeline_chart
-from awqdist.run.event_log import EVENTS_FILE, last_run, read_events
 from awqdist.run.events import Message
+from awqdist.run.log import last_run, log_file, read_log
 
 
 def render_report(summary: RunSummary, messages: Sequence[Message] = ()) -> str:
@@ -69,10 +69,10 @@ def render_report(summary: RunSummary, messages: Sequence[Message] = ()) -> str:
 
 
 def write_report(summary: RunSummary, folder: Path) -> Path:
-    """Write `report.html` into the run's output folder, whole or not at all, with a timeline if events.jsonl lies there."""
+    """Write `report.html` into the run's output folder, whole or not at all, with a timeline from its log."""
     unfinished = folder / "report.html.tmp"
     try:
-        messages = last_run(read_events(folder / EVENTS_FILE))
+        messages = last_run(read_log(log_file(folder)).messages)
         unfinished.write_text(render_report(summary, messages), encoding="utf-8")
         return unfinished.replace(folder / "report.html")
     except OSError:

@@ -14,7 +14,7 @@ from awqdist.offload.files import sweep
 from awqdist.offload.store import Store, open_store
 from awqdist.plan.estimate import chunk_budget
 from awqdist.run.job import Job
-from awqdist.run.output import STATE_FOLDER
+from awqdist.run.log import STATE_FOLDER
 from awqdist.run.snapshots import chunk_name
 
 _OFFLOAD_FOLDER = "offload"

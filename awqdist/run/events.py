@@ -1,7 +1,7 @@
-"""What workers tell the world while they work. Workers emit events and never print; renderers live with the command line.
+"""Events that workers and the leader emit; a `Message` adds who and when, and is a line of the log.
 
-An event that leaves its worker becomes a `Message`: with the worker's number and the time. Messages are what the leader journals from,
-what renderers are given, and the lines of OUTPUT/events.jsonl.
+Workers emit events and never print. The leader writes the messages to the log (`awqdist.run.log`), then gives them to listeners:
+renderers of the command line, tests.
 """
 
 from __future__ import annotations
@@ -9,9 +9,18 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import get_args
+
+from pydantic import TypeAdapter, ValidationError
 
 from awqdist.layer.records import LayerRecord, MappingRecord
+
+
+@dataclass(frozen=True, slots=True)
+class LogBegun:
+    """The first line of a log. All layers in the log were made under this fingerprint (`job.fingerprint`)."""
+
+    fingerprint: dict[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,13 +87,13 @@ class SourceRead:
 
 @dataclass(frozen=True, slots=True)
 class ChunkForwarded:
-    """A chunk went through a layer: a piece of its stage "forward"."""
+    """Chunks went through a layer: one for listeners; in the log, all since the line before (`log.Thinning`)."""
 
     layer: int
-    chunk: int
-    num_chunks: int
+    chunk: int  # the last of them
+    num_chunks: int  # of the layer
     num_tokens: int
-    seconds: float = 0.0
+    seconds: float = 0.0  # of computing
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +111,7 @@ class LayerForwarded:
 
 @dataclass(frozen=True, slots=True)
 class LayerFinished:
-    """The layer's file is on disk. The leader journals it before it tells others."""
+    """The layer's file is on disk. The leader writes this to the log before anyone else hears of it."""
 
     layer: int
     record: LayerRecord
@@ -110,10 +119,19 @@ class LayerFinished:
 
 @dataclass(frozen=True, slots=True)
 class SnapshotSaved:
-    """Boundary activations in front of `layer` are on disk, in `file` of the state folder."""
+    """The inputs of `layer`, all chunks, are on disk, in `file` of the state folder."""
 
     layer: int
     file: str
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class OutsideCopied:
+    """The tensors that belong to no layer have been copied to the file `name` of the output folder."""
+
+    name: str
+    num_bytes: int
     sha256: str
 
 
@@ -137,25 +155,9 @@ class RunFailed:
     reason: str
 
 
-_EVENTS = (
-    RunStarted,
-    WorkerStarted,
-    WorkerStatus,
-    WorkerLost,
-    StageStarted,
-    StageEnded,
-    SourceRead,
-    ChunkForwarded,
-    MappingSearched,
-    LayerForwarded,
-    LayerFinished,
-    SnapshotSaved,
-    Warned,
-    RunFinished,
-    RunFailed,
-)
 Event = (
-    RunStarted
+    LogBegun
+    | RunStarted
     | WorkerStarted
     | WorkerStatus
     | WorkerLost
@@ -167,49 +169,39 @@ Event = (
     | LayerForwarded
     | LayerFinished
     | SnapshotSaved
+    | OutsideCopied
     | Warned
     | RunFinished
     | RunFailed
 )
 Emit = Callable[[Event], None]
+_ADAPTERS = {kind.__name__: TypeAdapter(kind) for kind in get_args(Event)}
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """An event with its origin. worker: its number, None for the run as a whole; time: seconds since 1970, by the worker's clock."""
+    """An event with its origin. worker: its number, None for the leader; time: seconds since 1970, by the sender's clock."""
 
     event: Event
     worker: int | None
     time: float
 
     def to_json(self) -> str:
-        """One line, without the newline. Numbers that are not finite stay as Python writes them (NaN, Infinity)."""
-        return json.dumps(
-            {"event": type(self.event).__name__, "time": self.time, "worker": self.worker, **asdict(self.event)}
-        )
+        """Returns one line without the newline. Numbers that are not finite are written as Python does (NaN, Infinity)."""
+        origin = {"event": type(self.event).__name__, "time": self.time, "worker": self.worker}
+        return json.dumps({**origin, **asdict(self.event)}, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, line: str | bytes) -> Message:
-        """Raises ValueError for anything that `to_json` did not write."""
+        """Returns the message of a line. Raises ValueError for anything that `to_json` did not write."""
         try:
-            data: dict[str, Any] = json.loads(line)
-            kind = next(kind for kind in _EVENTS if kind.__name__ == data["event"])
-            time, worker = data["time"], data["worker"]
-            fields = {name: value for name, value in data.items() if name not in ("event", "time", "worker")}
-            return cls(kind(**{name: _value(name, value) for name, value in fields.items()}), worker, time)
-        except (KeyError, TypeError, AttributeError, StopIteration) as error:
-            raise ValueError(f"not an event: {line!r}") from error
+            data = json.loads(line)
+            event = _ADAPTERS[data["event"]].validate_python(data)
+            return cls(event, _WORKER.validate_python(data["worker"]), _TIME.validate_python(data["time"]))
+        except (KeyError, TypeError, ValidationError) as error:
+            raise ValueError(f"not an event: {line[:200]!r}") from error
 
 
 Listen = Callable[[Message], None]
-
-
-def _value(name: str, value: Any) -> Any:
-    match name:
-        case "record":
-            return LayerRecord.from_json(value)
-        case "mapping":
-            fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in value.items()}
-            return MappingRecord(**fields)
-        case _:
-            return tuple(value) if isinstance(value, list) else value
+_WORKER: TypeAdapter[int | None] = TypeAdapter(int | None)
+_TIME = TypeAdapter(float)

@@ -1,8 +1,9 @@
-"""What of a run is already safe. One JSON line per fact, appended and synced after the file it speaks of.
+"""What of a run is already safe: the log, replayed, and checked against the files that it speaks of.
 
-The first line is the fingerprint: everything that decides the bytes of the result. A run that is started again on the same folder must
-have the same one. A torn last line, from a crash while it was written, is dropped, and so is a layer whose file is not what its line
-says. The journal lies in OUTPUT/.awqdist with a lock that is held by a living process only.
+A fact is durable, which means written to the log and synced, before anyone is told of it, and after the file that it is about. The
+first line holds the fingerprint: everything that decides the bytes of the result. A run that is resumed must have the same one. A
+damaged line costs that line only. Nothing in the log is ever changed: a log that nothing can be resumed from is set aside under
+another name. The lock beside the log is held by a living process only.
 """
 
 from __future__ import annotations
@@ -10,132 +11,159 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from awqdist.checkpoint.writer import WrittenFile, output_error, write_bytes
+from pydantic import TypeAdapter
+
+from awqdist.checkpoint.writer import output_error, write_bytes
 from awqdist.errors import OutputError
 from awqdist.layer.records import LayerRecord
-from awqdist.run.output import STATE_FOLDER, is_finished, lock_output, remove_model
+from awqdist.run.events import Event, LayerFinished, LogBegun, Message, OutsideCopied, RunFinished, SnapshotSaved
+from awqdist.run.log import STATE_FOLDER, Log, LogWriter, Thinning, encode, log_file, read_log
+from awqdist.run.output import is_finished, lock_output, remove_model
 
-JOURNAL_FILE = "journal.jsonl"
+OLD_JOURNAL = "journal.jsonl"  # of awqdist 0.1
 _REMEDY = "use another output folder, the same settings as before, or --overwrite"
-
-
-@dataclass(frozen=True, slots=True)
-class SnapshotRecord:
-    """Boundary activations in front of `layer`, in `file` of the state folder."""
-
-    layer: int
-    file: str
-    sha256: str
 
 
 @dataclass(slots=True)
 class JournalEntries:
-    """The contents of a journal."""
+    """The durable facts of a log."""
 
     fingerprint: dict[str, str] = field(default_factory=dict)
     layers: dict[int, LayerRecord] = field(default_factory=dict)
-    snapshots: list[SnapshotRecord] = field(default_factory=list)
-    outside: WrittenFile | None = None
-    num_good_bytes: int = 0
+    snapshots: list[SnapshotSaved] = field(default_factory=list)
+    outside: OutsideCopied | None = None
+
+    def take(self, event: Event) -> None:
+        """Adds a fact; one that is told again takes the place of the one before. Other events change nothing."""
+        match event:
+            case LogBegun(fingerprint):
+                self.fingerprint = fingerprint
+            case LayerFinished(layer, record) if layer == record.layer and _is_plain(record.file):
+                self.layers[layer] = record
+            case SnapshotSaved(layer, file) if _is_plain(file):
+                self.snapshots = [*(old for old in self.snapshots if old.layer != layer), event]
+            case OutsideCopied(name) if _is_plain(name):
+                self.outside = event
 
 
 class Journal:
-    """An open journal. Create it with `open_journal`. damaged: files found missing or changed, of which `entries` does not speak."""
+    """The log of a run that goes on, open for appending. Create it with `open_journal`.
 
-    def __init__(self, folder: Path, entries: JournalEntries, lock: int, damaged: tuple[str, ...] = ()) -> None:
-        self.folder = folder
-        self.entries = entries
-        self.damaged = damaged
-        self._lock = lock
+    Attributes:
+        folder: the state folder, in which the log and the snapshots lie.
+        entries: all durable facts so far.
+        earlier: the messages of earlier runs.
+        warnings: what was found damaged when the log was opened, for the user.
+    """
 
-    def add_layer(self, record: LayerRecord) -> None:
-        self._append({"kind": "layer", **record.to_json()})
-        self.entries.layers[record.layer] = record
+    def __init__(
+        self, file: Path, entries: JournalEntries, earlier: tuple[Message, ...], warnings: list[str], lock: int
+    ) -> None:
+        self.folder, self.entries, self.earlier, self.warnings = file.parent, entries, earlier, warnings
+        self._file, self._lock, self._thinning = file, lock, Thinning()
+        self._writer = LogWriter(file)
 
-    def add_snapshot(self, record: SnapshotRecord) -> None:
-        self._append({"kind": "snapshot", "layer": record.layer, "file": record.file, "sha256": record.sha256})
-        _take_snapshot(self.entries, record)
+    def add(self, message: Message) -> None:
+        """Appends a message to the log, if it is not thinned out. Returns once a durable fact is on the disk.
 
-    def add_outside(self, written: WrittenFile) -> None:
-        line = {"kind": "outside", "name": written.name, "num_bytes": written.num_bytes, "sha256": written.sha256}
-        self._append(line)
-        self.entries.outside = written
+        Raises:
+            OutputError: a fact that a resumed run needs cannot be written. A full disk costs all other lines, but not the run.
+        """
+        line = self._thinning.line_of(message)
+        if line is None:
+            return
+        is_needed = isinstance(line.event, LayerFinished | SnapshotSaved | OutsideCopied)
+        try:
+            self._writer.append(line, durable=is_needed or isinstance(line.event, RunFinished))
+        except OSError as error:
+            if is_needed:
+                raise output_error(self._file, error) from error
+        self.entries.take(line.event)
 
     def close(self) -> None:
+        """Closes the log and gives the lock back."""
+        self._writer.close()
         os.close(self._lock)
-
-    def _append(self, line: dict[str, Any]) -> None:
-        file = self.folder / JOURNAL_FILE
-        num_bytes = 0
-        try:
-            with file.open("ab") as stream:
-                num_bytes = stream.tell()
-                stream.write(_line(line))
-                stream.flush()
-                os.fsync(stream.fileno())
-        except OSError as error:
-            with suppress(OSError):  # a torn line would take those behind it along
-                os.truncate(file, num_bytes)
-            raise output_error(file, error) from error
 
 
 def open_journal(output: Path, fingerprint: dict[str, str], *, overwrite: bool = False) -> Journal:
-    """Locks `output` and opens or begins its journal.
+    """Locks `output` and opens its log, or begins one.
 
-    With `overwrite`, a finished model and an unfinished run with another fingerprint are removed. Raises OutputError if the folder
-    cannot be written, is in use, or has another run's.
+    Args:
+        output: the output folder, which is made if need be.
+        fingerprint: everything that decides the bytes of the result (`job.fingerprint`).
+        overwrite: remove a finished model, and an unfinished run with another fingerprint.
+
+    Raises:
+        OutputError: the folder cannot be written, is in use, or holds something else.
     """
     lock = lock_output(output)
     try:
-        entries = read_journal(output)
-        if is_finished(output) and not overwrite:
+        file, finished = log_file(output), is_finished(output)
+        log, entries, warnings = read_log(file), read_journal(output), []
+        is_old = not file.exists() and bool(entries.fingerprint)
+        if finished and not overwrite:
             raise OutputError(
                 f"{output} holds a finished model already; use --overwrite to replace it, or another folder"
             )
-        if overwrite and (is_finished(output) or entries.fingerprint != fingerprint):
+        if overwrite and (finished or is_old or entries.fingerprint != fingerprint):
             remove_model(output)
-            entries = JournalEntries()
-        if not entries.layers:  # nothing to go on with, so nothing to compare with
-            entries = JournalEntries()
-        file = output / STATE_FOLDER / JOURNAL_FILE
-        if not entries.fingerprint:
-            entries = JournalEntries(fingerprint=fingerprint)
-            write_bytes(file, _line({"kind": "run", "fingerprint": fingerprint}))
-        elif file.stat().st_size > entries.num_good_bytes:
-            os.truncate(file, entries.num_good_bytes)
-        _compare(output, entries.fingerprint, fingerprint)
-        return Journal(file.parent, entries, lock, _drop_damaged(output, entries))
+            log, entries = Log(), JournalEntries()
+        elif is_old and entries.layers:
+            raise OutputError(
+                f"{output} holds an unfinished run of awqdist 0.1, which this version cannot resume; finish it with that"
+                " version, use another output folder, or --overwrite"
+            )
+        if log.damaged:
+            cost = (
+                "layers that only they told of are"
+                if entries.fingerprint
+                else "the first among them, so all layers are"
+            )
+            warnings.append(f"{file}: damaged lines {_some(log.damaged)}; {cost} made again")
+        if entries.layers:
+            _compare(output, entries.fingerprint, fingerprint)
+        elif is_old or entries.fingerprint != fingerprint:
+            log, entries = Log(), JournalEntries(fingerprint)
+            _set_aside(file)
+            write_bytes(file, encode(Message(LogBegun(fingerprint), None, time.time())))
+        warnings += _drop_damaged(output, entries)
+        return Journal(file, entries, log.messages, warnings, lock)
     except BaseException as error:
         os.close(lock)
         if isinstance(error, OSError):
-            raise output_error(output / STATE_FOLDER, error) from error
+            raise output_error(log_file(output), error) from error
         raise
 
 
 def read_journal(output: Path) -> JournalEntries:
-    """The entries of a journal; empty if there is none. A torn last line is left out."""
+    """Returns the durable facts about an output folder; of a folder of awqdist 0.1 as well. Empty if there are none.
+
+    Without its first line a log is not trusted, for nobody knows under which settings the layers were made.
+    """
+    file = log_file(output)
+    if not file.exists():
+        return _read_old(output / STATE_FOLDER / OLD_JOURNAL)
+    entries = replay(message.event for message in read_log(file).messages)
+    return entries if entries.fingerprint else JournalEntries()
+
+
+def replay(events: Iterable[Event]) -> JournalEntries:
+    """Returns the durable facts among events."""
     entries = JournalEntries()
-    file = output / STATE_FOLDER / JOURNAL_FILE
-    if not file.is_file():
-        return entries
-    for raw in file.read_bytes().splitlines(keepends=True):
-        if not raw.endswith(b"\n"):
-            break
-        try:
-            _take(entries, json.loads(raw))
-        except (ValueError, KeyError, TypeError, AttributeError):  # nothing behind a damaged line can be trusted
-            break
-        entries.num_good_bytes += len(raw)
+    for event in events:
+        entries.take(event)
     return entries
 
 
 def is_whole(file: Path, num_bytes: int, sha256: str) -> bool:
-    """Whether a file is there and is what the journal says."""
+    """Returns whether a file is there and has this size and hash."""
     try:
         return file.stat().st_size == num_bytes and file_hash(file) == sha256
     except OSError:
@@ -143,35 +171,48 @@ def is_whole(file: Path, num_bytes: int, sha256: str) -> bool:
 
 
 def file_hash(file: Path) -> str:
-    """SHA-256 of a file."""
+    """Returns the SHA-256 of a file, in hexadecimal digits."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _take(entries: JournalEntries, line: dict[str, Any]) -> None:
-    kind = line.pop("kind")
-    if kind == "run":
-        entries.fingerprint = line["fingerprint"]
-    elif kind == "layer":
-        record = LayerRecord.from_json(line)
-        entries.layers[record.layer] = record
-    elif kind == "snapshot":
-        _take_snapshot(entries, SnapshotRecord(**line))
-    elif kind == "outside":
-        entries.outside = WrittenFile(**line)
+def _read_old(file: Path) -> JournalEntries:
+    """Reads the journal of awqdist 0.1, as far as it is undamaged."""
+    entries = JournalEntries()
+    kinds: dict[str, TypeAdapter[Event]] = {
+        "run": TypeAdapter(LogBegun),
+        "snapshot": TypeAdapter(SnapshotSaved),
+        "outside": TypeAdapter(OutsideCopied),
+    }
+    with suppress(FileNotFoundError, ValueError, KeyError, TypeError):
+        for line in file.read_bytes().splitlines():
+            data = json.loads(line)
+            if data["kind"] == "layer":
+                record = TypeAdapter(LayerRecord).validate_python(data)
+                entries.take(LayerFinished(record.layer, record))
+            else:
+                entries.take(kinds[data["kind"]].validate_python(data))
+    return entries
 
 
-def _take_snapshot(entries: JournalEntries, record: SnapshotRecord) -> None:
-    """A snapshot written again takes the place of the one before."""
-    entries.snapshots = [*(old for old in entries.snapshots if old.layer != record.layer), record]
+def _is_plain(name: str) -> bool:
+    """Returns whether a file name leads nowhere but into its folder."""
+    return name == Path(name).name and name not in ("", "..")
 
 
-def _line(fact: dict[str, Any]) -> bytes:
-    return json.dumps(fact).encode() + b"\n"
+def _set_aside(file: Path) -> None:
+    """Renames a log that nothing can be resumed from; an empty file is left to be replaced."""
+    if file.is_file() and file.stat().st_size:
+        numbers = (number for number in range(1, 1 << 20) if not file.with_name(f"log-{number}.jsonl").exists())
+        file.rename(file.with_name(f"log-{next(numbers)}.jsonl"))
 
 
-def _drop_damaged(output: Path, entries: JournalEntries) -> tuple[str, ...]:
-    """Takes out of `entries` whatever speaks of a file that is missing or changed. Returns the names of such files."""
+def _some(numbers: tuple[int, ...]) -> str:
+    return ", ".join(map(str, numbers[:5])) + (", …" if len(numbers) > 5 else "")
+
+
+def _drop_damaged(output: Path, entries: JournalEntries) -> list[str]:
+    """Takes out of `entries` whatever speaks of a file that is missing or changed. Returns a warning for each."""
     damaged = []
     for record in list(entries.layers.values()):
         if not is_whole(output / record.file, record.num_bytes, record.sha256):
@@ -180,7 +221,7 @@ def _drop_damaged(output: Path, entries: JournalEntries) -> tuple[str, ...]:
     if outside and not is_whole(output / outside.name, outside.num_bytes, outside.sha256):
         damaged.append(outside.name)
         entries.outside = None
-    return tuple(damaged)
+    return [f"{file} is missing or damaged since the earlier run; it is made again" for file in damaged]
 
 
 def _compare(output: Path, before: dict[str, str], now: dict[str, str]) -> None:
@@ -192,7 +233,7 @@ def _compare(output: Path, before: dict[str, str], now: dict[str, str]) -> None:
 
 
 def _difference(before: str, now: str) -> str:
-    """The first words in which two texts differ: `n_grid: 20} then, n_grid: 10} now`."""
+    """Returns the first words in which two texts differ: `n_grid: 20} then, n_grid: 10} now`."""
     then_words, now_words = before.split(), now.split()
     pairs = zip(then_words, now_words, strict=False)
     first = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(then_words), len(now_words)))

@@ -11,10 +11,8 @@ from types import TracebackType
 
 from torch import Tensor
 
-from awqdist.checkpoint.writer import output_error
 from awqdist.layer.records import RunSummary
 from awqdist.run.chunks import sweep_offload
-from awqdist.run.event_log import EVENTS_FILE, EventLog, bytes_read, read_events, seconds_of_runs
 from awqdist.run.events import (
     Event,
     LayerFinished,
@@ -28,7 +26,8 @@ from awqdist.run.events import (
     Warned,
 )
 from awqdist.run.job import Job, check_sources, fingerprint, token_chunks
-from awqdist.run.journal import SnapshotRecord, open_journal
+from awqdist.run.journal import open_journal
+from awqdist.run.log import bytes_read, seconds_of_runs
 from awqdist.run.merge import merge
 from awqdist.run.output import check_output
 from awqdist.run.ring import Assignment
@@ -58,15 +57,11 @@ class Lead:
         try:
             sweep_offload(job)
             check_sources(job, self._journal.entries.layers)
-            file, is_new = job.settings.output / EVENTS_FILE, not self._journal.entries.layers
-            self._earlier_s = 0.0 if is_new else seconds_of_runs(file)
-            self._bytes_read = Counter({} if is_new else bytes_read(read_events(file)))
-            self._log = EventLog(file, anew=is_new)
-        except BaseException as error:
+        except BaseException:
             self._journal.close()
-            if isinstance(error, OSError):
-                raise output_error(job.settings.output / EVENTS_FILE, error) from error
             raise
+        self._earlier_s = seconds_of_runs(self._journal.earlier)
+        self._bytes_read = Counter(bytes_read(self._journal.earlier))
 
     def __enter__(self) -> Lead:
         return self
@@ -74,8 +69,7 @@ class Lead:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         with self._lock:
             if error is not None:
-                self._log.append(Message(RunFailed(str(error) or type(error).__name__), None, time.time()))
-            self._log.close()
+                self._journal.add(Message(RunFailed(str(error) or type(error).__name__), None, time.time()))
             sweep_offload(self._job)
             self._journal.close()
 
@@ -90,8 +84,8 @@ class Lead:
                 model, output, str(job.device), num_layers, len(entries.layers), num_tokens, num_workers, backend
             )
         )
-        for file in self._journal.damaged:
-            self.tell(Warned(f"{file} is missing or damaged since the earlier run; it is made again"))
+        for warning in self._journal.warnings:
+            self.tell(Warned(warning))
 
     def assignments(self, num_workers: int) -> list[Assignment]:
         """Deals the layers that are left to the workers, from the newest usable boundary on. Empty if none are left."""
@@ -113,21 +107,16 @@ class Lead:
         return [Assignment(worker, schedule, finished, snapshot) for worker in range(num_workers)]
 
     def observe(self, message: Message) -> None:
-        """Takes a message of a worker: what must be safe is journaled first, then the world is told. Any thread may call."""
+        """Takes a message of a worker: writes it to the log, then tells the listener. Any thread may call."""
         with self._lock:
-            match message.event:
-                case LayerFinished(layer, record):
-                    if layer in self._journal.entries.layers:
-                        return  # told twice
-                    self._journal.add_layer(record)
-                case SnapshotSaved(layer, file, sha256):
-                    self._journal.add_snapshot(SnapshotRecord(layer, file, sha256))
-                    remove_old_snapshots(self._journal, min(self._unfinished(), default=layer))
-                case SourceRead(_, num_bytes):
-                    self._bytes_read[message.worker] += num_bytes
-                case _:
-                    pass
-            self._log.append(message)
+            event = message.event
+            if isinstance(event, LayerFinished) and event.layer in self._journal.entries.layers:
+                return  # told twice
+            self._journal.add(message)
+            if isinstance(event, SnapshotSaved):
+                remove_old_snapshots(self._journal, min(self._unfinished(), default=event.layer))
+            elif isinstance(event, SourceRead):
+                self._bytes_read[message.worker] += event.num_bytes
             self._listen(message)
 
     def tell(self, event: Event, worker: int | None = None) -> None:
@@ -138,7 +127,7 @@ class Lead:
         """Makes the model, once all layers are finished. Raises OutputError if one is not."""
         start = time.perf_counter()
         copied: list[int] = []
-        output_bytes = merge(self._job, self._journal, copied.append)
+        output_bytes = merge(self._job, self._journal, self.tell, copied.append)
         self.tell(SourceRead(None, sum(copied)))
         end = time.perf_counter()
         seconds = {"merge": end - start, "total": self._earlier_s + end - self._begun}

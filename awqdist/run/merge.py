@@ -15,6 +15,7 @@ from awqdist.checkpoint.reader import check_finite, read_tensors
 from awqdist.checkpoint.writer import LazyTensor, copy_file, remove_temporary_files, stream_safetensors, write_json
 from awqdist.errors import OutputError
 from awqdist.layer.plan import Plan
+from awqdist.run.events import Emit, OutsideCopied
 from awqdist.run.job import Job
 from awqdist.run.journal import Journal, JournalEntries
 from awqdist.run.shared_folder import remove_token
@@ -25,7 +26,7 @@ _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", 
 _NOT_COPIED = {"config.json", INDEX_FILE, "pytorch_model.bin.index.json"}
 
 
-def merge(job: Job, journal: Journal, count: Callable[[int], None]) -> int:
+def merge(job: Job, journal: Journal, emit: Emit, count: Callable[[int], None]) -> int:
     """Finishes the output folder of a job whose layers are all in the journal. Returns the bytes of the model's tensors.
 
     count: is told the bytes that were read of every tensor that is copied.
@@ -36,7 +37,8 @@ def merge(job: Job, journal: Journal, count: Callable[[int], None]) -> int:
     if journal.entries.outside is None:
         # by name: equal models give equal bytes, in whatever order their files hold them
         tensors = [_lazy(job.index.entries[name], count) for name in sorted(job.plan.outside)]
-        journal.add_outside(stream_safetensors(output / OUTSIDE_FILE, tensors))
+        written = stream_safetensors(output / OUTSIDE_FILE, tensors)
+        emit(OutsideCopied(written.name, written.num_bytes, written.sha256))
     _copy_companions(job.settings.model, output)
     write_json(output / "config.json", _config(job))
     index = build_index(output, [record.file for record in journal.entries.layers.values()] + [OUTSIDE_FILE])

@@ -15,10 +15,9 @@ from pathlib import Path
 from awqdist.checkpoint.index import INDEX_FILE, SINGLE_FILE
 from awqdist.checkpoint.writer import output_error
 from awqdist.errors import OutputError
-from awqdist.run.event_log import EVENTS_FILE
+from awqdist.run.log import STATE_FOLDER
 from awqdist.settings import RunSettings
 
-STATE_FOLDER = ".awqdist"
 LOCK_FILE = "lock"
 _RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set for what `ray job submit` runs
 _COMPANIONS = (
@@ -26,7 +25,7 @@ _COMPANIONS = (
     "generation_config.json",
     "added_tokens.json",
     "chat_template.*",
-    EVENTS_FILE,
+    "events.jsonl",  # of awqdist 0.1
     "merges.txt",
     "preprocessor_config.json",
     "processor_config.json",

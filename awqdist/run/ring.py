@@ -22,11 +22,10 @@ from torch import Tensor
 from awqdist.checkpoint.writer import LazyTensor
 from awqdist.run.chunks import Chunks, open_chunk_store
 from awqdist.run.device import worker_status
-from awqdist.run.events import Emit, LayerForwarded, Warned, WorkerStarted
+from awqdist.run.events import Emit, LayerForwarded, SnapshotSaved, Warned, WorkerStarted
 from awqdist.run.job import Job, other_weights
-from awqdist.run.journal import SnapshotRecord
 from awqdist.run.layer_io import LoadedLayer, SearchedLayer, read_layer, write_layer
-from awqdist.run.output import STATE_FOLDER
+from awqdist.run.log import STATE_FOLDER
 from awqdist.run.schedule import Schedule, Step
 from awqdist.run.snapshots import load_snapshot, save_snapshot
 from awqdist.run.worker import Worker
@@ -59,7 +58,7 @@ class Assignment:
     worker: int
     schedule: Schedule
     finished: dict[int, int]
-    snapshot: SnapshotRecord | None  # holds the inputs of the schedule's first layer; None: they are the embeddings
+    snapshot: SnapshotSaved | None  # holds the inputs of the schedule's first layer; None: they are the embeddings
 
 
 def work(job: Job, samples: Tensor, assignment: Assignment, transport: Transport, emit: Emit) -> None:

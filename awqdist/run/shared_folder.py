@@ -11,7 +11,7 @@ from socket import gethostname
 
 from awqdist.checkpoint.writer import output_error
 from awqdist.errors import OutputError
-from awqdist.run.output import STATE_FOLDER
+from awqdist.run.log import STATE_FOLDER
 
 _PATIENCE_S = 10.0  # network file systems show new files late
 

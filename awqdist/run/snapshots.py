@@ -12,7 +12,7 @@ from awqdist.checkpoint.index import read_header
 from awqdist.checkpoint.reader import read_tensor
 from awqdist.checkpoint.writer import LazyTensor, stream_safetensors
 from awqdist.run.events import SnapshotSaved
-from awqdist.run.journal import Journal, SnapshotRecord, file_hash
+from awqdist.run.journal import Journal, file_hash
 
 _NUM_KEPT = 2
 
@@ -28,13 +28,13 @@ def save_snapshot(folder: Path, layer: int, chunks: Sequence[LazyTensor]) -> Sna
     return SnapshotSaved(layer, written.name, written.sha256)
 
 
-def load_snapshot(folder: Path, record: SnapshotRecord) -> Iterator[Tensor]:
+def load_snapshot(folder: Path, record: SnapshotSaved) -> Iterator[Tensor]:
     """The chunks of a snapshot, one after the other."""
     for entry in sorted(read_header(folder / record.file), key=lambda e: e.name):
         yield read_tensor(entry)
 
 
-def newest_usable(journal: Journal, last_layer: int) -> SnapshotRecord | None:
+def newest_usable(journal: Journal, last_layer: int) -> SnapshotSaved | None:
     """The newest undamaged snapshot at or before `last_layer`."""
     for record in sorted(journal.entries.snapshots, key=lambda r: r.layer, reverse=True):
         file = journal.folder / record.file

@@ -25,7 +25,7 @@ from awqdist.layer.records import LinearRecord
 from awqdist.quant.grid import QuantizedWeight
 from awqdist.recipe import WeightScheme
 from awqdist.run.journal import is_whole, read_journal
-from awqdist.run.output import STATE_FOLDER
+from awqdist.run.log import STATE_FOLDER
 
 _UNRELATED = 0.5  # relative weight error above which a linear cannot come from this source
 

@@ -29,8 +29,8 @@ import torch
 from awqdist.checkpoint.writer import LazyTensor, lazy_tensor, stream_safetensors, write_json
 from awqdist.model.disk_layout import DiskTensor, disk_layout
 from awqdist.model.skeleton import read_config
-from awqdist.run.event_log import EVENTS_FILE, read_events
 from awqdist.run.events import SourceRead
+from awqdist.run.log import log_file, read_log
 from awqdist.units import parse_bytes
 
 _TENTHS = 10
@@ -231,7 +231,7 @@ def show_course(samples: list[Sample]) -> None:
 
 
 def compare(output: Path, foretold: dict[str, int], peak: int) -> None:
-    events = (message.event for message in read_events(output / EVENTS_FILE))
+    events = (message.event for message in read_log(log_file(output)).messages)
     read = sum(event.num_bytes for event in events if isinstance(event, SourceRead))
     written = json.loads((output / "model.safetensors.index.json").read_text())["metadata"]["total_size"]
     print(f"{'MB':>16}{'foretold':>12}{'measured':>12}")

@@ -26,8 +26,8 @@ from bench_llm_compressor import write_random_llama
 
 from awqdist.plan.simulate import measured_times, simulate
 from awqdist.report.intervals import Timeline, timeline
-from awqdist.run.event_log import EVENTS_FILE, last_run, read_events
 from awqdist.run.events import LayerFinished, RunStarted
+from awqdist.run.log import last_run, log_file, read_log
 from awqdist.run.schedule import Schedule
 
 
@@ -86,7 +86,7 @@ def run(options: argparse.Namespace, model: Path, output: Path, backend: str, nu
 
 
 def measure(options: argparse.Namespace, output: Path) -> Measured:
-    messages = last_run(read_events(output / EVENTS_FILE))
+    messages = last_run(read_log(log_file(output)).messages)
     drawn = timeline(messages)
     started = next(m.event for m in messages if isinstance(m.event, RunStarted))
     records = [m.event.record for m in messages if isinstance(m.event, LayerFinished)]

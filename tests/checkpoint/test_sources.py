@@ -22,7 +22,7 @@ from torch import Tensor
 
 from awqdist.checkpoint.reader import read_tensor, read_tensors
 from awqdist.checkpoint.sources import dequantize_fp8, read_source
-from awqdist.run.event_log import bytes_read, read_events
+from awqdist.run.log import bytes_read, log_file, read_log
 
 RECIPE = f"""
 default_stage:
@@ -431,7 +431,7 @@ def test_a_run_is_resumed_and_what_both_parts_of_it_read_is_told(model: Path, tm
     again = sum(event["num_bytes"] for event in resumed.events if event["event"] == "SourceRead")
     first = sum(event["num_bytes"] for event in whole if event["event"] == "SourceRead")
     assert 0 < again < first
-    assert sum(bytes_read(read_events(output / "events.jsonl")).values()) == first + again
+    assert sum(bytes_read(read_log(log_file(output)).messages).values()) == first + again
 
 
 def test_a_resumed_run_refuses_other_scales(model: Path, tmp_path: Path) -> None:

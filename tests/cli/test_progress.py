@@ -11,6 +11,7 @@ from io import StringIO
 from typing import get_args
 
 import pytest
+from pydantic import TypeAdapter
 from rich.console import Console
 from support.ring_messages import EPOCH, GIB, layer_record, mapping_record, ring
 
@@ -33,7 +34,11 @@ def messages_of_a_run(*, num_layers: int = 2, num_finished_layers: int = 0) -> l
         told += [events.ChunkForwarded(layer, 1, 2, 2048, 1.0), events.StageStarted(layer, "search")]
         told += [events.MappingSearched(layer, mapping_record(layer)), events.StageEnded(layer, "search", 2.0)]
         told += [events.LayerFinished(layer, layer_record(layer))]
-    told += [events.SnapshotSaved(num_layers, "file", "0"), events.WorkerLost("out of memory", 1, 3)]
+    told += [
+        events.SnapshotSaved(num_layers, "file", "0"),
+        events.OutsideCopied("file", 3, "0"),
+        events.WorkerLost("out of memory", 1, 3),
+    ]
     run = [Message(events.RunStarted("model", "out", "cpu", num_layers, num_finished_layers, 4096), None, EPOCH)]
     run += [Message(event, 0, EPOCH + 1 + second) for second, event in enumerate(told)]
     ends = [
@@ -76,7 +81,7 @@ def test_json_writes_one_object_per_message_with_its_class_its_origin_and_all_it
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     run = messages_of_a_run(num_layers=3, num_finished_layers=1)
-    assert {type(message.event) for message in run} == set(get_args(events.Event)) - {events.RunFailed}
+    assert {type(message.event) for message in run} == set(get_args(events.Event)) - {events.LogBegun, events.RunFailed}
     render("json", run)
     out, err = capsys.readouterr()
     lines = [json.loads(line) for line in out.splitlines()]
@@ -87,7 +92,7 @@ def test_json_writes_one_object_per_message_with_its_class_its_origin_and_all_it
     for line, message in zip(lines, run, strict=True):
         assert set(line) == {"event", "time", "worker", *(field.name for field in fields(message.event))}
     finished = next(line for line in lines if line["event"] == "LayerFinished")
-    assert LayerRecord.from_json(finished["record"]) == layer_record(1)
+    assert TypeAdapter(LayerRecord).validate_python(finished["record"]) == layer_record(1)
 
 
 def test_json_writes_null_for_numbers_that_are_not_finite(capsys: pytest.CaptureFixture[str]) -> None:

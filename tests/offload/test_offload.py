@@ -28,7 +28,7 @@ def test_the_bytes_do_not_depend_on_where_chunks_lie(
     assert outcome.code == 0, outcome.stderr
     assert model_files(output) == model_files(undisturbed)
     assert not outcome.count("Warned")
-    assert sorted(path.name for path in (output / ".awqdist").iterdir()) == ["journal.jsonl", "lock"]
+    assert sorted(path.name for path in (output / ".awqdist").iterdir()) == ["lock", "log.jsonl"]
 
 
 def test_chunks_lie_in_the_given_folder_as_many_at_a_time_as_there_are(
@@ -123,7 +123,7 @@ def test_what_a_killed_run_left_in_its_offload_folder_is_swept_at_the_resumed_st
     outcome = awqdist("quantize", tiny.model, output, *tiny.options("--offload", resumed_with))
     assert outcome.code == 0, outcome.stderr
     assert model_files(output) == model_files(undisturbed)
-    assert sorted(path.name for path in (output / ".awqdist").iterdir()) == ["journal.jsonl", "lock"]
+    assert sorted(path.name for path in (output / ".awqdist").iterdir()) == ["lock", "log.jsonl"]
 
 
 def test_overwriting_removes_the_offload_folder_of_a_killed_run(tiny: Tiny, undisturbed: Path, tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_a_ring_that_offloads_writes_the_bytes_of_a_single_worker(
     outcome = run(Ring("torchrun", 2), tiny, tmp_path / "other", "--offload", "disk")
     assert outcome.code == 0, outcome.stderr
     assert model_files(tmp_path / "other") == model_files(undisturbed)
-    assert sorted(path.name for path in (tmp_path / "other" / ".awqdist").iterdir()) == ["journal.jsonl", "lock"]
+    assert sorted(path.name for path in (tmp_path / "other" / ".awqdist").iterdir()) == ["lock", "log.jsonl"]
 
 
 @pytest.mark.ray

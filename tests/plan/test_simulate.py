@@ -384,7 +384,7 @@ def test_plan_takes_times_from_a_run_and_those_given_go_first(tiny: Tiny, undist
         (("--simulate", "--chunk-seconds", 1), "give --search-seconds"),
         (("--read-seconds", 1), "--read-seconds says how long a simulated run takes; add --simulate"),
         (("--times-from", "."), "--times-from says how long a simulated run takes; add --simulate"),
-        (("--simulate", "--times-from", "nowhere"), "nowhere/.awqdist/journal.jsonl speaks of no finished layer"),
+        (("--simulate", "--times-from", "nowhere"), "nowhere/.awqdist/log.jsonl speaks of no finished layer"),
         (("--simulate", "--chunk-seconds", "inf", "--search-seconds", 1), "expected a finite number of seconds"),
         (("--simulate", "--chunk-seconds", -1, "--search-seconds", 1), "--chunk-seconds"),
         (("--workers", 0), "--workers"),

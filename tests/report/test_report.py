@@ -15,13 +15,13 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from support.ring_messages import EPOCH, ring
+from support.ring_messages import EPOCH, ring, write_log
 
 from awqdist.layer.records import LayerRecord, LinearRecord, MappingRecord, RunSummary, SiteRecord, SkippedMapping
 from awqdist.report.report import render_report, write_report
 from awqdist.report.tables import mapping_rows, skipped_rows, summary_table, worst_linears
-from awqdist.run.event_log import EVENTS_FILE
 from awqdist.run.events import Message, WorkerLost, WorkerStarted
+from awqdist.run.log import encode
 from awqdist.units import show_layers
 
 NAN = float("nan")
@@ -249,8 +249,7 @@ def test_the_report_of_eight_layers_is_written_in_half_a_second(tmp_path: Path) 
 def test_the_page_has_a_timeline_of_the_last_run_in_the_folder(tmp_path: Path) -> None:
     """The earlier run had one worker and was killed; the last had four, each of which computed 88 s of 101 s."""
     runs = [*ring(num_workers=1, begins=EPOCH - 1000)[:50], *ring()]
-    lines = [message.to_json() for message in runs]
-    (tmp_path / EVENTS_FILE).write_text("\n".join([*lines, lines[0][:30]]))
+    write_log(tmp_path, runs, tail=encode(runs[0])[:30])
     page = Page(write_report(run_summary(16), tmp_path).read_text())
     forward = page.charts["timeline-0"]["data"][1]
     assert sorted(set(forward["y"])) == [0, 1, 2, 3]
@@ -261,7 +260,7 @@ def test_the_page_has_a_timeline_of_the_last_run_in_the_folder(tmp_path: Path) -
 
 def test_the_page_does_without_a_timeline_where_no_events_are(tmp_path: Path) -> None:
     without = Page(write_report(run_summary(2), tmp_path).read_text())
-    (tmp_path / EVENTS_FILE).write_text("not JSON\n")
+    write_log(tmp_path, [], tail=b"not JSON\n")
     with_foreign_lines = Page(write_report(run_summary(2), tmp_path).read_text())
     for page in (without, with_foreign_lines):
         assert "timeline-0" not in page.charts

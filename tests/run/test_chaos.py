@@ -4,7 +4,6 @@ finished layer is searched twice."""
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import random
 import signal
@@ -143,10 +142,9 @@ class Chaos:
 
     def _check(self) -> None:
         assert model_files(self._output) == model_files(self._alone)
-        assert sorted(path.name for path in (self._output / ".awqdist").iterdir()) == ["journal.jsonl", "lock"]
+        assert sorted(path.name for path in (self._output / ".awqdist").iterdir()) == ["lock", "log.jsonl"]
         told = messages(self._output)
-        journal = map(json.loads, (self._output / ".awqdist" / "journal.jsonl").read_text().splitlines())
-        finished = [line["layer"] for line in journal if line["kind"] == "layer"]
+        finished = [m["layer"] for m in told if m["event"] == "LayerFinished"]
         assert sorted(finished) == list(range(NUM_LAYERS))
         searched = [m for m in told if m["event"] == "StageStarted" and m["stage"] == "search"]
         assert len(searched) <= NUM_LAYERS + self._num_in_flight
@@ -162,7 +160,7 @@ def is_worker(process_id: int) -> bool:
 
 
 def searched_again(told: list[dict[str, Any]], layer: int) -> bool:
-    """Whether a layer was searched after it was finished. (A leader may be killed after its journal knew of it and before others heard.)"""
+    """Whether a layer was searched after it was finished. (A leader may be killed after its log knew of it and before others heard.)"""
     of_layer = [m for m in told if m.get("layer") == layer]
     end = next((place for place, m in enumerate(of_layer) if m["event"] == "LayerFinished"), len(of_layer))
     return any(m["event"] == "StageStarted" and m["stage"] == "search" for m in of_layer[end:])

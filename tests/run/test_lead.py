@@ -14,14 +14,13 @@ import pytest
 import torch
 from safetensors import safe_open
 from support.command_line import contents
-from support.ring_messages import layer_record
+from support.ring_messages import layer_record, write_log
 from support.tiny_llama import NUM_LAYERS, Tiny
 from torch import Tensor
 
 from awqdist.checkpoint.writer import lazy_tensor, write_safetensors
 from awqdist.errors import AwqdistError, OutputError
 from awqdist.recipe import load_recipe
-from awqdist.run.event_log import EVENTS_FILE, EventLog, read_events, seconds_of_runs
 from awqdist.run.events import (
     Event,
     LayerFinished,
@@ -36,6 +35,7 @@ from awqdist.run.events import (
 from awqdist.run.job import Job, prepare
 from awqdist.run.journal import read_journal
 from awqdist.run.lead import Lead
+from awqdist.run.log import encode, log_file, read_log, seconds_of_runs
 from awqdist.run.ring import Assignment
 from awqdist.run.snapshots import chunk_name, load_snapshot, save_snapshot
 from awqdist.settings import RunSettings
@@ -102,6 +102,11 @@ def dealt(job: Job, num_workers: int = 1) -> list[Assignment]:
 
 def snapshot_files(job: Job) -> list[int]:
     return sorted(int(file.stem.rpartition("-")[2]) for file in (job.settings.output / STATE).glob("boundary-*"))
+
+
+def logged(job: Job) -> list[Message]:
+    """The lines of the log behind the first, which holds the fingerprint."""
+    return list(read_log(log_file(job.settings.output)).messages)[1:]
 
 
 def damage(file: Path) -> None:
@@ -235,17 +240,15 @@ def test_a_layer_that_is_told_twice_is_journaled_and_heard_of_once(job: Job) -> 
         lead.observe(message)
         lead.observe(message)
         lead.observe(replace(message, worker=0))  # done again by a worker that did not know
-    lines = (job.settings.output / STATE / "journal.jsonl").read_text().splitlines()
-    assert [json.loads(line)["kind"] for line in lines] == ["run", "layer"]
-    assert heard == read_events(job.settings.output / EVENTS_FILE) == [message]
+    assert heard == logged(job) == [message]
 
 
 def test_a_layer_that_was_finished_in_an_earlier_run_is_not_journaled_again(job: Job) -> None:
     interrupted(job, [0], [])
-    before = (job.settings.output / STATE / "journal.jsonl").read_bytes()
+    before = logged(job)
     with opened(job) as lead:
         lead.tell(finished_layer(job, 0), 0)
-    assert (job.settings.output / STATE / "journal.jsonl").read_bytes() == before
+    assert logged(job) == before
 
 
 def test_an_error_of_the_journal_comes_out_and_nobody_hears_of_the_layer(
@@ -289,7 +292,7 @@ def test_messages_are_heard_one_after_the_other_whoever_tells_them(job: Job) -> 
             thread.join()
     assert not any(overlaps)
     assert len(heard) == 40
-    assert read_events(job.settings.output / EVENTS_FILE) == heard
+    assert logged(job) == heard
 
 
 def test_snapshots_in_front_of_layers_that_others_have_yet_to_catch_up_with_are_kept(job: Job) -> None:
@@ -316,7 +319,7 @@ def test_of_the_snapshots_from_which_a_run_can_go_on_the_newest_two_are_kept(job
 def test_a_run_that_fails_says_so_in_the_last_line_of_its_events(job: Job) -> None:
     with pytest.raises(AwqdistError), opened(job):
         raise AwqdistError("layer 3: the input is not finite")
-    lines = (job.settings.output / EVENTS_FILE).read_text().splitlines()
+    lines = log_file(job.settings.output).read_text().splitlines()
     last = json.loads(lines[-1])
     assert (last["event"], last["reason"], last["worker"]) == ("RunFailed", "layer 3: the input is not finite", None)
     assert abs(last["time"] - time.time()) < 60
@@ -325,7 +328,7 @@ def test_a_run_that_fails_says_so_in_the_last_line_of_its_events(job: Job) -> No
 def test_a_run_that_is_interrupted_says_so_too(job: Job) -> None:
     with pytest.raises(KeyboardInterrupt), opened(job):
         raise KeyboardInterrupt
-    (message,) = read_events(job.settings.output / EVENTS_FILE)
+    (message,) = logged(job)
     assert message.event == RunFailed("KeyboardInterrupt")
 
 
@@ -344,13 +347,11 @@ def test_a_second_leader_on_a_folder_is_refused_and_disturbs_nothing(job: Job) -
 
 
 def test_a_leader_that_could_not_begin_holds_no_lock(job: Job) -> None:
-    events = job.settings.output / EVENTS_FILE
-    interrupted(job, [0], [])
-    events.unlink()
-    events.mkdir()
-    with pytest.raises(OutputError, match=r"cannot write .*events\.jsonl"):
+    file = log_file(job.settings.output)
+    file.mkdir(parents=True)
+    with pytest.raises(OutputError, match=r"cannot write .*log\.jsonl"):
         opened(job)
-    events.rmdir()
+    file.rmdir()
     with opened(job):
         pass
 
@@ -403,44 +404,36 @@ def test_finished_layers_become_a_model_and_the_end_is_told(job: Job) -> None:
     end = heard[-1].event
     assert isinstance(end, RunFinished)
     assert (end.output, end.output_bytes) == (str(output), index["metadata"]["total_size"])
-    assert kinds(read_events(output / EVENTS_FILE)) == kinds(heard)
+    assert kinds(logged(job)) == kinds(heard)
 
 
 def test_the_time_of_a_resumed_run_includes_that_of_the_runs_before(job: Job) -> None:
     interrupted(job, list(range(NUM_LAYERS)), [])
-    write_events(job.settings.output / EVENTS_FILE, [(start(), 1000.0), (StageStarted(0, "read"), 1500.0)])
+    write_log(job.settings.output, timed([(start(), 1000.0), (StageStarted(0, "read"), 1500.0)]))
+    first_s = seconds_of_runs(logged(job)[:-2])
     begun = time.perf_counter()
     with opened(job) as lead:
         lead.begin("local", 1)
         total = lead.finish().seconds["total"]
-    assert 500.0 < total < 500.0 + time.perf_counter() - begun
+    assert 500.0 + first_s < total < 501.0 + first_s + time.perf_counter() - begun
 
 
-def test_the_events_of_a_run_that_had_finished_nothing_are_begun_anew(job: Job) -> None:
-    for _ in range(2):
-        with opened(job) as lead:
-            lead.begin("local", 1)
-    assert kinds(read_events(job.settings.output / EVENTS_FILE)) == ["RunStarted"]
-
-
-def test_a_resumed_run_adds_to_the_events_and_survives_the_torn_line_of_the_one_before(job: Job) -> None:
+def test_a_resumed_run_adds_to_the_log_and_survives_the_torn_line_of_the_one_before(job: Job) -> None:
     interrupted(job, [0], [])
-    events = job.settings.output / EVENTS_FILE
-    with events.open("ab") as stream:
-        stream.write(Message(StageStarted(1, "read"), 0, 5.0).to_json().encode()[:30])
-    with opened(job) as lead:
+    file = write_log(job.settings.output, [], tail=encode(Message(StageStarted(1, "read"), 0, 5.0))[:30])
+    heard: list[Message] = []
+    with opened(job, heard) as lead:
         lead.begin("local", 1)
-    assert kinds(read_events(events)) == ["RunStarted", "LayerFinished", "RunStarted"]
+    assert kinds(logged(job)) == ["RunStarted", "LayerFinished", "RunStarted", "Warned"]
+    assert f"{file}: damaged lines 4; layers that only they told of are made again" in str(heard[-1].event)
 
 
 def start() -> RunStarted:
     return RunStarted("model", "output", "cpu", 4, 0, 256)
 
 
-def write_events(file: Path, events: list[tuple[Event, float]], tail: str = "") -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    lines = [Message(event, None, at).to_json() + "\n" for event, at in events]
-    file.write_text("".join(lines) + tail)
+def timed(events: list[tuple[Event, float]]) -> list[Message]:
+    return [Message(event, None, at) for event, at in events]
 
 
 STAGE = StageStarted(0, "search")
@@ -463,42 +456,6 @@ STAGE = StageStarted(0, "search")
     ],
 )
 def test_the_seconds_of_runs_are_those_from_their_beginnings_to_their_last_messages(
-    tmp_path: Path, events: list[tuple[Event, float]], seconds: float
+    events: list[tuple[Event, float]], seconds: float
 ) -> None:
-    write_events(tmp_path / EVENTS_FILE, events)
-    assert seconds_of_runs(tmp_path / EVENTS_FILE) == pytest.approx(seconds)
-
-
-def test_runs_whose_file_is_missing_took_no_time(tmp_path: Path) -> None:
-    assert seconds_of_runs(tmp_path / EVENTS_FILE) == 0.0
-
-
-@pytest.mark.parametrize("cut", [1, 20, 60])
-def test_torn_and_foreign_lines_count_for_nothing(tmp_path: Path, cut: int) -> None:
-    file = tmp_path / EVENTS_FILE
-    torn = Message(STAGE, 0, 900.0).to_json()[:cut]
-    write_events(file, [(start(), 100.0), (STAGE, 110.0)], tail=torn)
-    assert seconds_of_runs(file) == pytest.approx(10.0)
-    with file.open("a") as stream:
-        stream.write(f"\nno line of ours\n{{}}\n\n{Message(start(), None, 200.0).to_json()}\n")
-        stream.write(f"{Message(STAGE, 0, 205.0).to_json()}\n{torn}")
-    assert seconds_of_runs(file) == pytest.approx(15.0)
-
-
-def test_a_pen_that_goes_on_ends_the_torn_line_first(tmp_path: Path) -> None:
-    file = tmp_path / EVENTS_FILE
-    first, second = Message(start(), None, 100.0), Message(STAGE, 3, 101.5)
-    file.write_text(f"{first.to_json()}\n{second.to_json()[:25]}")
-    log = EventLog(file, anew=False)
-    log.append(second)
-    log.close()
-    assert read_events(file) == [first, second]
-
-
-def test_a_pen_that_begins_anew_leaves_nothing_of_what_was_there(tmp_path: Path) -> None:
-    file = tmp_path / EVENTS_FILE
-    write_events(file, [(start(), 1.0)] * 3)
-    log = EventLog(file, anew=True)
-    log.append(Message(STAGE, None, 2.0))
-    log.close()
-    assert read_events(file) == [Message(STAGE, None, 2.0)]
+    assert seconds_of_runs(timed(events)) == pytest.approx(seconds)

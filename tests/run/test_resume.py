@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,9 @@ from support.tiny_llama import NUM_LAYERS, RECIPE, Tiny
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from awqdist.run.events import LayerFinished, LogBegun, OutsideCopied, SnapshotSaved
+from awqdist.run.log import log_file, read_log
+
 SEED = random.SystemRandom().randrange(1 << 32)  # printed by every failing test
 NUM_FILE_OPERATIONS = 63  # of a run that nothing disturbs
 
@@ -30,32 +35,38 @@ def run(tiny: Tiny, output: Path, *options: object) -> Outcome:
 
 
 def interrupted(tiny: Tiny, output: Path, num_layers: int, *options: object) -> Outcome:
-    """A run killed by SIGKILL just after its n-th layer was finished; the layer is in the journal, no later one is."""
-    names = [output / ".awqdist" / "journal.jsonl"]
-
-    def prepare() -> None:
-        from awqdist.run import journal
-
-        add_layer = journal.Journal.add_layer
-
-        def add_and_die(self: journal.Journal, record: object) -> None:
-            add_layer(self, record)  # type: ignore[arg-type]
-            if len(self.entries.layers) == num_layers:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        journal.Journal.add_layer = add_and_die  # type: ignore[method-assign, assignment]
-
+    """A run killed by SIGKILL just after its n-th layer was finished; the layer is in the log, no later one is."""
+    prepare = after_each_layer(lambda count: count == num_layers and os.kill(os.getpid(), signal.SIGKILL))
     outcome = start(output.parent, "quantize", tiny.model, output, *tiny.options(*options), prepare=prepare).wait()
     assert outcome.code == -signal.SIGKILL
-    assert names[0].is_file()
+    assert log_file(output).is_file()
     return outcome
+
+
+def after_each_layer(act: Callable[[int], object]) -> Callable[[], None]:
+    """For `start`: calls `act` with the number of finished layers once another is in the log, before anyone hears of it."""
+
+    def prepare() -> None:
+        from awqdist.run.events import LayerFinished, Message
+        from awqdist.run.journal import Journal
+
+        add = Journal.add
+
+        def add_and_act(self: Journal, message: Message) -> None:
+            add(self, message)
+            if isinstance(message.event, LayerFinished):
+                act(len(self.entries.layers))
+
+        Journal.add = add_and_act  # type: ignore[method-assign]
+
+    return prepare
 
 
 def finish(tiny: Tiny, output: Path, undisturbed: Path, *options: object) -> Outcome:
     outcome = run(tiny, output, *options)
     assert outcome.code == 0, outcome.stderr
     assert model_files(output) == model_files(undisturbed)
-    assert sorted(path.name for path in (output / ".awqdist").iterdir()) == ["journal.jsonl", "lock"]
+    assert sorted(path.name for path in (output / ".awqdist").iterdir()) == ["lock", "log.jsonl"]
     return outcome
 
 
@@ -117,7 +128,7 @@ def check_second_run(tiny: Tiny, output: Path, undisturbed: Path, first: Outcome
         AutoModelForCausalLM.from_pretrained(output if output.is_dir() else output.parent)
     second = finish(tiny, output, undisturbed, *options)
     finished_before = second.events[0]["num_finished_layers"]
-    assert first.count("LayerFinished") in (finished_before, finished_before - 1)  # killed between journal and event
+    assert first.count("LayerFinished") in (finished_before, finished_before - 1)  # killed between log and listener
     assert second.count("LayerFinished") == NUM_LAYERS - finished_before
 
 
@@ -231,38 +242,109 @@ def damage_file(file: Path, damage: str) -> None:
         file.write_bytes(file.read_bytes()[:-100])
 
 
+def damaged_log(output: Path, change: Callable[[list[bytes]], list[bytes]]) -> None:
+    """Changes the lines of the log."""
+    log_file(output).write_bytes(b"".join(change(log_file(output).read_bytes().splitlines(keepends=True))))
+
+
+def lines_with(lines: list[bytes], event: str) -> list[int]:
+    return [number for number, line in enumerate(lines) if line.startswith(b'{"event":"%s"' % event.encode())]
+
+
 @pytest.mark.parametrize("kept", [0.5, 0.999])
-def test_a_torn_last_line_of_the_journal_costs_one_layer(
+def test_a_torn_last_line_of_the_log_costs_one_layer(
     tiny: Tiny, undisturbed: Path, tmp_path: Path, kept: float
 ) -> None:
     output = tmp_path / "output"
     interrupted(tiny, output, 3)
-    journal = output / ".awqdist" / "journal.jsonl"
-    *whole, last = journal.read_bytes().splitlines(keepends=True)
-    journal.write_bytes(b"".join(whole) + last[: int(len(last) * kept)])
+    damaged_log(output, lambda lines: [*lines[:-1], lines[-1][: int(len(lines[-1]) * kept)]])
+    before = log_file(output).read_bytes()
     assert finish(tiny, output, undisturbed).count("LayerFinished") == 2
+    assert log_file(output).read_bytes().startswith(before)  # appended to, never changed
 
 
-@pytest.mark.parametrize("damage", [b"", b'{"kind": "run", "fing', b"\0" * 4096])
-def test_a_journal_that_never_began_is_begun(tiny: Tiny, undisturbed: Path, tmp_path: Path, damage: bytes) -> None:
+@pytest.mark.parametrize("damage", [b"", b'{"event":"LogBegun","ti', b"\0" * 4096])
+def test_a_log_that_never_began_is_begun(tiny: Tiny, undisturbed: Path, tmp_path: Path, damage: bytes) -> None:
     output = tmp_path / "output"
     (output / ".awqdist").mkdir(parents=True)
-    (output / ".awqdist" / "journal.jsonl").write_bytes(damage)
-    finish(tiny, output, undisturbed)
+    log_file(output).write_bytes(damage)
+    assert run(tiny, output).code == 0
+    assert model_files(output) == model_files(undisturbed)
 
 
-@pytest.mark.parametrize(
-    "damage", [b"\0" * 50 + b"\n", b"[]\n", b"{}\n", b'{"kind": "layer", "layer": 1}\n', b"\xff\n"]
-)
-def test_nothing_behind_a_damaged_line_of_the_journal_is_trusted(
+@pytest.mark.parametrize("damage", [b"\0" * 50, b"[]", b"{}", b'{"event": "LayerFinished", "layer": 1}', b"\xff"])
+def test_a_damaged_line_costs_the_layer_that_it_told_of_and_no_other(
     tiny: Tiny, undisturbed: Path, tmp_path: Path, damage: bytes
 ) -> None:
     output = tmp_path / "output"
     interrupted(tiny, output, 3)
-    journal = output / ".awqdist" / "journal.jsonl"
-    lines = journal.read_bytes().splitlines(keepends=True)  # run, layer 0, snapshot 1, layer 1, ...
-    journal.write_bytes(b"".join([*lines[:3], damage, *lines[3:]]))
-    assert finish(tiny, output, undisturbed).count("LayerFinished") == 3
+
+    def damage_layer_1(lines: list[bytes]) -> list[bytes]:
+        lines[lines_with(lines, "LayerFinished")[1]] = damage + b"\n"
+        return lines
+
+    damaged_log(output, damage_layer_1)
+    outcome = finish(tiny, output, undisturbed)
+    assert [event["layer"] for event in outcome.events if event["event"] == "LayerFinished"] == [1, 3]
+    (warning,) = (event["message"] for event in outcome.events if event["event"] == "Warned")
+    assert "damaged lines" in warning
+
+
+def test_lines_added_by_nobody_cost_nothing(tiny: Tiny, undisturbed: Path, tmp_path: Path) -> None:
+    output = tmp_path / "output"
+    interrupted(tiny, output, 3)
+    damaged_log(output, lambda lines: [*lines[:3], b"no line of ours\n", *lines[3:]])
+    assert finish(tiny, output, undisturbed).count("LayerFinished") == 1
+
+
+def test_without_its_first_line_a_log_is_set_aside_and_all_layers_are_made_again(
+    tiny: Tiny, undisturbed: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "output"
+    interrupted(tiny, output, 3)
+    damaged_log(output, lambda lines: [lines[0].replace(b"recipe", b"recope"), *lines[1:]])
+    before = log_file(output).read_bytes()
+    outcome = run(tiny, output)
+    assert outcome.count("LayerFinished") == NUM_LAYERS
+    assert "all layers are made again" in next(e["message"] for e in outcome.events if e["event"] == "Warned")
+    assert model_files(output) == model_files(undisturbed)
+    assert (output / ".awqdist" / "log-1.jsonl").read_bytes() == before
+
+
+def as_version_0_1(output: Path) -> None:
+    """Turns the log into the two files that awqdist 0.1 wrote."""
+    lines = []
+    for message in read_log(log_file(output)).messages:
+        match message.event:
+            case LogBegun(fingerprint):
+                lines.append({"kind": "run", "fingerprint": fingerprint})
+            case LayerFinished(_, record):
+                lines.append({"kind": "layer", **asdict(record)})
+            case SnapshotSaved() | OutsideCopied() as event:
+                kind = "snapshot" if isinstance(event, SnapshotSaved) else "outside"
+                lines.append({"kind": kind, **asdict(event)})
+    (output / ".awqdist" / "journal.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    log_file(output).rename(output / "events.jsonl")
+
+
+def test_a_finished_model_of_version_0_1_is_verified(undisturbed: Path, tmp_path: Path) -> None:
+    output = tmp_path / "output"
+    shutil.copytree(undisturbed, output)
+    as_version_0_1(output)
+    assert awqdist("verify", output).code == 0
+
+
+def test_an_unfinished_run_of_version_0_1_is_refused_or_overwritten(
+    tiny: Tiny, undisturbed: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "output"
+    interrupted(tiny, output, 2)
+    as_version_0_1(output)
+    with folder_as_it_was(output):
+        assert "an unfinished run of awqdist 0.1, which this version cannot resume" in run(tiny, output).error_line()
+    assert awqdist("quantize", tiny.model, output, *tiny.options(), "--overwrite").code == 0
+    assert model_files(output) == model_files(undisturbed)
+    assert not (output / "events.jsonl").exists()
 
 
 def test_leftovers_of_unfinished_writes_do_no_harm(tiny: Tiny, undisturbed: Path, tmp_path: Path) -> None:
@@ -393,7 +475,7 @@ def test_overwrite_replaces_a_finished_model_and_leaves_other_files(
     assert {name: left.pop(name) for name in strangers} == strangers
     assert left.pop("adapter_model.safetensors") == b"2"
     assert left.pop("half.partial") == b"3"
-    assert set(left) - {"events.jsonl"} == set(model_files(undisturbed))
+    assert set(left) == set(model_files(undisturbed))
     assert left != model_files(undisturbed)
 
 
@@ -442,17 +524,7 @@ def test_a_run_killed_while_it_overwrites_leaves_no_half_model(
 def stopped(tiny: Tiny, output: Path) -> Child:
     """A run that has finished its first layer and stands still."""
 
-    def prepare() -> None:
-        from awqdist.run import journal
-
-        add_layer = journal.Journal.add_layer
-
-        def add_and_stop(self: journal.Journal, record: object) -> None:
-            add_layer(self, record)  # type: ignore[arg-type]
-            os.kill(os.getpid(), signal.SIGSTOP)
-
-        journal.Journal.add_layer = add_and_stop  # type: ignore[method-assign, assignment]
-
+    prepare = after_each_layer(lambda count: os.kill(os.getpid(), signal.SIGSTOP))
     child = start(output.parent, "quantize", tiny.model, output, *tiny.options(), prepare=prepare)
     child.await_that(lambda: Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T")
     return child

@@ -30,7 +30,6 @@ from awqdist.run.events import (
     WorkerStatus,
 )
 from awqdist.run.job import Job, prepare
-from awqdist.run.journal import SnapshotRecord
 from awqdist.run.ring import Assignment, RingBroken, work
 from awqdist.run.schedule import Schedule
 from awqdist.settings import RunSettings
@@ -122,7 +121,7 @@ def assignment(
     *,
     layers: Sequence[int] = range(NUM_LAYERS),
     finished: dict[int, int] | None = None,
-    snapshot: SnapshotRecord | None = None,
+    snapshot: SnapshotSaved | None = None,
 ) -> Assignment:
     finished = finished or {}
     schedule = Schedule(layers[0], layers[-1] + 1, num_workers, NUM_CHUNKS, forward_only=frozenset(finished))
@@ -350,7 +349,7 @@ def test_snapshots_hold_the_inputs_of_every_so_manieth_layer_and_work_goes_on_fr
 
     again = tmp_path / "again"
     shutil.copytree(output / ".awqdist", again / ".awqdist")
-    record = SnapshotRecord(2, saved.file, saved.sha256)
+    record = SnapshotSaved(2, saved.file, saved.sha256)
     alone(job_of(tiny, again), Told(), layers=[2, 3], snapshot=record)
     assert layer_files(again) == [name_of(2), name_of(3)]
     for layer in (2, 3):

@@ -89,11 +89,11 @@ def test_token_and_answers_may_show_late(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_tokens_of_another_run_and_its_files_stay(tmp_path: Path) -> None:
     other, mine = offer_token(tmp_path), offer_token(tmp_path)
-    (tmp_path / ".awqdist" / "journal.jsonl").write_text("facts")
+    (tmp_path / ".awqdist" / "log.jsonl").write_text("facts")
     answer_token(tmp_path, mine, 0)
     remove_token(tmp_path, mine)
     remove_token(tmp_path, mine)
-    assert state_files(tmp_path) == [".awqdist/journal.jsonl", f".awqdist/token-{other}"]
+    assert state_files(tmp_path) == [".awqdist/log.jsonl", f".awqdist/token-{other}"]
 
 
 def test_a_folder_that_cannot_be_written_is_refused_where_the_token_is_offered(tmp_path: Path) -> None:

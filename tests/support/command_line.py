@@ -148,9 +148,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def model_files(output: Path) -> dict[str, bytes]:
-    """What must be equal however a run came to its end: everything but the journal, the events and the report, which tell times."""
+    """What must be equal however a run came to its end: everything but the log and the report, which tell times."""
     return {
         name: data
         for name, data in contents(output).items()
-        if not name.startswith(".awqdist") and name not in ("report.html", "events.jsonl")
+        if not name.startswith(".awqdist") and name != "report.html"
     }

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 from awqdist.layer.records import LayerRecord, LinearRecord, MappingRecord
 from awqdist.run import events as ev
 from awqdist.run.events import Message
+from awqdist.run.log import encode, log_file
 
 EPOCH = 1_700_000_000.0
 GIB = 2**30
+
+
+def write_log(output: Path, messages: Iterable[Message], tail: bytes = b"") -> Path:
+    """Appends messages, all of them, to the log of an output folder; then `tail`. Returns the log."""
+    file = log_file(output)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("ab") as stream:
+        stream.write(b"".join(map(encode, messages)) + tail)
+    return file
 
 
 def mapping_record(layer: int = 0) -> MappingRecord:

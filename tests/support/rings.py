@@ -75,8 +75,8 @@ def run(ring: Ring, tiny: Tiny, output: Path, *options: object) -> Outcome:
 
 
 def messages(output: Path) -> list[dict[str, Any]]:
-    """The whole lines of events.jsonl so far."""
-    file = output / "events.jsonl"
+    """The whole lines of the log so far."""
+    file = output / ".awqdist" / "log.jsonl"
     found = []
     for line in file.read_text().splitlines() if file.exists() else ():
         with contextlib.suppress(ValueError):
