@@ -17,7 +17,7 @@ from awqdist.calibration.text import is_text, load_calibration
 from awqdist.checkpoint.hub import model_folder
 from awqdist.errors import CalibrationError, CheckpointError
 from awqdist.layer.records import RunSummary
-from awqdist.model import config, registry
+from awqdist.model import families, skeleton
 from awqdist.plan.estimate import chunk_budget
 from awqdist.recipe import AWQMapping, MappingPattern, Recipe, load_recipe
 from awqdist.run.events import Listen, Message
@@ -114,13 +114,13 @@ def oneshot(
 def register_mappings(architecture: str, mappings: Sequence[AWQMapping]) -> None:
     """Makes `mappings` the default of an architecture (a class name, as in config.json's `architectures`)."""
     patterns = [MappingPattern(m.smooth_layer, tuple(m.balance_layers)) for m in mappings]
-    registry.register_mappings(architecture, patterns)
+    families.register_mappings(architecture, patterns)
 
 
 def load_tokenizer(model: str | Path) -> Any:
     """The tokenizer of a folder or hub id. Raises CheckpointError."""
     try:
-        return config.load_tokenizer(model)
+        return skeleton.load_tokenizer(model)
     except Exception as error:  # transformers raises many kinds for a missing or broken tokenizer
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(

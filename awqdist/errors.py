@@ -35,3 +35,8 @@ class NumericalError(AwqdistError):
 
 class OffloadError(AwqdistError):
     """Something that was kept beside a layer, in memory or on a disk, does not fit, is damaged, or is gone."""
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's message, or its type's name where it has none: a reason within our own message."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -29,7 +29,7 @@ from awqdist import (
     register_mappings,
 )
 from awqdist.layer.records import RunSummary
-from awqdist.model import registry
+from awqdist.model import families
 
 SIZES = {"num_calibration_samples": 8, "max_seq_length": 32, "chunk_tokens": 128, "device": "cpu"}
 
@@ -267,7 +267,7 @@ def test_every_event_reaches_the_listener(tiny: Tiny, tmp_path: Path) -> None:
 @pytest.fixture
 def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the test registers is forgotten afterwards."""
-    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
+    monkeypatch.setattr(families, "_MAPPINGS", dict(families._MAPPINGS))
 
 
 @pytest.mark.usefixtures("own_registry")

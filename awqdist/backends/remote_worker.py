@@ -20,7 +20,7 @@ from torch import Tensor
 from awqdist.backends.inbox import Inbox
 from awqdist.backends.placement import Allocation
 from awqdist.errors import CheckpointError
-from awqdist.model.registry import register_mappings, registered_mappings
+from awqdist.model.families import register_mappings, registered_mappings
 from awqdist.recipe import MappingPattern, Recipe
 from awqdist.run.chunks import open_chunk_store
 from awqdist.run.events import Event, Message

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from awqdist.checkpoint.index import holds_weights
-from awqdist.errors import CheckpointError
+from awqdist.errors import CheckpointError, first_line
 
 _PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*"]
 _PICKLES = "pytorch_model*.bin"
@@ -70,8 +70,7 @@ def _local(model: str) -> Path | None:
 
 
 def _not_provided(model: str, error: Exception) -> CheckpointError:
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
     return CheckpointError(
-        f"{model} is neither a folder here nor a model that the hub gives ({reason}); check the name and the network,"
+        f"{model} is neither a folder here nor a model that the hub gives ({first_line(error)}); check the name and the network,"
         " or download it elsewhere and give its folder"
     )

@@ -46,7 +46,7 @@ def smoothed(mappings: Sequence[MappingPattern]) -> str:
 
 def _row(family: Family) -> tuple[str, ...]:
     architectures = ", ".join(family.architectures)
-    return family.name, architectures, smoothed(family.mappings), ", ".join(family.tested), family.left
+    return family.name, architectures, smoothed(family.mappings), ", ".join(family.tested), family.notes
 
 
 def _joined(patterns: Sequence[str]) -> str:

@@ -170,7 +170,7 @@ def _refuse_different_vocabularies(names: list[str], tokenizers: list[Any]) -> N
 
 
 def _load_tokenizer(name: str) -> Any:
-    from awqdist.model.config import load_tokenizer
+    from awqdist.model.skeleton import load_tokenizer
 
     if not Path(name).is_dir() and not HUB_ID.fullmatch(name):
         raise CheckpointError(f"model {name}: no such folder")
@@ -186,7 +186,7 @@ def _load_model(name: str, device: str, shard: Shard) -> Any:
     from safetensors import SafetensorError
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 
-    from awqdist.model.config import load_config
+    from awqdist.model.skeleton import load_config
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

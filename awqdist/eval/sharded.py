@@ -23,9 +23,8 @@ from torch import Tensor, nn
 from awqdist.checkpoint.hub import model_folder
 from awqdist.errors import AwqdistError, CheckpointError
 from awqdist.eval.float_weights import FloatWeights
-from awqdist.model.config import load_config
 from awqdist.model.experts import fuse_experts
-from awqdist.model.skeleton import Skeleton, build_skeleton, read_config
+from awqdist.model.skeleton import Skeleton, build_skeleton, load_config, read_config
 from awqdist.run.device import launcher_value
 
 _CONFIG = {

@@ -15,8 +15,7 @@ from awqdist.layer.mlp_refit import InnerStatistics, Owner
 from awqdist.layer.plan import LayerTask, RoutedSite
 from awqdist.layer.residency import Bench
 from awqdist.layer.row_sample import RowSample
-from awqdist.model.expert_products import ExpertWatch, run_all_experts
-from awqdist.model.experts import FusedParameter
+from awqdist.model.experts import ExpertWatch, FusedParameter, run_all_experts
 from awqdist.model.forward import Watch
 from awqdist.quant.experts import ExpertStatistics, SharedStatistics, max_rows
 from awqdist.quant.stats import InputStatistics

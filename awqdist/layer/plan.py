@@ -9,9 +9,9 @@ from functools import partial
 from awqdist.checkpoint.index import CheckpointIndex
 from awqdist.errors import ModelError, RecipeError
 from awqdist.layer.records import SkippedMapping
+from awqdist.model.families import full_precision_linears, registered_mappings
 from awqdist.model.inference import infer_mappings
 from awqdist.model.mapping import HeadShape, Resolution, ResolvedMapping, resolve
-from awqdist.model.registry import kept_linears, registered_mappings
 from awqdist.model.skeleton import Skeleton
 from awqdist.model.structure import LayerStructure, trace_layers
 from awqdist.recipe import MappingPattern, Recipe, SchemeGroup, WeightScheme, check_patterns_match, matches
@@ -127,7 +127,7 @@ def _layer_task(
     disk_module: Callable[[str], str] = partial(_disk_module, names)
     schemes = {}
     for path, shape in structure.linears.items():
-        kept = any(matches(pattern, disk_module(path)) for pattern in kept_linears(skeleton.architecture))
+        kept = any(matches(pattern, disk_module(path)) for pattern in full_precision_linears(skeleton.architecture))
         group = _group(recipe, f"{skeleton.prefix}.{layer}.{path}", disk_module(path), named=kept)
         if group is not None and path not in structure.gates:
             _check_width(disk_module(path), shape, group.weights)

@@ -18,9 +18,7 @@ from awqdist.layer.records import LinearRecord, MappingRecord, SiteRecord
 from awqdist.layer.round_sites import SmoothedSites, round_sites
 from awqdist.model.experts import FusedParameter
 from awqdist.model.forward import LayerCall
-from awqdist.model.mapping import ResolvedMapping
-from awqdist.model.preserve import TOLERANCE, change_of_output
-from awqdist.model.smoothed import SmoothedParameters
+from awqdist.model.mapping import TOLERANCE, ResolvedMapping, SmoothedParameters, change_of_output
 from awqdist.quant.candidates import ScaleChoice
 from awqdist.quant.compensated import CompensatedStatistics
 from awqdist.quant.experts import SharedStatistics

@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from inspect import signature
+from threading import Lock
 from typing import Any
 
 import torch
@@ -18,24 +20,31 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_map
 
 from awqdist.errors import CalibrationError
-from awqdist.model.expert_products import ExpertWatch, WatchedExperts
-from awqdist.model.kernels import reference_kernels
+from awqdist.model.experts import ExpertWatch, WatchedExperts
 from awqdist.model.skeleton import Skeleton
 
 Parameters = Mapping[str, Tensor]
 Watch = Callable[[Tensor], None]
+_KERNEL_PACKAGES = (
+    "causal_conv1d",
+    "fla",
+    "mamba_ssm",
+)  # transformers uses them wherever they are installed; GPUs only
+_kernels_lock = Lock()
+_num_without_kernels = 0
+_is_exporting = torch.compiler.is_exporting
 
 
 @dataclass(frozen=True, slots=True)
 class LayerCall:
-    """The arguments of one decoder layer beside its hidden states, which are of `num_sequences` sequences."""
+    """The arguments of one decoder layer besides its hidden states, for `num_sequences` sequences."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     num_sequences: int
 
     def cast(self, device: torch.device, dtype: torch.dtype, batch: int | None = None) -> LayerCall:
-        """On `device`, floating tensors in `dtype`; with `batch`, per-sequence tensors cut to the first sequences."""
+        """Returns the call on `device`, floating tensors in `dtype`; with `batch`, for the first `batch` sequences only."""
 
         def convert(value: Any) -> Any:
             if not isinstance(value, Tensor):
@@ -51,6 +60,7 @@ class LayerCall:
         )
 
     def equals(self, other: LayerCall) -> bool:
+        """Returns whether both calls have the same arguments, tensors compared by value."""
         ours, our_spec = tree_flatten((self.args, self.kwargs))
         theirs, their_spec = tree_flatten((other.args, other.kwargs))
         return our_spec == their_spec and all(
@@ -64,10 +74,14 @@ class _AllLayersSeen(Exception):
 
 
 def record_calls(skeleton: Skeleton, outside: Parameters, input_ids: Tensor) -> tuple[Tensor, list[LayerCall]]:
-    """First hidden states (B, L, H) of input_ids (B, L), and the call of every layer.
+    """Returns the first layer's hidden states (B, L, H), and the call of every layer.
 
-    outside: parameters and buffers of the decoder that are in no layer, by their names in the decoder. Raises CalibrationError for
-    sequences that are too long for a layer to be run by itself (see `_beside_states`).
+    Args:
+        outside: parameters and buffers of the decoder that are in no layer, by their names in the decoder.
+        input_ids: (B, L) int64.
+
+    Raises:
+        CalibrationError: sequences are too long for a layer to be run by itself (see `_beside_states`).
     """
     calls: list[LayerCall] = []
     first: list[Tensor] = []
@@ -91,11 +105,10 @@ def record_calls(skeleton: Skeleton, outside: Parameters, input_ids: Tensor) -> 
 
 
 def _beside_states(skeleton: Skeleton, input_ids: Tensor) -> tuple[Tensor, ...]:
-    """What a layer returns beside its hidden states: under sparse attention, the tokens that are attended to, which a layer without an
-    indexer takes from the one before. A layer run by itself cannot know them, but while no sample is longer than what an
-    indexer chooses they are all tokens.
+    """Returns what a layer returns besides its hidden states: under sparse attention, the tokens that are attended to.
 
-    Raises CalibrationError for longer samples of a model with such layers.
+    A layer without an indexer takes them from the one before, and run by itself cannot know them. While no sample is longer than what
+    an indexer chooses they are all tokens; longer samples of a model with such layers raise CalibrationError.
     """
     if "prev_topk_indices" not in signature(type(skeleton.layers[0]).forward).parameters:
         return ()
@@ -117,47 +130,53 @@ def forward_layer(
     watches: Mapping[str, Watch] | None = None,
     expert_watches: Mapping[str, ExpertWatch] | None = None,
 ) -> Tensor:
-    """Output hidden states of one layer.
+    """Returns the output hidden states (B, L, H) of one layer.
 
-    parameters: by names in the layer, experts fused; hidden: (B, L, H) in their dtype; watches: module path within the layer ->
-    function that is given the input of that module; expert_watches: the same for fused parameters, expert by expert.
+    Args:
+        layer: the decoder layer; nothing in it is modified.
+        parameters: by names in the layer, experts fused.
+        hidden: (B, L, H) in their dtype.
+        call: the layer's further arguments.
+        watches: module path within the layer -> function that is given the input of that module.
+        expert_watches: the same for fused parameters, expert by expert.
     """
     with ExitStack() as stack, torch.no_grad():
-        stack.enter_context(reference_kernels(hidden.device))
+        stack.enter_context(_without_kernels(hidden.device))
         if expert_watches:
             watched = {name: (parameters[name], watch) for name, watch in expert_watches.items()}
             stack.enter_context(WatchedExperts(watched))
         for path, watch in (watches or {}).items():
-            stack.callback(layer.get_submodule(path).register_forward_pre_hook(_tell(watch)).remove)
+            stack.callback(layer.get_submodule(path).register_forward_pre_hook(_passing_input(watch)).remove)
         output = functional_call(layer, dict(parameters), (hidden, *call.args), call.kwargs)
     states: Tensor = output[0] if isinstance(output, tuple) else output
     return states
 
 
 def with_buffers(module: nn.Module, parameters: Parameters, device: torch.device) -> dict[str, Tensor]:
-    """`parameters` and the module's own buffers, which no checkpoint holds, on `device`."""
+    """Returns `parameters` and the module's own buffers, which no checkpoint holds, on `device`."""
     buffers = {name: buffer.to(device) for name, buffer in module.named_buffers() if buffer.device.type != "meta"}
     return {**buffers, **parameters}
 
 
-def _tell(watch: Watch) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-        watch(args[0])
-
-    return hook
+def _passing_input(watch: Watch) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    return lambda module, args: watch(args[0])
 
 
 def without_embeddings(skeleton: Skeleton, outside: Parameters) -> dict[str, Tensor]:
-    """What `head_inputs` is run with: `outside` with zeros for the token embeddings, which take no memory; nobody looks at what they
-    embed."""
+    """Returns `outside` with zeros for the token embeddings, which take no memory: `head_inputs` does not need them."""
     embeddings = skeleton.decoder.get_input_embeddings().weight  # type: ignore[operator]
     names = {name for name, parameter in skeleton.decoder.named_parameters() if parameter is embeddings}
     return {n: tensor.new_zeros(()).expand(tensor.shape) if n in names else tensor for n, tensor in outside.items()}
 
 
 def head_inputs(skeleton: Skeleton, outside: Parameters, input_ids: Tensor, hidden: Tensor) -> Tensor:
-    """What lm_head reads: the decoder's own forward with all layers passed over and `hidden` (B, L, H) as the output of the last."""
+    """Returns what lm_head reads (B, L, H), by the decoder's own forward with all layers passed over.
 
+    Args:
+        outside: parameters and buffers of the decoder that are in no layer.
+        input_ids: (B, L) int64.
+        hidden: (B, L, H), the output of the last layer.
+    """
     beside = _beside_states(skeleton, input_ids)
 
     def final(output: Any) -> Tensor:
@@ -171,9 +190,31 @@ def head_inputs(skeleton: Skeleton, outside: Parameters, input_ids: Tensor, hidd
 
 @contextmanager
 def _layers_replaced(skeleton: Skeleton, forward: Callable[..., Any]) -> Iterator[None]:
-    """Every decoder layer's forward is `forward`: an attribute of the instance hides the method until it is deleted."""
+    """Replaces every decoder layer's forward: an attribute of the instance hides the method until it is deleted."""
     with ExitStack() as stack:
         for layer in skeleton.layers:
             layer.forward = forward
             stack.callback(delattr, layer, "forward")
         yield
+
+
+@contextmanager
+def _without_kernels(device: torch.device) -> Iterator[None]:
+    """Makes transformers use its own torch code in place of kernels for GPUs, if `device` is the CPU or meta.
+
+    transformers falls back to it while a model is exported, and asks torch whether one is. Threads may be within this side by side.
+    """
+    global _num_without_kernels
+    if device.type == "cuda" or not any(find_spec(package) for package in _KERNEL_PACKAGES):
+        yield
+        return
+    with _kernels_lock:
+        _num_without_kernels += 1
+        torch.compiler.is_exporting = lambda: True
+    try:
+        yield
+    finally:
+        with _kernels_lock:
+            _num_without_kernels -= 1
+            if not _num_without_kernels:
+                torch.compiler.is_exporting = _is_exporting

@@ -1,4 +1,4 @@
-"""Mappings of an architecture that nobody described: proposed from its structure, kept if they preserve its function.
+"""Infers the mappings of an unknown architecture: proposes them from its structure, keeps those that preserve its function.
 
 Every norm that feeds linears is a candidate, and so is every pair of linears whose widths fit. A candidate stays if scaling by random
 factors, with random weights, leaves the layer's output unchanged: that is what a mapping means. One layer of each structure is tried, in
@@ -22,8 +22,7 @@ from torch.utils._pytree import tree_map_only
 from awqdist.errors import ModelError
 from awqdist.model.experts import FusedParameter
 from awqdist.model.forward import with_buffers
-from awqdist.model.mapping import HeadShape, ResolvedMapping, connect
-from awqdist.model.preserve import preserves_function
+from awqdist.model.mapping import HeadShape, ResolvedMapping, connect, preserves_function
 from awqdist.model.skeleton import Skeleton
 from awqdist.model.structure import LayerStructure, trial_calls
 
@@ -31,7 +30,11 @@ Group = tuple[ResolvedMapping, ...]  # one mapping, or the same of every expert
 
 
 def infer_mappings(skeleton: Skeleton, structure: LayerStructure, layer: int) -> tuple[ResolvedMapping, ...]:
-    """Mappings of decoder layer `layer`. Raises ModelError if the layer has none that preserve its function."""
+    """Returns the mappings of decoder layer `layer`.
+
+    Raises:
+        ModelError: none preserves the layer's function.
+    """
     config = skeleton.model.config.get_text_config(decoder=True)
     module, heads = skeleton.layers[layer], HeadShape.of(config)
     experts = tuple(_one_for_all(fused) for fused in skeleton.layer_experts(layer))
@@ -53,8 +56,10 @@ def infer_mappings(skeleton: Skeleton, structure: LayerStructure, layer: int) ->
 
 
 def _candidates(structure: LayerStructure, heads: HeadShape) -> list[Group]:
-    """Norms in front of sites first; then linears, the nearest in front of a site first. What is computed within an expert may come from
-    that expert only."""
+    """Returns what is tried for every site: the norm in front of it, or the linears before it, the nearest first.
+
+    What is computed within an expert may come from that expert only.
+    """
     candidates: list[Group] = []
     order = list(structure.linears)
     routed = {path: part for part in structure.routed for path in part.linears}
@@ -75,7 +80,7 @@ def _candidates(structure: LayerStructure, heads: HeadShape) -> list[Group]:
 
 
 def _of_every_expert(structure: LayerStructure, mapping: ResolvedMapping) -> Group:
-    """A mapping within expert 0, and the same within the others."""
+    """Returns a mapping within expert 0, and the same within the others."""
     parts = {(part.fused, part.expert): part.linears for part in structure.routed}
     place = {path: (part.fused, i) for part in structure.routed for i, path in enumerate(part.linears)}
 
@@ -93,12 +98,12 @@ def _of_every_expert(structure: LayerStructure, mapping: ResolvedMapping) -> Gro
 
 
 class _ScaledCopies(torch.Tensor):
-    """(1, …) that stands for (E, …), whose slice e is its only one times a factor of its own."""
+    """A tensor (1, …) that stands for (E, …): slice e is its only slice times a factor of its own."""
 
     num_experts: int
 
     def of(self, experts: Tensor) -> Tensor:
-        """The slices of these experts (n,): (n, …)."""
+        """Returns the slices (n, …) of these experts (n,)."""
         factors = torch.randn(self.num_experts, generator=torch.Generator().manual_seed(0))[experts]
         return self.as_subclass(Tensor) * factors.reshape(-1, *(1,) * (self.ndim - 1))
 
@@ -113,7 +118,7 @@ class _ScaledCopies(torch.Tensor):
 
 @dataclass(frozen=True, slots=True)
 class _OneForAll(FusedParameter):
-    """A fused parameter that is made of the first expert only."""
+    """A fused parameter that is made from the first expert only."""
 
     num_experts: int = 0
 
@@ -136,7 +141,7 @@ def _one_for_all(fused: FusedParameter) -> _OneForAll:
 
 
 def _random_parameters(layer: nn.Module, experts: tuple[FusedParameter, ...]) -> Mapping[str, Tensor]:
-    """Float32 parameters of plausible size, by unfused names."""
+    """Returns float32 parameters of plausible size, by unfused names."""
     shapes = {name: tuple(parameter.shape) for name, parameter in layer.named_parameters()}
     for fused in experts:
         shapes = {name: shape for name, shape in shapes.items() if name not in fused.names} | fused.shapes()

@@ -1,28 +1,42 @@
-"""Mappings: which layer's output is smoothed, and which linears read it.
+"""Resolves mappings (which layer's output is smoothed, which linears read it), applies them, and proves that the function is kept.
 
 A pattern names on-disk modules, as in llm-compressor (`re:` patterns or exact names). Resolving ties it to one layer's structure: the
 whole input site is compensated whatever the pattern lists, since every consumer of a smoothed tensor must be.
+
+`SmoothedParameters` holds a layer's parameters under the scales of its mappings. The proof runs the layer before and after and compares.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from awqdist.errors import RecipeError
+from awqdist.model.experts import FusedParameter, fuse_experts, made_experts
+from awqdist.model.forward import LayerCall, forward_layer, with_buffers
 from awqdist.model.structure import LayerStructure
+from awqdist.quant.smooth import balance_linear, per_source, smooth_linear, smooth_norm
 from awqdist.recipe import MappingPattern, matches
+
+TOLERANCE = 1e-4  # of the proof: relative, float32
+Change = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class HeadShape:
-    """How attention reads its projections: numbers of query heads and of key/value heads, and the values per head.
+    """How attention reads its projections.
 
-    clipped: queries, keys and values are clamped (`clip_qkv` of Olmo and DBRX), so that they cannot be scaled; latent: rows of keys
-    and of values per head in the up-projection of multi-head latent attention; squared: MLPs without a gate square what ReLU lets pass.
+    Attributes:
+        num_heads: of queries.
+        num_kv_heads: of keys and values.
+        head_dim: values per head.
+        clipped: queries, keys and values are clamped (`clip_qkv` of Olmo and DBRX), so that they cannot be scaled.
+        latent: rows of keys and of values per head in the up-projection of multi-head latent attention.
+        squared: MLPs without a gate square what ReLU lets pass.
     """
 
     num_heads: int
@@ -34,7 +48,7 @@ class HeadShape:
 
     @classmethod
     def of(cls, config: object) -> HeadShape:
-        """From a transformers text config."""
+        """Returns the shape that a transformers text config describes."""
         heads = int(getattr(config, "num_attention_heads", 1))
         kv_heads = getattr(config, "num_key_value_heads", None)
         head_dim = getattr(config, "head_dim", None) or int(getattr(config, "hidden_size", heads)) // heads
@@ -45,28 +59,36 @@ class HeadShape:
         return cls(heads, int(kv_heads or heads), int(head_dim), clipped, per_head, squared)
 
     def is_latent(self, num_outputs: int, num_inputs: int) -> bool:
-        """Whether a linear (num_outputs, ·) holds each head's keys and values, and one (·, num_inputs) reads the values."""
+        """Returns whether a linear (num_outputs, ·) holds each head's keys and values, and one (·, num_inputs) reads values."""
         rows = self.latent or (0, 0)
         return num_inputs == self.num_heads * rows[1] and num_outputs == self.num_heads * sum(rows)
 
 
 @dataclass(frozen=True, slots=True)
 class ResolvedMapping:
-    """A mapping within one layer. Paths are within the layer; `balance` is a whole input site."""
+    """A mapping within one layer. Paths are within the layer.
+
+    Attributes:
+        balance: a whole input site.
+        norm: the smooth layer is a norm; otherwise it is a linear, whose last rows are divided.
+        unit_offset: the norm multiplies by (1 + weight).
+        source: (kv heads, query heads per kv head, head_dim); None: channel i comes from row i.
+        rows_before: rows of each head in the smooth linear in front of those that the channels come from.
+        rows_after: rows of the whole smooth linear behind those.
+        power: that the smooth linear's outputs are raised to on their way to the balance layers.
+    """
 
     smooth: str
     balance: tuple[str, ...]
-    norm: bool  # the smooth layer is a norm; else a linear, whose last rows are divided
-    unit_offset: bool  # (1 + w) norm
-    source: (
-        tuple[int, int, int] | None
-    )  # (kv heads, query heads per kv head, head_dim); None: channel i comes from row i
-    rows_before: int = 0  # of each head in the smooth linear, in front of the rows that the channels come from
-    rows_after: int = 0  # of the whole smooth linear, behind those rows
-    power: int = 1  # that the smooth linear's outputs are raised to on their way to the balance layers
+    norm: bool
+    unit_offset: bool
+    source: tuple[int, int, int] | None
+    rows_before: int = 0
+    rows_after: int = 0
+    power: int = 1
 
     def source_channels(self, num_inputs: int) -> Tensor:
-        """(I,) int64: the smooth layer's output channel that each input channel of the balance layers comes from."""
+        """Returns the smooth layer's output channel, (I,) int64, that each input channel of the balance layers comes from."""
         if self.source is None:
             return torch.arange(num_inputs)
         kv_heads, repeats, head_dim = self.source
@@ -77,7 +99,7 @@ class ResolvedMapping:
         return num_inputs if self.source is None else self.source[0] * self.source[2]
 
     def over_rows(self, scales: Tensor) -> Tensor:
-        """What the smooth layer's last rows are divided by, from the scales of its output channels (S,): 1 for rows that nobody scales."""
+        """Returns the divisors of the smooth layer's last rows from the scales (S,) of its channels; 1 for rows without one."""
         scales = scales ** (1 / self.power)
         if self.rows_before:
             assert self.source is not None
@@ -88,7 +110,7 @@ class ResolvedMapping:
 
 @dataclass(frozen=True, slots=True)
 class Resolution:
-    """Mappings that apply in a layer, and (mapping, reason) for those that do not."""
+    """The mappings that apply in a layer, and (mapping, reason) for those that do not."""
 
     mappings: tuple[ResolvedMapping, ...]
     skipped: tuple[tuple[str, str], ...]
@@ -100,9 +122,16 @@ def resolve(
     disk_name: Callable[[str], str],
     heads: HeadShape,
 ) -> Resolution:
-    """Ties `patterns` to one layer. disk_name: module path in the layer -> on-disk module name.
+    """Ties `patterns` to one layer. A site is smoothed once, by the first mapping that names one of its linears.
 
-    A site is smoothed once, by the first mapping that names one of its linears. Raises RecipeError where the smooth layer is ambiguous.
+    Args:
+        patterns: in the order in which they are tried.
+        structure: of the layer.
+        disk_name: from a module's path in the layer to its on-disk name.
+        heads: how attention reads its projections.
+
+    Raises:
+        RecipeError: a pattern's smooth layer is ambiguous.
     """
     mappings: dict[str, ResolvedMapping] = {}  # by the first linear of the site
     skipped: list[tuple[str, str]] = []
@@ -129,8 +158,11 @@ def resolve(
 
 
 def _pairs(label: str, smooths: list[str], balance: list[str]) -> list[tuple[str, tuple[str, ...]]]:
-    """Smooth layers with the balance layers that are meant. Where a pattern matches several, as those of experts do, layers of one
-    parent module belong together. Raises RecipeError where that leaves one without a partner."""
+    """Returns smooth layers with the balance layers that are meant.
+
+    Where a pattern matches several, as those of experts do, layers of one parent module belong together. Raises RecipeError where
+    that leaves one without a partner.
+    """
     if len(smooths) == 1:
         return [(smooths[0], tuple(balance))]
     by_parent: dict[str, list[str]] = {}
@@ -147,7 +179,7 @@ def _pairs(label: str, smooths: list[str], balance: list[str]) -> list[tuple[str
 def connect(
     structure: LayerStructure, smooth: str, balance: tuple[str, ...], heads: HeadShape
 ) -> ResolvedMapping | str:
-    """The mapping from `smooth` to the site that the balance layers read, or the reason why there can be none."""
+    """Returns the mapping from `smooth` to the site that the balance layers read, or the reason why there can be none."""
     sites = {structure.site_of(path) for path in balance}
     if len(sites) > 1:
         return f"{', '.join(balance)} do not read one tensor"
@@ -174,21 +206,145 @@ def connect(
         return ResolvedMapping(smooth, site, False, False, tied if tied[1] > 1 else None)
     if siblings and num_outputs == 2 * num_inputs:  # fused gate and up: the last half is up
         return ResolvedMapping(smooth, site, False, False, None)
-    if (
-        siblings and num_outputs == 3 * num_inputs
-    ):  # a short convolution: the second third multiplies what was convolved
+    # a short convolution: the second third multiplies what was convolved
+    if siblings and num_outputs == 3 * num_inputs:
         return ResolvedMapping(smooth, site, False, False, None, rows_after=num_inputs)
     return f"{smooth} has {num_outputs} outputs, {balance[0]} reads {num_inputs} inputs"
 
 
 def _from_norm(structure: LayerStructure, norm: str, site: tuple[str, ...]) -> ResolvedMapping:
-    """A norm over each head by itself has one weight for all heads."""
+    """Returns the mapping from a norm; one over each head by itself has the same weights for all heads."""
     width, num_inputs = structure.norm_widths[norm], structure.linears[site[0]][1]
     source = (1, num_inputs // width, width) if width < num_inputs else None
     return ResolvedMapping(norm, site, True, structure.norms[norm], source)
 
 
 def _reads_alone(structure: LayerStructure, linear: str) -> bool:
-    """Whether no other linear of its module reads what a linear does, as in an MLP without a gate."""
+    """Returns whether no other linear of its module reads what a linear does, as in an MLP without a gate."""
     parent = linear.rpartition(".")[0]
     return [path for path in structure.site_of(linear) if path.rpartition(".")[0] == parent] == [linear]
+
+
+class SmoothedParameters(Mapping[str, Tensor]):
+    """A layer's parameters after the mappings that were applied, each made when it is asked for.
+
+    Norm weights keep their dtype; linears and biases that were changed come in float32, made anew each time. Kept, they would take
+    two to four times the layer's own memory; with hundreds of experts only a few of them are needed at a time.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+        self._parameters = parameters
+        self._changes: dict[str, list[Change]] = {}
+
+    def apply(self, mapping: ResolvedMapping, scales: Tensor) -> Tensor:
+        """Smooths by scales (I,) over the inputs of the balance layers.
+
+        Returns:
+            The scales as applied, which a norm in 16 bits adapts to what it can store.
+        """
+        weight, bias = f"{mapping.smooth}.weight", f"{mapping.smooth}.bias"
+        source = mapping.source_channels(scales.shape[0]).to(scales.device)
+        outputs = per_source(scales, source, mapping.num_channels(scales.shape[0]))
+        if mapping.norm:
+            stored, applied = smooth_norm(self[weight], outputs, mapping.unit_offset)
+            self._changes[weight] = [lambda _: stored]
+            self._change(bias, lambda tensor: tensor.float() / applied)
+            scales = applied[source]
+        else:
+            outputs = mapping.over_rows(outputs)
+            self._change(weight, partial(smooth_linear, scales=outputs))
+            self._change(bias, partial(smooth_linear, scales=outputs))
+        for path in mapping.balance:
+            self._change(f"{path}.weight", partial(balance_linear, scales=scales))
+        return scales
+
+    def _change(self, name: str, change: Change) -> None:
+        if name in self._parameters:
+            self._changes.setdefault(name, []).append(change)
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self._parameters[name]
+        for change in self._changes.get(name, ()):
+            tensor = change(tensor)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parameters)
+
+    def __len__(self) -> int:
+        return len(self._parameters)
+
+
+def change_of_output(
+    layer: nn.Module,
+    before: Mapping[str, Tensor],
+    after: Mapping[str, Tensor],
+    hidden: Tensor,
+    call: LayerCall,
+    experts: Sequence[FusedParameter] = (),
+) -> float:
+    """Returns ‖f_after(x) - f_before(x)‖ / ‖f_before(x) - x‖ in float32: the change of what the layer adds to its input.
+
+    Experts are made one at a time where their parameter is sliced.
+
+    Args:
+        layer: the decoder layer.
+        before, after: its parameters in any dtype, by unfused names.
+        hidden: x, (B, L, H).
+        call: the layer's further arguments.
+        experts: its fused parameters.
+    """
+    call = call.cast(hidden.device, torch.float32, hidden.shape[0])
+    hidden = hidden.float()
+    first, second = (_output(layer, side, hidden, call, experts) for side in (before, after))
+    contribution = (first - hidden).norm()
+    return float((second - first).norm() / contribution.clamp(min=1e-20))
+
+
+def _output(
+    layer: nn.Module, side: Mapping[str, Tensor], hidden: Tensor, call: LayerCall, experts: Sequence[FusedParameter]
+) -> Tensor:
+    """Returns the layer's output (B, L, H) in float32; its float32 parameters are freed on return."""
+    made = [fused for fused in experts if fused.is_sliced]
+    of_experts = {name for fused in made for name in fused.shapes()}
+    parameters = ((name, side[name]) for name in side if name not in of_experts)
+    working = {name: p.float() if p.is_floating_point() else p for name, p in parameters}
+    working = fuse_experts([fused for fused in experts if fused not in made], working)
+    with made_experts(made, partial(_expert_weight, side), hidden.device) as stand_ins:
+        return forward_layer(layer, with_buffers(layer, {**working, **stand_ins}, hidden.device), hidden, call)
+
+
+def preserves_function(
+    layer: nn.Module,
+    parameters: Mapping[str, Tensor],
+    mappings: Sequence[ResolvedMapping],
+    hidden: Tensor,
+    call: LayerCall,
+    experts: Sequence[FusedParameter] = (),
+) -> bool:
+    """Returns whether scaling by random factors between 1/64 and 64 leaves the layer's output unchanged.
+
+    The factors are powers of two, which float32 carries without rounding, and so far apart that a clamp on the way shows.
+
+    Args:
+        layer: the decoder layer.
+        parameters: by unfused names.
+        mappings: those that are tried, all at once.
+        hidden: (B, L, H).
+        call: the layer's further arguments.
+        experts: its fused parameters.
+    """
+    smoothed = SmoothedParameters(parameters)
+    generator = torch.Generator().manual_seed(0)
+    for mapping in mappings:
+        num_inputs = parameters[f"{mapping.balance[0]}.weight"].shape[1]
+        source = mapping.source_channels(num_inputs)
+        factors = torch.exp2(torch.randint(-6, 7, (int(source.max()) + 1,), generator=generator).float())[source]
+        smoothed.apply(mapping, factors.to(hidden.device))
+    return change_of_output(layer, parameters, smoothed, hidden, call, experts) < TOLERANCE
+
+
+def _expert_weight(parameters: Mapping[str, Tensor], fused: FusedParameter, expert: int) -> Tensor:
+    """Returns an expert's slice (R, I) of a fused parameter, float32."""
+    parts = [parameters[f"{path}.weight"].float() for path in fused.parts[expert]]
+    return torch.cat(parts) if len(parts) > 1 else parts[0]

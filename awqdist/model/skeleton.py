@@ -1,9 +1,10 @@
-"""The model's structure without its weights: a transformers model on the meta device, and the names of its parts on disk.
+"""Builds a model without its weights: a transformers model on the meta device, and the names of its parts on disk.
 
 The skeleton is never filled and never modified: layers run through `torch.func.functional_call` with parameters handed in. Buffers
 (rotary frequencies, embedding multipliers) are computed for real, since no checkpoint holds them.
 
-Names in the model are *unfused* wherever tensors are meant: experts have a name each, as on disk (`conversion.py`).
+Names in the model are *unfused* wherever tensors are meant: experts have a name each, as on disk (`names.py`). No code from a model's
+folder is ever run; model types that are another's under a new name are read as what they are.
 """
 
 from __future__ import annotations
@@ -19,56 +20,77 @@ import transformers
 from accelerate import init_empty_weights
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
-from awqdist.errors import CheckpointError, ModelError
-from awqdist.model.config import load_config
-from awqdist.model.conversion import float32_names, match_names
+from awqdist.errors import CheckpointError, ModelError, first_line
 from awqdist.model.experts import FusedParameter
+from awqdist.model.names import float32_names, match_names
+
+_SAME_AS = {"kimi_k2": "deepseek_v3"}  # Moonshot: its own type only marks weights of other shapes
 
 
 @dataclass(frozen=True, slots=True)
 class Skeleton:
-    """model: on meta; decoder: its text stack; layers: the decoder layers; prefix: their ModuleList's name in `model`."""
+    """A model on the meta device, and where its parts are on disk.
+
+    Attributes:
+        decoder: the model's text stack.
+        layers: the decoder layers.
+        prefix: the name of their ModuleList in `model`.
+        on_disk: parameter or buffer by its unfused name in `model` -> name on disk.
+        unknown: on-disk names that `model` does not have.
+        fused: the experts of all layers, by names in `model`.
+        float32: what is computed in float32 whatever the dtype, by names in `model`.
+    """
 
     model: PreTrainedModel
     decoder: nn.Module
     layers: nn.ModuleList
     prefix: str
-    on_disk: dict[str, str]  # parameter or buffer name in `model` -> name on disk
-    unknown: tuple[str, ...]  # on-disk names that `model` does not have
-    fused: tuple[FusedParameter, ...]  # the experts of all layers, by names in `model`
-    float32: frozenset[str]  # what is computed in float32 whatever the dtype, by names in `model`
+    on_disk: dict[str, str]
+    unknown: tuple[str, ...]
+    fused: tuple[FusedParameter, ...]
+    float32: frozenset[str]
 
     @property
     def architecture(self) -> str:
+        """Returns the class name of the model."""
         return type(self.model).__name__
 
     @property
     def num_layers(self) -> int:
+        """Returns the number of decoder layers."""
         return len(self.layers)
 
     @property
     def dtype(self) -> torch.dtype:
+        """Returns the dtype that the model computes in."""
         return self.model.dtype
 
     def layer_names(self, layer: int) -> dict[str, str]:
-        """Parameter name within decoder layer `layer` -> on-disk name."""
+        """Returns the map of parameter name within decoder layer `layer` -> on-disk name."""
         start = f"{self.prefix}.{layer}."
         return {name.removeprefix(start): disk for name, disk in self.on_disk.items() if name.startswith(start)}
 
     def layer_experts(self, layer: int) -> tuple[FusedParameter, ...]:
-        """The fused parameters of decoder layer `layer`, by names within it."""
+        """Returns the fused parameters of decoder layer `layer`, by names within it."""
         start = f"{self.prefix}.{layer}."
         return tuple(fused.within(start) for fused in self.fused if fused.name.startswith(start))
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every parameter and buffer that a checkpoint may hold, by its unfused name."""
+        """Returns the shapes of all parameters and buffers that a checkpoint may hold, by their unfused names."""
         shapes = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
         return shapes | {name: shape for fused in self.fused for name, shape in fused.shapes().items()}
 
     def outside_names(self) -> dict[str, str]:
-        """Parameter name within the decoder -> on-disk name, for everything in the decoder that is not in a layer."""
+        """Returns the map of parameter name within the decoder -> on-disk name, for what is in no decoder layer."""
         start = self.prefix.rpartition(".")[0]
         start = f"{start}." if start else ""
         return {
@@ -79,12 +101,12 @@ class Skeleton:
 
     @property
     def head_weight(self) -> str:
-        """Name of the weight that logits are made with, tied or not; "" where there is none."""
+        """Returns the name of the weight that logits are made with, tied or not; "" where there is none."""
         head = self.model.get_output_embeddings()
         return next((f"{name}.weight" for name, module in self.model.named_modules() if module is head), "")
 
     def linears(self) -> dict[str, tuple[int, int]]:
-        """All linears of the model by their names in it, with their (O, I)."""
+        """Returns the shapes (O, I) of all linears of the model, by their names in it."""
         return {
             name: (module.out_features, module.in_features)
             for name, module in self.model.named_modules()
@@ -92,14 +114,46 @@ class Skeleton:
         }
 
     def disk_module(self, name: str) -> str:
-        """On-disk name of a module with a weight; its own name where the weight is tied to another."""
+        """Returns the on-disk name of a module with a weight; its own name where the weight is tied to another."""
         return self.on_disk.get(f"{name}.weight", f"{name}.weight").removesuffix(".weight")
 
 
-def read_config(place: Path) -> PretrainedConfig:
-    """The model's configuration, without what it says of the source's quantization, which the reader undoes.
+def load_config(model: str | Path, **options: Any) -> PretrainedConfig:
+    """Returns the configuration of a folder or hub id. Raises what transformers raises: OSError, ValueError and others."""
+    config: PretrainedConfig = _renamed(model, **options) or AutoConfig.from_pretrained(
+        model, trust_remote_code=False, **options
+    )
+    return config
 
-    place: a model's folder, or a config.json. Raises CheckpointError if there is none or transformers does not know it.
+
+def load_tokenizer(model: str | Path) -> Any:
+    """Returns the tokenizer of a folder or hub id. Raises what transformers raises."""
+    try:
+        config = _renamed(model)
+    except OSError:  # tokenizers need no config.json
+        config = None
+    return AutoTokenizer.from_pretrained(model, config=config, trust_remote_code=False)
+
+
+def _renamed(model: str | Path, **options: Any) -> PretrainedConfig | None:
+    """Returns the configuration of a model type that is another's under a new name; None for all other types."""
+    fields, _ = PretrainedConfig.get_config_dict(model, **options)
+    kind = fields.get("model_type")
+    if kind not in _SAME_AS or kind in CONFIG_MAPPING:
+        return None
+    fields = {name: value for name, value in fields.items() if name != "auto_map"}
+    config: PretrainedConfig = CONFIG_MAPPING[_SAME_AS[kind]].from_dict({**fields, "model_type": _SAME_AS[kind]})
+    return config
+
+
+def read_config(place: Path) -> PretrainedConfig:
+    """Returns the model's configuration, without what it says of the source's quantization, which the reader undoes.
+
+    Args:
+        place: a model's folder, or a config.json.
+
+    Raises:
+        CheckpointError: there is no config.json, or transformers does not know it.
     """
     file = place / "config.json" if place.is_dir() else place
     if not file.is_file():
@@ -117,7 +171,9 @@ def read_config(place: Path) -> PretrainedConfig:
 def build_skeleton(config: PretrainedConfig, disk_names: Iterable[str]) -> Skeleton:
     """Builds the meta model of `config` and ties the checkpoint's names to it.
 
-    Raises ModelError if the decoder layers cannot be found, and CheckpointError if the checkpoint lacks a parameter.
+    Raises:
+        ModelError: transformers cannot build the model, or its decoder layers cannot be found.
+        CheckpointError: the checkpoint lacks a parameter.
     """
     model = build_model(config)
     num_layers = config.get_text_config(decoder=True).num_hidden_layers
@@ -128,7 +184,9 @@ def build_skeleton(config: PretrainedConfig, disk_names: Iterable[str]) -> Skele
     decoder = model.get_submodule(prefix.rpartition(".")[0])  # get_decoder() of Llama-4 is the whole model
     names = match_names(model, disk_names)
     present = names.on_disk.keys() | {name for fused in names.fused for name in fused.names}
-    missing = [n for n in _required(model) if n not in present]
+    tied = model.all_tied_weights_keys
+    required = (name for name, _ in model.named_parameters(remove_duplicate=False) if name not in tied)
+    missing = [name for name in required if name not in present]
     if missing:
         raise CheckpointError(f"the checkpoint lacks the tensor for {missing[0]} ({len(missing)} missing in all)")
     if names.fused:
@@ -136,12 +194,12 @@ def build_skeleton(config: PretrainedConfig, disk_names: Iterable[str]) -> Skele
     return Skeleton(model, decoder, found[0], prefix, names.on_disk, names.unknown, names.fused, float32_names(model))
 
 
-def first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
 def build_model(config: PretrainedConfig) -> PreTrainedModel:
-    """transformers' model of `config` on the meta device, its buffers computed. Raises ModelError."""
+    """Returns transformers' model of `config` on the meta device, with its buffers computed.
+
+    Raises:
+        ModelError: transformers cannot build it.
+    """
     names = getattr(config, "architectures", None) or []
     kind: Any = next((getattr(transformers, n) for n in names if hasattr(transformers, n)), AutoModelForCausalLM)
     dtype = getattr(config, "dtype", None) or config.get_text_config(decoder=True).dtype or torch.float32
@@ -166,9 +224,3 @@ class _ParametersOnMeta(TorchFunctionMode):
             if len(size) == 3 or (func is torch.empty and len(size) == 2):
                 return func(*args, **{**(kwargs or {}), "device": "meta"})
         return func(*args, **(kwargs or {}))
-
-
-def _required(model: PreTrainedModel) -> list[str]:
-    """Parameters that a checkpoint must hold: all but those tied to another."""
-    tied = model.all_tied_weights_keys
-    return [name for name, _ in model.named_parameters(remove_duplicate=False) if name not in tied]

@@ -1,4 +1,4 @@
-"""What feeds what inside one decoder layer, found by running it on the meta device: no weights, no arithmetic.
+"""Finds what feeds what inside one decoder layer, by running it on the meta device: no weights, no arithmetic.
 
 Linears that are given the same tensor form an *input site*; a norm whose output is that tensor is the site's norm. Tensors are
 recognised by their storage, so views count as the same tensor.
@@ -6,28 +6,39 @@ recognised by their storage, so views count as the same tensor.
 Routing depends on data, which the meta device has none of: a module of experts is passed over. The linears of its experts that read its
 input belong to that input's site, whatever tokens each of them is sent; those within the experts are a site each. Where the module is
 given the router's scores times its tokens (Llama-4), the site is the router's.
+
+Some linears write to the residual stream: what they compute is added to the layer's output, and nothing else is done to it. Sums, views and
+products with a number are followed from the linears' outputs on; a norm, a gate or an attention in between ends the trail.
 """
 
 from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from numbers import Number
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
 
-from awqdist.errors import ModelError
+from awqdist.errors import ModelError, first_line
 from awqdist.model.experts import FusedParameter
 from awqdist.model.forward import LayerCall, forward_layer, record_calls, with_buffers
-from awqdist.model.norms import has_unit_offset, norms_of
-from awqdist.model.residual import Identity, ResidualTrail, identity
-from awqdist.model.skeleton import Skeleton, first_line
+from awqdist.model.skeleton import Skeleton
 
+Identity = tuple[int, int, int]
 _TRACE_TOKENS = 8
+_SUMS = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__}
+_PRODUCTS = {torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__}
+_VIEWS = {
+    *(torch.nn.functional.dropout, torch.dropout, Tensor.contiguous, Tensor.to, Tensor.type_as, Tensor.float),
+    *(Tensor.view, Tensor.reshape, torch.reshape, Tensor.unsqueeze, Tensor.squeeze, Tensor.clone),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,24 +52,41 @@ class RoutedLinears:
 
 @dataclass(frozen=True, slots=True)
 class LayerStructure:
-    """Module paths are within the layer."""
+    """What feeds what in one layer. Module paths are within the layer.
 
-    linears: dict[str, tuple[int, int]]  # path -> (O, I), in the order in which they run
-    sites: tuple[tuple[str, ...], ...]  # linears that read one tensor
-    site_norms: dict[str, str]  # first linear of a site -> path of the norm whose output the site reads
-    norms: dict[str, bool]  # every norm with a weight -> whether it multiplies by (1 + weight)
-    norm_widths: dict[str, int]  # the same norms -> how many weights they have
+    Attributes:
+        linears: path -> (O, I), in the order in which they run.
+        sites: linears that read one tensor.
+        site_norms: first linear of a site -> path of the norm whose output the site reads.
+        norms: every norm with a weight -> whether it multiplies by (1 + weight).
+        norm_widths: the same norms -> how many weights they have.
+        routed: the linears of every expert.
+        gates: linears that decide on experts: routers and gates of shared experts.
+        writers: linears whose outputs are added to the residual stream as they are.
+        inner: first linear of a site -> the module that makes what it reads.
+    """
+
+    linears: dict[str, tuple[int, int]]
+    sites: tuple[tuple[str, ...], ...]
+    site_norms: dict[str, str]
+    norms: dict[str, bool]
+    norm_widths: dict[str, int]
     routed: tuple[RoutedLinears, ...] = ()
-    gates: frozenset[str] = frozenset()  # linears that decide on experts: routers and gates of shared experts
-    writers: frozenset[str] = frozenset()  # linears whose outputs are added to the residual stream as they are
-    inner: dict[str, str] = field(default_factory=dict)  # first linear of a site -> the module that makes what it reads
+    gates: frozenset[str] = frozenset()
+    writers: frozenset[str] = frozenset()
+    inner: dict[str, str] = field(default_factory=dict)
 
     def site_of(self, linear: str) -> tuple[str, ...]:
+        """Returns the site that a linear belongs to."""
         return next(site for site in self.sites if linear in site)
 
 
 def trace_layers(skeleton: Skeleton) -> list[LayerStructure]:
-    """Structure of every layer; layers of equal shape are traced once. Raises ModelError for one that cannot run without data."""
+    """Returns the structure of every layer; layers of equal shape are traced once.
+
+    Raises:
+        ModelError: a layer cannot run without data.
+    """
     calls = trial_calls(skeleton)
     known: dict[tuple[Any, ...], LayerStructure] = {}
     structures = []
@@ -79,7 +107,7 @@ def trace_layers(skeleton: Skeleton) -> list[LayerStructure]:
 
 
 def trial_calls(skeleton: Skeleton) -> list[LayerCall]:
-    """Calls of all layers for one sequence of 8 tokens, without reading a weight: parameters are zeros that take no memory."""
+    """Returns calls of all layers for one sequence of 8 tokens; parameters are zeros that take no memory."""
     outside = skeleton.outside_names()
     zeros = {
         name: torch.zeros(1, dtype=parameter.dtype).expand(parameter.shape)
@@ -92,7 +120,7 @@ def trial_calls(skeleton: Skeleton) -> list[LayerCall]:
 
 @dataclass(slots=True)
 class _Sightings:
-    """What a run on the meta device shows."""
+    """What a run on the meta device shows: which linears read a tensor, and which norm made it."""
 
     readers: dict[Identity, list[str]] = field(default_factory=dict)  # tensor -> linears that read it
     produced: dict[Identity, str] = field(default_factory=dict)  # tensor -> norm that made it
@@ -100,28 +128,28 @@ class _Sightings:
 
     def read(self, tensor: Tensor, paths: Iterable[str]) -> None:
         self.alive.append(tensor)
-        self.readers.setdefault(identity(tensor), []).extend(paths)
+        self.readers.setdefault(_identity(tensor), []).extend(paths)
 
     def input_of(self, path: str, given: Tensor) -> Tensor:
-        """What a module of experts reads: the tensor that it is given, or if no linear reads that, what those beside it read."""
+        """Returns what a module of experts reads: the tensor given, or if no linear reads that, what those beside it read."""
         parent = f"{path.rpartition('.')[0]}."
         beside = [key for key, readers in self.readers.items() if any(reader.startswith(parent) for reader in readers)]
-        if identity(given) in self.readers or not beside:
+        if _identity(given) in self.readers or not beside:
             return given
-        return next(tensor for tensor in self.alive if identity(tensor) == beside[-1])
+        return next(tensor for tensor in self.alive if _identity(tensor) == beside[-1])
 
     def made(self, tensor: Tensor, path: str) -> None:
         self.alive.append(tensor)
-        self.produced[identity(tensor)] = path
+        self.produced[_identity(tensor)] = path
 
 
 def _trace(
     layer: nn.Module, call: LayerCall, hidden_size: int, experts: tuple[FusedParameter, ...] = ()
 ) -> LayerStructure:
     seen = _Sightings()
-    norms = dict(norms_of(layer))
+    norms = dict(_norms_of(layer))
     shapes = {path: fused.part_shape for fused in experts for part in fused.parts for path in part}
-    trail = ResidualTrail()
+    trail = _ResidualTrail()
     with ExitStack() as stack:
         for path, module in layer.named_modules():
             if isinstance(module, nn.Linear) or (experts and _is_router(module)):
@@ -145,7 +173,7 @@ def _trace(
         linears={path: shapes[path] for site in sites for path in site},
         sites=sites,
         site_norms={site[0]: seen.produced[key] for key, site in seen.readers.items() if key in seen.produced},
-        norms={path: has_unit_offset(norm) for path, norm in norms.items()},
+        norms={path: _has_unit_offset(norm) for path, norm in norms.items()},
         norm_widths={path: _weight(norm).shape[0] for path, norm in norms.items()},
         routed=routed,
         gates=_gates(sites, shapes, experts),
@@ -163,7 +191,7 @@ def _making(seen: _Sightings, path: str) -> Callable[[nn.Module, tuple[Any, ...]
 
 
 def _passed_over(seen: _Sightings, experts: list[FusedParameter]) -> Callable[..., Tensor]:
-    """A forward for a module of experts that computes nothing."""
+    """Returns a forward for a module of experts that computes nothing."""
 
     def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         source = seen.input_of(experts[0].module, hidden_states)
@@ -181,7 +209,7 @@ def _passed_over(seen: _Sightings, experts: list[FusedParameter]) -> Callable[..
 
 
 def _is_router(module: nn.Module) -> bool:
-    """A module with a weight matrix of its own that is no linear: transformers' routers."""
+    """Returns whether a module has a weight matrix of its own and is no linear: transformers' routers."""
     weight = module._parameters.get("weight")
     return weight is not None and weight.ndim == 2 and not isinstance(module, nn.Embedding)
 
@@ -189,7 +217,7 @@ def _is_router(module: nn.Module) -> bool:
 def _gates(
     sites: tuple[tuple[str, ...], ...], shapes: dict[str, tuple[int, int]], experts: tuple[FusedParameter, ...]
 ) -> frozenset[str]:
-    """Linears beside experts that have an output per expert, or one: they decide, and stay in full precision."""
+    """Returns linears beside experts that have one output per expert, or one: they decide, and stay in full precision."""
     gates = set()
     for fused in experts:
         site = next(site for site in sites if fused.parts[0][0] in site)
@@ -201,7 +229,10 @@ def _gates(
 
 
 def _inner_sites(layer: nn.Module, sites: tuple[tuple[str, ...], ...]) -> dict[str, str]:
-    """Of modules that read one tensor and have linears of two sites, the second: gated MLPs, shared experts. By its linear."""
+    """Returns the second site of modules that read one tensor and have linears of two sites: gated MLPs, shared experts.
+
+    The keys are the sites' linears, the values the modules.
+    """
     found: dict[str, list[tuple[str, ...]]] = {}
     for site in sites:
         for path in dict.fromkeys(linear.rpartition(".")[0] for linear in site):
@@ -216,7 +247,7 @@ def _inner_sites(layer: nn.Module, sites: tuple[tuple[str, ...], ...]) -> dict[s
 
 
 def _run_on_meta(layer: nn.Module, call: LayerCall, hidden_size: int) -> Tensor:
-    """All in float32, so that a cast to it, as in routers, is no new tensor."""
+    """Runs the layer in float32, so that a cast to it, as in routers, makes no new tensor."""
     meta, dtype = torch.device("meta"), torch.float32
     parameters: dict[str, Tensor] = {n: p.detach().to(meta, dtype) for n, p in layer.named_parameters()}
     buffers = {name: buffer.to(meta) for name, buffer in layer.named_buffers()}
@@ -232,3 +263,68 @@ def _weight(module: nn.Module) -> Tensor:
     weight = module.weight
     assert isinstance(weight, Tensor)
     return weight
+
+
+class _ResidualTrail(TorchFunctionMode):
+    """Follows the outputs of linears through sums, views and products with a number, while it is entered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._writers: dict[Identity, frozenset[str]] = {}
+        self._alive: list[Tensor] = []  # storages stay distinct only while they live
+
+    def starts(self, *paths: str) -> Callable[[nn.Module, Any, Any], None]:
+        """Returns a forward hook for a linear, or for a module that sums up the linears of those paths.
+
+        A module that returns several tensors, as routers do, writes nothing.
+        """
+        return lambda module, args, output: self._mark(output, frozenset(paths if isinstance(output, Tensor) else ()))
+
+    def writers(self, output: Tensor) -> frozenset[str]:
+        """Returns the linears whose outputs are terms of `output`."""
+        return self._writers.get(_identity(output), frozenset())
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            scaled = func in _PRODUCTS and any(isinstance(value, Number) for value in args[:2])
+            followed = args[:2] if func in _SUMS or scaled else args[:1] if func in _VIEWS else ()
+            terms = (self.writers(term) for term in followed if isinstance(term, Tensor))
+            self._mark(result, frozenset().union(*terms))
+        return result
+
+    def _mark(self, tensor: Tensor, paths: frozenset[str]) -> None:
+        if paths:
+            self._alive.append(tensor)
+            self._writers[_identity(tensor)] = paths
+
+
+def _identity(tensor: Tensor) -> Identity:
+    """Identifies a tensor by its storage: views of all of it are the same tensor."""
+    return tensor.untyped_storage()._cdata, int(tensor.storage_offset()), tensor.numel()
+
+
+def _norms_of(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yields the norms with a weight per channel, by their paths in `layer`."""
+    for path, module in layer.named_modules():
+        weight = getattr(module, "weight", None)
+        if "norm" in type(module).__name__.lower() and isinstance(weight, Tensor) and weight.ndim == 1:
+            yield path, module
+
+
+def final_norm(decoder: nn.Module) -> tuple[str, bool]:
+    """Returns the path of the norm behind the layers, and whether it multiplies by (1 + weight); "" where there is none."""
+    norms = [(path, norm) for path, norm in _norms_of(decoder) if "." not in path]
+    return (norms[-1][0], _has_unit_offset(norms[-1][1])) if norms else ("", False)
+
+
+def _has_unit_offset(norm: nn.Module) -> bool:
+    """Returns whether a norm multiplies by (1 + weight), as Gemma's do: with a weight of zero its output is not zero."""
+    zeros = {name: torch.zeros(parameter.shape) for name, parameter in norm.named_parameters()}
+    trial = torch.linspace(-1.0, 2.0, zeros["weight"].shape[0]).unsqueeze(0)
+    parameters = inspect.signature(norm.forward).parameters.values()
+    required = [p for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    inputs = [trial for _ in required]  # some read a gate too
+    with torch.no_grad():
+        output: Tensor = functional_call(norm, zeros, tuple(inputs))
+    return bool(output.abs().max() > 0)

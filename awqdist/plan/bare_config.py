@@ -14,7 +14,8 @@ from transformers import PretrainedConfig
 from awqdist.checkpoint.experts import FusedExperts, fused_experts, split_experts
 from awqdist.checkpoint.index import DTYPE_NAMES, CheckpointIndex, Packing, TensorEntry
 from awqdist.checkpoint.sources import FORMATS, MXFP4_BLOCK, Quantization, declared_quantization
-from awqdist.model.disk_layout import DiskTensor, disk_layout
+from awqdist.model.names import DiskTensor, disk_layout
+from awqdist.model.skeleton import build_model
 
 
 def index_of_config(file: Path, config: PretrainedConfig) -> CheckpointIndex:
@@ -27,7 +28,7 @@ def index_of_config(file: Path, config: PretrainedConfig) -> CheckpointIndex:
     if quantization is not None and config.dtype is None:  # as the reader takes it
         config = deepcopy(config)
         config.dtype = torch.bfloat16
-    layout = disk_layout(config)
+    layout = disk_layout(build_model(config))
     families = fused_experts(config.model_type)
     stored = CheckpointIndex(file.parent, {name: _entry(file, name, layout[name], quantization) for name in layout})
     if quantization is not None and quantization.format == "MXFP4":

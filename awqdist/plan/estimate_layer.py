@@ -10,7 +10,7 @@ from math import ceil, prod
 from awqdist.layer.mlp_refit import inner_owners, num_kept_rows
 from awqdist.layer.plan import LayerTask
 from awqdist.layer.residency import LEVELS, Residency
-from awqdist.model.expert_products import takes_rows_by_expert
+from awqdist.model.experts import takes_rows_by_expert
 from awqdist.quant.experts import SKETCHED_ROWS, max_rows
 from awqdist.quant.gptq import num_side_by_side
 from awqdist.quant.sketch import is_sketched, num_held_rows

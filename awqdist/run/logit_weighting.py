@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from awqdist.model.norms import final_norm
+from awqdist.model.structure import final_norm
 from awqdist.quant.gptq import OutputOrder, logit_weighting
 from awqdist.run.events import Emit, SourceRead
 from awqdist.run.job import Job

@@ -20,8 +20,7 @@ from awqdist.layer.mlp_refit import inner_owners
 from awqdist.layer.plan import LayerTask
 from awqdist.layer.quantize import TRIAL_TOKENS, LayerResult, Method, Trial, quantize_layer
 from awqdist.layer.residency import Bench
-from awqdist.model.expert_products import made_experts
-from awqdist.model.experts import FusedParameter, fuse_experts
+from awqdist.model.experts import FusedParameter, fuse_experts, made_experts
 from awqdist.model.forward import (
     LayerCall,
     forward_layer,

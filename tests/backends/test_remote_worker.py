@@ -19,7 +19,7 @@ from awqdist.backends.local import run_local
 from awqdist.backends.placement import Allocation
 from awqdist.backends.remote_worker import RemoteWorker, WorkerInfo, WorkerSpec, agreed_fingerprint, worker_spec
 from awqdist.errors import AwqdistError, CheckpointError, OutputError
-from awqdist.model.registry import register_mappings, registered_mappings
+from awqdist.model.families import register_mappings, registered_mappings
 from awqdist.recipe import MappingPattern, load_recipe
 from awqdist.run import shared_folder
 from awqdist.run.events import ChunkForwarded, Event, LayerFinished, Message, StageStarted

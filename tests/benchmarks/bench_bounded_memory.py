@@ -27,8 +27,8 @@ from pathlib import Path
 import torch
 
 from awqdist.checkpoint.writer import LazyTensor, lazy_tensor, stream_safetensors, write_json
-from awqdist.model.disk_layout import DiskTensor, disk_layout
-from awqdist.model.skeleton import read_config
+from awqdist.model.names import DiskTensor, disk_layout
+from awqdist.model.skeleton import build_model, read_config
 from awqdist.run.events import SourceRead
 from awqdist.run.log import log_file, read_log
 from awqdist.units import parse_bytes
@@ -114,7 +114,7 @@ def write_model(folder: Path, options: argparse.Namespace) -> Path:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(
         folder
     )
-    layout = disk_layout(read_config(folder))
+    layout = disk_layout(build_model(read_config(folder)))
     write_shards(folder, [random_tensor(name, layout[name]) for name in layout], options.shard)
     return folder
 

@@ -37,8 +37,7 @@ from awqdist import oneshot
 from awqdist.errors import CalibrationError, ModelError
 from awqdist.layer.plan import LayerTask
 from awqdist.layer.records import RunSummary
-from awqdist.model.mapping import ResolvedMapping
-from awqdist.model.smoothed import SmoothedParameters
+from awqdist.model.mapping import ResolvedMapping, SmoothedParameters
 from awqdist.recipe import Recipe
 
 SAMPLES = token_ids(6)

@@ -13,15 +13,15 @@ from support.family_oracles import distance, load, logits, open_job, recipe, rou
 from support.odd_models import ClampedForCausalLM, MixedForCausalLM, RoutedForCausalLM, odd_checkpoint
 from support.tiny_models import tiny_checkpoint
 from torch import Tensor
-from transformers import Dots1ForCausalLM
+from transformers import Dots1ForCausalLM, PretrainedConfig
 
 from awqdist import oneshot
 from awqdist.checkpoint.sources import read_source
 from awqdist.errors import ModelError
 from awqdist.layer.plan import LayerTask
+from awqdist.model.families import registered_mappings
 from awqdist.model.inference import infer_mappings
 from awqdist.model.mapping import ResolvedMapping
-from awqdist.model.registry import registered_architectures
 from awqdist.model.skeleton import build_skeleton, read_config
 from awqdist.model.structure import trace_layers
 from awqdist.recipe import load_recipe
@@ -50,7 +50,7 @@ def kinds(task: LayerTask) -> dict[str, set[str]]:
 
 
 def test_an_unknown_mixture_of_experts_is_mapped_and_keeps_function_and_routing(tmp_path: Path) -> None:
-    assert "Dots1ForCausalLM" not in registered_architectures()
+    assert registered_mappings("Dots1ForCausalLM", PretrainedConfig()) is None
     source = odd_checkpoint(Dots1ForCausalLM, tmp_path / "source", **DOTS)
     job = open_job(source, recipe())
 

@@ -9,8 +9,7 @@ import torch
 from support.quant_oracles import random_weight
 from torch import Tensor
 
-from awqdist.model.mapping import ResolvedMapping
-from awqdist.model.smoothed import SmoothedParameters
+from awqdist.model.mapping import ResolvedMapping, SmoothedParameters
 from awqdist.quant.smooth import balance_linear, per_source, smooth_linear, smooth_norm
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -21,9 +21,8 @@ from awqdist.checkpoint.sources import read_source
 from awqdist.layer.plan import LayerTask
 from awqdist.model.experts import fuse_experts
 from awqdist.model.forward import forward_layer, head_inputs, record_calls, with_buffers
-from awqdist.model.mapping import ResolvedMapping
+from awqdist.model.mapping import ResolvedMapping, SmoothedParameters
 from awqdist.model.skeleton import build_skeleton, read_config
-from awqdist.model.smoothed import SmoothedParameters
 from awqdist.recipe import Recipe
 from awqdist.run.job import Job, prepare
 from awqdist.settings import RunSettings

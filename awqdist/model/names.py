@@ -1,7 +1,8 @@
-"""How names and layouts on disk become those of transformers' modules: its renamings, its fusing of experts, its dtypes.
+"""Translates between names on disk and names in transformers' modules: its renamings, its fusing of experts, its dtypes.
 
-On disk each expert's linears are tensors of their own (`mlp.experts.3.gate_proj.weight`), or are read as if they were. Which 3-D
-parameter of the model they belong to is told by transformers' conversions, or by `checkpoint.experts` for families that store it.
+On disk each expert's linears are tensors of their own (`mlp.experts.3.gate_proj.weight`), or are read as if they were. Transformers'
+conversions tell which 3-D parameter of the model they belong to; `checkpoint.experts` does for families that store that parameter itself.
+`disk_layout` goes the other way: it tells what a checkpoint of a model holds, without any weights.
 
 transformers' private loading API is used in this file only.
 """
@@ -9,12 +10,13 @@ transformers' private loading API is used in this file only.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from transformers import PreTrainedModel
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
@@ -22,16 +24,23 @@ from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
     rename_source_key,
+    revert_weight_conversion,
 )
 
 from awqdist.checkpoint.experts import ROWS, ExpertLayout, fused_experts, place_of
-from awqdist.errors import CheckpointError, ModelError
+from awqdist.errors import CheckpointError, ModelError, first_line
 from awqdist.model.experts import FusedParameter
 
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """on_disk: parameter or buffer by its unfused name in the model -> name on disk; unknown: on-disk names that the model lacks."""
+    """The checkpoint's tensors, tied to the model.
+
+    Attributes:
+        on_disk: parameter or buffer by its unfused name in the model -> name on disk.
+        fused: the model's 3-D parameters of experts.
+        unknown: on-disk names that the model lacks.
+    """
 
     on_disk: dict[str, str]
     fused: tuple[FusedParameter, ...]
@@ -40,7 +49,10 @@ class Names:
 
 @dataclass(frozen=True, slots=True)
 class _Fusing:
-    """How linears of experts become the 3-D parameter `name`. linears: of an expert, in their order; bias: parameter of their biases."""
+    """How linears of experts become the 3-D parameter `name`.
+
+    linears: of one expert, in their order; bias: the parameter of their biases.
+    """
 
     name: str
     linears: tuple[str, ...]
@@ -48,12 +60,12 @@ class _Fusing:
     bias: str | None = None
 
     def path(self, expert: int, linear: str) -> str:
-        """The unfused name of a linear."""
+        """Returns the unfused name of a linear."""
         return f"{self.name.rpartition('.')[0]}.{expert}.{linear}"
 
 
 class _Part(NamedTuple):
-    """An expert's tensor. leaf: "weight" or "bias"."""
+    """A tensor of one expert. leaf: "weight" or "bias"."""
 
     fusing: _Fusing
     expert: int
@@ -61,11 +73,11 @@ class _Part(NamedTuple):
     leaf: str
 
 
-_STACKING = ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)])  # what `ROWS` does as well
+_STACKING = ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)])  # `ROWS` does the same
 
 
 class _Renamings:
-    """transformers' conversions of one model, and the families of `checkpoint/experts.py`."""
+    """Translates on-disk names by transformers' conversions of one model, and by the families of `checkpoint.experts`."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         conversions = get_model_conversion_mapping(model)
@@ -79,7 +91,7 @@ class _Renamings:
         self.state = model.state_dict()
 
     def rename(self, disk: str) -> tuple[str, str | None]:
-        """The name in the model, and the pattern of the converter that takes the tensor up, if there is one."""
+        """Returns the name in the model, and the pattern of the converter that takes the tensor up, if there is one."""
         if disk not in self._renamed:
             name, pattern = rename_source_key(disk, self._renamings, self._converters, self._prefix, self.state)
             as_it_is = name not in self.state and disk in self.state
@@ -87,7 +99,7 @@ class _Renamings:
         return self._renamed[disk]
 
     def part(self, disk: str) -> _Part | None:
-        """What tensor `disk` is of an expert, by transformers' conversions or by `checkpoint/experts.py`; None for all other tensors."""
+        """Returns what tensor `disk` is of an expert, or None if it is of none."""
         place = place_of(disk, self._stored_fused)
         if place is None:
             return self._converted(disk)
@@ -121,7 +133,9 @@ class _Renamings:
 def match_names(model: PreTrainedModel, disk_names: Iterable[str]) -> Names:
     """Ties on-disk names to the parameters of `model` through transformers' own renamings.
 
-    Raises ModelError for layouts other than one tensor per parameter or per expert, and CheckpointError for a missing expert.
+    Raises:
+        ModelError: a tensor is stored in a layout other than one per parameter or per expert.
+        CheckpointError: an expert is missing, or there is one too many.
     """
     renamings = _Renamings(model)
     on_disk: dict[str, str] = {}
@@ -151,7 +165,7 @@ def match_names(model: PreTrainedModel, disk_names: Iterable[str]) -> Names:
 
 
 def float32_names(model: PreTrainedModel) -> frozenset[str]:
-    """Parameters and buffers that transformers keeps in float32 whatever the model's dtype (routers, their biases)."""
+    """Returns the parameters and buffers that transformers keeps in float32 whatever the model's dtype (routers, their biases)."""
     patterns = [re.compile(p.replace("*", ".*")) for p in model._get_dtype_plan(model.dtype)]
     return frozenset(
         name
@@ -161,7 +175,7 @@ def float32_names(model: PreTrainedModel) -> frozenset[str]:
 
 
 def _fused(fusing: _Fusing, shape: tuple[int, ...], found: set[tuple[int, str]]) -> FusedParameter:
-    """The parameter of that shape, of the linears that were found. Raises CheckpointError unless they are those of all its experts."""
+    """Returns the parameter of that shape. Raises CheckpointError unless the linears found are those of all its experts."""
     every = [(expert, linear) for expert in range(shape[0]) for linear in fusing.linears]
     missing = [pair for pair in every if pair not in found]
     if missing or len(found) != len(every):
@@ -173,3 +187,69 @@ def _fused(fusing: _Fusing, shape: tuple[int, ...], found: set[tuple[int, str]])
     parts = tuple(tuple(fusing.path(e, linear) for linear in fusing.linears) for e in range(shape[0]))
     rows, columns = fusing.layout.parts(shape[1:], len(fusing.linears))[0].shape
     return FusedParameter(fusing.name, parts, (rows, columns), fusing.layout, fusing.bias)
+
+
+@dataclass(frozen=True, slots=True)
+class DiskTensor:
+    """A tensor as a checkpoint holds it.
+
+    is_linear: whether it is the weight of a linear within the decoder layers, which is what FP8 checkpoints quantize.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    is_linear: bool
+
+
+def disk_layout(model: PreTrainedModel) -> dict[str, DiskTensor]:
+    """Returns the tensors that `save_pretrained` of `model` would write, by their names on disk.
+
+    transformers' own reverse of its conversions takes back renamings and the fusing of experts, on the meta device. Layers for
+    multi-token prediction, which its models lack, are added as DeepSeek-V3, Kimi-K2 and GLM-4.5 publish them: a decoder layer like the last
+    one with embeddings, a head and a projection of its own (https://huggingface.co/deepseek-ai/DeepSeek-V3, README_WEIGHTS.md).
+
+    Args:
+        model: on the meta device, as `build_model` returns it.
+
+    Raises:
+        ModelError: transformers cannot tell how the model is stored.
+    """
+    state = {name: tensor for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys}
+    try:
+        stored = revert_weight_conversion(model, state)
+    except (ValueError, KeyError, RuntimeError, NotImplementedError) as error:
+        raise ModelError(
+            f"transformers cannot tell how {type(model).__name__} is stored ({first_line(error)}); give a folder with weights"
+        ) from None
+    plain = {id(state[name]) for name in _not_linear(model) if name in state}  # names may change, the tensors do not
+    layout = {
+        name: DiskTensor(
+            tuple(tensor.shape), tensor.dtype, tensor.ndim == 2 and name.endswith(".weight") and id(tensor) not in plain
+        )
+        for name, tensor in stored.items()
+    }
+    return {**layout, **dict(_prediction_layers(model.config.get_text_config(decoder=True), layout))}
+
+
+def _not_linear(model: PreTrainedModel) -> set[str]:
+    """Returns the names of matrices that are no linears of decoder layers: embeddings, routers, the output head."""
+    head = model.get_output_embeddings()
+    return {
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if "weight" in module._parameters and (module is head or not isinstance(module, nn.Linear))
+    }
+
+
+def _prediction_layers(text: PretrainedConfig, layout: dict[str, DiskTensor]) -> Iterator[tuple[str, DiskTensor]]:
+    num_layers, hidden = int(text.num_hidden_layers), int(text.hidden_size)
+    last, head = f"model.layers.{num_layers - 1}.", layout.get("lm_head.weight")
+    for number in range(num_layers, num_layers + int(getattr(text, "num_nextn_predict_layers", None) or 0)):
+        layer = f"model.layers.{number}."
+        yield from ((layer + name[len(last) :], tensor) for name, tensor in layout.items() if name.startswith(last))
+        if head is None:
+            continue
+        yield from ((f"{layer}{name}", head) for name in ("embed_tokens.weight", "shared_head.head.weight"))
+        yield f"{layer}eh_proj.weight", DiskTensor((hidden, 2 * hidden), head.dtype, is_linear=False)
+        for norm in ("enorm", "hnorm", "shared_head.norm"):
+            yield f"{layer}{norm}.weight", DiskTensor((hidden,), head.dtype, is_linear=False)
