@@ -7,10 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from support.rings import Ring, Run, ray_cluster
-from support.tiny_llama import RECIPE, Tiny, write_tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM
+from support.tiny_llama import RECIPE, Tiny, write_llama, write_tokenizer
 
 NUM_SAMPLES, SEQ_LEN, HIDDEN = (
     2000,
@@ -44,16 +42,6 @@ def write_wide(folder: Path) -> Tiny:
     )
     (folder / "text.txt").write_text("".join(lines))
     (folder / "recipe.yaml").write_text(RECIPE)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=128,
-        hidden_size=HIDDEN,
-        intermediate_size=128,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=1,
-        head_dim=32,
-        max_position_embeddings=SEQ_LEN,
-    )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / "model")
+    sizes = {"hidden_size": HIDDEN, "num_key_value_heads": 1, "head_dim": 32, "max_position_embeddings": SEQ_LEN}
+    write_llama(folder / "model", **sizes)
     return Tiny(folder / "model", folder / "text.txt", folder / "recipe.yaml")

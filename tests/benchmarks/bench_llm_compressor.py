@@ -135,22 +135,13 @@ def write_tokenizer(folder: Path, text: Path) -> None:
 
 def write_random_llama(folder: Path, text: Path, num_layers: int = 4) -> Path:
     """A random Llama in bf16, with a tokenizer trained on the text."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    sys.path.insert(0, str(Path(__file__).parents[1]))  # for `support`
+    from support.tiny_llama import write_llama
 
     write_tokenizer(folder, text)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=4096,
-        hidden_size=1024,
-        intermediate_size=2816,
-        num_hidden_layers=num_layers,
-        num_attention_heads=16,
-        num_key_value_heads=4,
-        bos_token_id=0,
-        eos_token_id=1,
-    )
-    LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
+    sizes = {"vocab_size": 4096, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": num_layers}
+    heads = {"num_attention_heads": 16, "num_key_value_heads": 4}
+    write_llama(folder, bos_token_id=0, eos_token_id=1, **sizes, **heads)
     return folder
 
 

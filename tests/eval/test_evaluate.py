@@ -10,9 +10,10 @@ import pytest
 import torch
 from support.command_line import awqdist
 from support.family_oracles import dequantized_checkpoint, read_all, recipe, token_ids
+from support.tiny_llama import write_llama
 from support.tiny_models import tiny_checkpoint, tiny_text
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from awqdist import oneshot
 from awqdist.errors import CheckpointError, NumericalError
@@ -29,16 +30,9 @@ def make_model(folder: Path, *, seed: int = 0, vocabulary: int = 64, words: str 
     trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=["<s>", "<unk>"], show_progress=False)
     tokenizer.train_from_iterator(words.splitlines(), trainer)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", unk_token="<unk>").save_pretrained(folder)
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        initializer_range=0.3,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    sizes = {"vocab_size": vocabulary, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    write_llama(folder, dtype=torch.float32, seed=seed, initializer_range=0.3, **sizes, **heads)
     return str(folder)
 
 

@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.command_line import awqdist
-from support.tiny_llama import RECIPE, TEXT, Tiny, write_tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM
+from support.tiny_llama import RECIPE, TEXT, Tiny, write_llama, write_tokenizer
 
 from awqdist.errors import OffloadError
 from awqdist.plan.estimate import Estimate, estimate
@@ -59,19 +58,8 @@ def test_the_bytes_written_for_autoawq_are_those_foretold(tiny: Tiny, tmp_path: 
 
 
 def test_the_bytes_written_of_a_tied_model_in_float32_are_those_foretold(tiny: Tiny, tmp_path: Path) -> None:
-    config = LlamaConfig(
-        vocab_size=128,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        attention_bias=True,
-        tie_word_embeddings=True,
-    )
-    torch.manual_seed(0)
-    model = tmp_path / "model"
-    LlamaForCausalLM(config).save_pretrained(model)
+    fields = {"num_hidden_layers": 2, "attention_bias": True, "tie_word_embeddings": True}
+    model = write_llama(tmp_path / "model", dtype=torch.float32, **fields)
     write_tokenizer(model)
     expected = foretold(model, tiny.recipe)
     assert awqdist("quantize", model, tmp_path / "output", *tiny.options()).code == 0
@@ -148,18 +136,9 @@ def test_snapshots_take_the_activations_once_more(tiny: Tiny) -> None:
 @pytest.mark.parametrize("level", ["cpu", "disk"])
 def test_the_peak_of_host_memory_is_foretold_within_15_percent(tmp_path: Path, level: str) -> None:
     """A Llama of 60 MB whose activations weigh as much as two of its layers, in a process of its own."""
-    config = LlamaConfig(
-        vocab_size=128,
-        hidden_size=1024,
-        intermediate_size=2816,
-        num_hidden_layers=3,
-        num_attention_heads=16,
-        num_key_value_heads=8,
-        tie_word_embeddings=False,
-    )
-    torch.manual_seed(0)
+    sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 3}
     model, text, recipe = tmp_path / "model", tmp_path / "text.txt", tmp_path / "recipe.yaml"
-    LlamaForCausalLM(config).bfloat16().save_pretrained(model)
+    write_llama(model, num_attention_heads=16, num_key_value_heads=8, **sizes)
     write_tokenizer(model)
     text.write_text(TEXT * 20)
     recipe.write_text(RECIPE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
@@ -57,20 +58,17 @@ def write_tiny(folder: Path, num_layers: int) -> Tiny:
     (folder / "recipe.yaml").write_text(RECIPE)
     model = folder / "model"
     write_tokenizer(model)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=128,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=num_layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        initializer_range=0.1,
-        tie_word_embeddings=False,
-    )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(model)
+    write_llama(model, num_hidden_layers=num_layers, max_position_embeddings=128, initializer_range=0.1)
     return Tiny(model, folder / "text.txt", folder / "recipe.yaml")
+
+
+def write_llama(folder: Path, *, dtype: torch.dtype = torch.bfloat16, seed: int = 0, **fields: Any) -> Path:
+    """Writes a random Llama without a tokenizer. fields: those of its configuration that differ from the tiny one's."""
+    torch.manual_seed(seed)
+    tiny = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": NUM_LAYERS}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False}
+    LlamaForCausalLM(LlamaConfig(**{**tiny, **heads, **fields})).to(dtype).save_pretrained(folder)
+    return folder
 
 
 def write_tokenizer(folder: Path) -> None:

@@ -1,6 +1,6 @@
 """Make the demo model: a Llama of 1.7 million weights, trained on the documentation inside Python itself.
 
-What: ``python -m awqdist.demo.train OUTPUT_FOLDER`` writes a folder that ``from_pretrained`` loads, and in it
+What: ``python tests/support/train_demo.py OUTPUT_FOLDER`` writes a folder that ``from_pretrained`` loads, and in it
 the texts ``calibration.txt`` and ``evaluation.txt``. The defaults are those of the stored model.
 
 Why: only trained weights have a perplexity that quantization can make worse. A model inside the package needs
@@ -192,7 +192,7 @@ def make(folder: Path, steps: int, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m awqdist.demo.train", description="Make the demo model.")
+    parser = argparse.ArgumentParser(prog="python tests/support/train_demo.py", description="Make the demo model.")
     parser.add_argument("output_folder", type=Path)
     parser.add_argument("--steps", type=int, default=RECIPE.steps)
     parser.add_argument("--seed", type=int, default=RECIPE.seed)
