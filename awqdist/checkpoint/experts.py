@@ -23,15 +23,10 @@ from awqdist.errors import CheckpointError
 
 @dataclass(frozen=True, slots=True)
 class ExpertLayout:
-    """Where the rows of an expert's linears are in its slice.
+    """Where the rows of an expert's linears are in its slice."""
 
-    Attributes:
-        transposed: the rows are the slice's columns.
-        interleaved: row i of all linears comes before row i + 1 of any; otherwise the linears follow one another.
-    """
-
-    transposed: bool = False
-    interleaved: bool = False
+    transposed: bool = False  # they are the slice's columns
+    interleaved: bool = False  # row i of all linears comes before row i + 1 of any; else linears follow one another
 
     def linear(self, expert: Tensor, number: int, count: int) -> Tensor:
         """Returns a view (O, I) of one linear of an expert.
@@ -71,23 +66,14 @@ _MIXED_COLUMNS = ExpertLayout(transposed=True, interleaved=True)
 
 @dataclass(frozen=True, slots=True)
 class FusedExperts:
-    """A 3-D tensor that holds some linears of all experts of a block.
+    """A 3-D tensor that holds some linears of all experts of a block."""
 
-    Attributes:
-        stored: the end of the tensor's name.
-        module: the end of the name that experts' names begin with.
-        linears: those of one expert, in their order in the tensor.
-        layout: where they lie in the stored tensor.
-        bias: the end of the name of the tensor (E, ΣO) of their biases.
-        computed: the layout that transformers computes with; None if it is the stored one.
-    """
-
-    stored: str
-    module: str
-    linears: tuple[str, ...]
-    layout: ExpertLayout = ROWS
-    bias: str | None = None
-    computed: ExpertLayout | None = None
+    stored: str  # the end of the tensor's name
+    module: str  # the end of the name that experts' names begin with
+    linears: tuple[str, ...]  # those of one expert, in their order in the tensor
+    layout: ExpertLayout = ROWS  # where they lie in the stored tensor
+    bias: str | None = None  # the end of the name of the tensor (E, ΣO) of their biases
+    computed: ExpertLayout | None = None  # the layout that transformers computes with; None if it is the stored one
 
     def leaf(self, name: str) -> str | None:
         """Returns what a tensor holds of each linear: "weight", "bias", or None for a tensor without experts."""
@@ -148,16 +134,13 @@ def fused_experts(model_type: str | None) -> tuple[FusedExperts, ...]:
 
 @dataclass(frozen=True, slots=True)
 class ExpertPlace:
-    """Where a linear's weight or bias belongs: in tensor `stored`, as number `linear` of expert `expert`.
-
-    leaf: "weight" or "bias".
-    """
+    """Where a linear's weight or bias belongs: in tensor `stored`, as number `linear` of expert `expert`."""
 
     fused: FusedExperts
     prefix: str
     expert: int
     linear: int
-    leaf: str
+    leaf: str  # "weight" or "bias"
 
     @property
     def stored(self) -> str:

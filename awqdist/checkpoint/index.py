@@ -53,27 +53,18 @@ _REMEDY = "download it again, or convert it to safetensors with save_pretrained"
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """One tensor of a checkpoint, as the reader returns it.
-
-    Attributes:
-        dtype: the name in safetensors, such as "BF16", of the tensor in memory.
-        start, stop: byte offsets in `file`.
-        strides: in elements, where the values do not lie in the order of their rows.
-        packing: how the values are stored, where the source is quantized.
-        whole: the tensor that is read from the file, where this entry is a view of one that holds several linears.
-        offset: where the view begins in `whole`, in elements.
-    """
+    """One tensor of a checkpoint, as the reader returns it."""
 
     name: str
     file: Path
-    dtype: str
+    dtype: str  # of the tensor in memory, by its name in safetensors, such as "BF16"
     shape: tuple[int, ...]
-    start: int
+    start: int  # byte offset in `file`
     stop: int
-    strides: tuple[int, ...] | None = None
-    packing: Packing | None = None
-    whole: TensorEntry | None = None
-    offset: int = 0
+    strides: tuple[int, ...] | None = None  # in elements, where the values do not lie in the order of their rows
+    packing: Packing | None = None  # how the values are stored, where the source is quantized
+    whole: TensorEntry | None = None  # the tensor that is read from the file, where this entry is a view of one
+    offset: int = 0  # where the view begins in `whole`, in elements
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -100,31 +91,23 @@ class TensorEntry:
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """How a quantized tensor is stored: in which format, and with which other tensors (scales) beside its values.
+    """How a quantized tensor is stored: in which format, and with which other tensors (scales) beside its values."""
 
-    Attributes:
-        format: a key of `sources.FORMATS`, which knows how values and parts become a weight.
-        dtype: of the stored values: a key of DTYPES, or the format's name where several values share a byte.
-        parts: the tensors that belong to the values, such as scales; they are read right after them.
-        block: rows and columns of the weight that share a scale.
-    """
-
-    format: str
-    dtype: str
-    parts: tuple[TensorEntry, ...]
-    block: tuple[int, int]
+    format: str  # a key of `sources.FORMATS`, which knows how values and parts become a weight
+    dtype: str  # of the stored values: a key of DTYPES, or the format's name where several values share a byte
+    parts: tuple[TensorEntry, ...]  # the tensors that belong to the values, such as scales; read right after them
+    block: tuple[int, int]  # rows and columns of the weight that share a scale
 
 
 @dataclass(frozen=True, slots=True)
 class CheckpointIndex:
-    """All tensors of a checkpoint folder, by their names on disk.
-
-    left_out: stored tensors that mean nothing outside of the quantized source, such as scales of activations.
-    """
+    """All tensors of a checkpoint folder, by their names on disk."""
 
     folder: Path
     entries: dict[str, TensorEntry]
-    left_out: tuple[str, ...] = ()
+    left_out: tuple[
+        str, ...
+    ] = ()  # stored tensors that mean nothing outside of a quantized source: activations' scales
 
     @property
     def stored_bytes(self) -> int:

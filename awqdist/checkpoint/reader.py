@@ -27,19 +27,12 @@ _SAMPLE_BYTES = 256
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """Tensors that were read, and what identifies the bytes they were read from.
-
-    Attributes:
-        tensors: by name.
-        crc32: of all bytes read, in order; it says which weights a layer was made from.
-        num_bytes: as counted while they were read.
-        samples: a few bytes of each tensor, by name, as `sample_checksum` reads them.
-    """
+    """Tensors that were read, and what identifies the bytes they were read from."""
 
     tensors: dict[str, Tensor]
-    crc32: int
-    num_bytes: int
-    samples: dict[str, bytes]
+    crc32: int  # of all bytes read, in order; it says which weights a layer was made from
+    num_bytes: int  # as counted while they were read
+    samples: dict[str, bytes]  # a few bytes of each tensor, as `sample_checksum` reads them
 
     def sample_checksum(self) -> int:
         """Returns what the function `sample_checksum` returns for these tensors by name, without reading again."""

@@ -41,19 +41,12 @@ _MODEL_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 @dataclass(frozen=True, slots=True)
 class Quantization:
-    """What config.json declares about quantized weights.
+    """What config.json declares about quantized weights."""
 
-    Attributes:
-        format: a key of FORMATS.
-        block: rows and columns that share a scale, where the format has blocks of a declared size.
-        dtype: what weights are dequantized to, by its name in safetensors.
-        unquantized: modules in full precision, by names or ends of names, or `re:` patterns.
-    """
-
-    format: str
-    block: tuple[int, int] | None = None
-    dtype: str = "BF16"
-    unquantized: tuple[str, ...] = ()
+    format: str  # a key of FORMATS
+    block: tuple[int, int] | None = None  # rows and columns that share a scale, where blocks have a declared size
+    dtype: str = "BF16"  # what weights are dequantized to, by its name in safetensors
+    unquantized: tuple[str, ...] = ()  # modules in full precision, by names or ends of names, or `re:` patterns
 
     def covers(self, module: str) -> bool:
         """Returns whether the linear `module`, by its on-disk name, is quantized."""

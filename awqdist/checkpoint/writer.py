@@ -101,15 +101,6 @@ def copy_file(source: Path, file: Path) -> WrittenFile:
     return _write(file, _read_blocks(source), ())
 
 
-def sync_folder(folder: Path) -> None:
-    """Makes renames within `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def remove_temporary_files(folder: Path) -> None:
     """Removes the temporary files of writers that were killed."""
     for file in folder.glob(f"*{_TEMPORARY_SUFFIX}"):
@@ -142,7 +133,11 @@ def _write(file: Path, head: Iterable[bytes], parts: Iterable[memoryview]) -> Wr
             stream.flush()
             os.fsync(stream.fileno())
         temporary.rename(file)
-        sync_folder(file.parent)
+        descriptor = os.open(file.parent, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)  # makes the renaming durable
+        finally:
+            os.close(descriptor)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise output_error(file, error) from error

@@ -1,6 +1,6 @@
 """`awqdist families`: the families of models that are known by name, as a table on a terminal or in markdown.
 
-The README's table is what `--markdown` prints, and a test holds the two together.
+`--markdown` prints the table of awqdist/model/README.md; a test compares the two.
 """
 
 from __future__ import annotations

@@ -29,19 +29,13 @@ _PRODUCTS = (torch.nn.functional.linear, torch.bmm, torch.matmul, Tensor.matmul,
 
 @dataclass(frozen=True, slots=True)
 class FusedParameter:
-    """A parameter (E, R, I) of E experts, or (E, I, R) by its layout.
-
-    Attributes:
-        parts: for every expert the linears whose weights its slice holds, by unfused names.
-        part_shape: the shape (O, I) of each of these weights.
-        bias: the name of the parameter (E, R) of their biases.
-    """
+    """A parameter (E, R, I) of E experts, or (E, I, R) by its layout."""
 
     name: str
-    parts: tuple[tuple[str, ...], ...]
-    part_shape: tuple[int, int]
+    parts: tuple[tuple[str, ...], ...]  # for every expert the linears whose weights its slice holds, by unfused names
+    part_shape: tuple[int, int]  # the shape (O, I) of each of these weights
     layout: ExpertLayout
-    bias: str | None = None
+    bias: str | None = None  # the name of the parameter (E, R) of their biases
 
     @property
     def module(self) -> str:

@@ -20,22 +20,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """A family of models whose layers have the same mappings.
-
-    Attributes:
-        architectures: class names, as in config.json's `architectures`.
-        mappings: what smooths what, in the order in which they are tried.
-        notes: which linears are not smoothed or not quantized, and why.
-        full_precision: patterns of linears that stay in full precision unless a recipe's targets name them.
-        tested: names of the tiny checkpoints of these classes that the tests quantize.
-    """
+    """A family of models whose layers have the same mappings."""
 
     name: str
-    architectures: tuple[str, ...]
-    mappings: tuple[MappingPattern, ...]
-    notes: str = ""
-    full_precision: tuple[str, ...] = ()
-    tested: tuple[str, ...] = ()
+    architectures: tuple[str, ...]  # class names, as in config.json's `architectures`
+    mappings: tuple[MappingPattern, ...]  # what smooths what, in the order in which they are tried
+    notes: str = ""  # which linears are not smoothed or not quantized, and why
+    full_precision: tuple[str, ...] = ()  # linears that stay so unless a recipe's targets name them
+    tested: tuple[str, ...] = ()  # the tiny checkpoints of these classes that the tests quantize
 
 
 def _mapping(smooth: str, *balance: str) -> MappingPattern:

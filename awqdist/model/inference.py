@@ -37,7 +37,10 @@ def infer_mappings(skeleton: Skeleton, structure: LayerStructure, layer: int) ->
     """
     config = skeleton.model.config.get_text_config(decoder=True)
     module, heads = skeleton.layers[layer], HeadShape.of(config)
-    experts = tuple(_one_for_all(fused) for fused in skeleton.layer_experts(layer))
+    experts = tuple(
+        _OneForAll(f.name, f.parts[:1], f.part_shape, f.layout, f.bias, num_experts=len(f.parts))
+        for f in skeleton.layer_experts(layer)
+    )
     parameters = with_buffers(module, _random_parameters(module, experts), torch.device("cpu"))
     call = trial_calls(skeleton)[layer]
     hidden = torch.randn(1, 8, config.hidden_size, generator=torch.Generator().manual_seed(1))
@@ -132,12 +135,6 @@ class _OneForAll(FusedParameter):
         for tensor in copies.values():
             tensor.num_experts = self.num_experts
         return {**copies}
-
-
-def _one_for_all(fused: FusedParameter) -> _OneForAll:
-    return _OneForAll(
-        fused.name, fused.parts[:1], fused.part_shape, fused.layout, fused.bias, num_experts=len(fused.parts)
-    )
 
 
 def _random_parameters(layer: nn.Module, experts: tuple[FusedParameter, ...]) -> Mapping[str, Tensor]:

@@ -28,23 +28,14 @@ Change = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class HeadShape:
-    """How attention reads its projections.
+    """How attention reads its projections."""
 
-    Attributes:
-        num_heads: of queries.
-        num_kv_heads: of keys and values.
-        head_dim: values per head.
-        clipped: queries, keys and values are clamped (`clip_qkv` of Olmo and DBRX), so that they cannot be scaled.
-        latent: rows of keys and of values per head in the up-projection of multi-head latent attention.
-        squared: MLPs without a gate square what ReLU lets pass.
-    """
-
-    num_heads: int
+    num_heads: int  # of queries
     num_kv_heads: int
-    head_dim: int
-    clipped: bool = False
-    latent: tuple[int, int] | None = None
-    squared: bool = False
+    head_dim: int  # values per head
+    clipped: bool = False  # queries, keys and values are clamped (`clip_qkv` of Olmo, DBRX): they cannot be scaled
+    latent: tuple[int, int] | None = None  # rows of keys and values per head in latent attention's up-projection
+    squared: bool = False  # MLPs without a gate square what ReLU lets pass
 
     @classmethod
     def of(cls, config: object) -> HeadShape:
@@ -58,34 +49,19 @@ class HeadShape:
         per_head = (latent[0], latent[1]) if latent[1] else None
         return cls(heads, int(kv_heads or heads), int(head_dim), clipped, per_head, squared)
 
-    def is_latent(self, num_outputs: int, num_inputs: int) -> bool:
-        """Returns whether a linear (num_outputs, ·) holds each head's keys and values, and one (·, num_inputs) reads values."""
-        rows = self.latent or (0, 0)
-        return num_inputs == self.num_heads * rows[1] and num_outputs == self.num_heads * sum(rows)
-
 
 @dataclass(frozen=True, slots=True)
 class ResolvedMapping:
-    """A mapping within one layer. Paths are within the layer.
-
-    Attributes:
-        balance: a whole input site.
-        norm: the smooth layer is a norm; otherwise it is a linear, whose last rows are divided.
-        unit_offset: the norm multiplies by (1 + weight).
-        source: (kv heads, query heads per kv head, head_dim); None: channel i comes from row i.
-        rows_before: rows of each head in the smooth linear in front of those that the channels come from.
-        rows_after: rows of the whole smooth linear behind those.
-        power: that the smooth linear's outputs are raised to on their way to the balance layers.
-    """
+    """A mapping within one layer. Paths are within the layer."""
 
     smooth: str
-    balance: tuple[str, ...]
-    norm: bool
-    unit_offset: bool
-    source: tuple[int, int, int] | None
-    rows_before: int = 0
-    rows_after: int = 0
-    power: int = 1
+    balance: tuple[str, ...]  # a whole input site
+    norm: bool  # the smooth layer is a norm; otherwise it is a linear, whose last rows are divided
+    unit_offset: bool  # the norm multiplies by (1 + weight)
+    source: tuple[int, int, int] | None  # (kv heads, query heads per kv head, head_dim); None: i comes from row i
+    rows_before: int = 0  # of each head in the smooth linear, in front of the rows that the channels come from
+    rows_after: int = 0  # of the whole smooth linear, behind those rows
+    power: int = 1  # that the smooth linear's outputs are raised to on their way to the balance layers
 
     def source_channels(self, num_inputs: int) -> Tensor:
         """Returns the smooth layer's output channel, (I,) int64, that each input channel of the balance layers comes from."""
@@ -184,45 +160,37 @@ def connect(
     if len(sites) > 1:
         return f"{', '.join(balance)} do not read one tensor"
     site = sites.pop()
+    num_inputs = structure.linears[site[0]][1]
     if smooth in structure.norms:
         if structure.site_norms.get(site[0]) != smooth:
             return f"{balance[0]} does not read the output of {smooth}"
-        return _from_norm(structure, smooth, site)
+        width = structure.norm_widths[smooth]  # a norm over each head by itself has the same weights for all heads
+        source = (1, num_inputs // width, width) if width < num_inputs else None
+        return ResolvedMapping(smooth, site, True, structure.norms[smooth], source)
     if site[0] in structure.site_norms:
         return f"{balance[0]} reads the output of {structure.site_norms[site[0]]}, not of {smooth}"
-    num_outputs, num_inputs = structure.linears[smooth][0], structure.linears[site[0]][1]
-    siblings = smooth.rpartition(".")[0] == site[0].rpartition(".")[0]
+    num_outputs, module = structure.linears[smooth][0], smooth.rpartition(".")[0]
+    siblings = module == site[0].rpartition(".")[0]
     attention = siblings and num_inputs == heads.num_heads * heads.head_dim
     value_rows = heads.num_kv_heads * heads.head_dim
     if attention and heads.clipped:
         return f"the model clamps the outputs of {smooth} (clip_qkv)"
-    if siblings and heads.latent and heads.is_latent(num_outputs, num_inputs):
-        return ResolvedMapping(smooth, site, False, False, (heads.num_heads, 1, heads.latent[1]), heads.latent[0])
+    if siblings and heads.latent:
+        keys, values = heads.latent
+        if num_inputs == heads.num_heads * values and num_outputs == heads.num_heads * (keys + values):
+            return ResolvedMapping(smooth, site, False, False, (heads.num_heads, 1, values), rows_before=keys)
     if num_outputs == num_inputs:
-        power = 2 if heads.squared and siblings and _reads_alone(structure, smooth) else 1
+        beside = [path for path in structure.site_of(smooth) if path.rpartition(".")[0] == module]
+        power = 2 if heads.squared and siblings and beside == [smooth] else 1  # an MLP without a gate
         return ResolvedMapping(smooth, site, False, False, None, power=power)
     tied = (heads.num_kv_heads, heads.num_heads // heads.num_kv_heads, heads.head_dim)
     if attention and num_outputs in (value_rows, num_inputs + 2 * value_rows):
         return ResolvedMapping(smooth, site, False, False, tied if tied[1] > 1 else None)
     if siblings and num_outputs == 2 * num_inputs:  # fused gate and up: the last half is up
         return ResolvedMapping(smooth, site, False, False, None)
-    # a short convolution: the second third multiplies what was convolved
-    if siblings and num_outputs == 3 * num_inputs:
+    if siblings and num_outputs == 3 * num_inputs:  # a short convolution: its second third is a factor
         return ResolvedMapping(smooth, site, False, False, None, rows_after=num_inputs)
     return f"{smooth} has {num_outputs} outputs, {balance[0]} reads {num_inputs} inputs"
-
-
-def _from_norm(structure: LayerStructure, norm: str, site: tuple[str, ...]) -> ResolvedMapping:
-    """Returns the mapping from a norm; one over each head by itself has the same weights for all heads."""
-    width, num_inputs = structure.norm_widths[norm], structure.linears[site[0]][1]
-    source = (1, num_inputs // width, width) if width < num_inputs else None
-    return ResolvedMapping(norm, site, True, structure.norms[norm], source)
-
-
-def _reads_alone(structure: LayerStructure, linear: str) -> bool:
-    """Returns whether no other linear of its module reads what a linear does, as in an MLP without a gate."""
-    parent = linear.rpartition(".")[0]
-    return [path for path in structure.site_of(linear) if path.rpartition(".")[0] == parent] == [linear]
 
 
 class SmoothedParameters(Mapping[str, Tensor]):

@@ -34,30 +34,21 @@ from awqdist.model.experts import FusedParameter
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """The checkpoint's tensors, tied to the model.
+    """The checkpoint's tensors, tied to the model."""
 
-    Attributes:
-        on_disk: parameter or buffer by its unfused name in the model -> name on disk.
-        fused: the model's 3-D parameters of experts.
-        unknown: on-disk names that the model lacks.
-    """
-
-    on_disk: dict[str, str]
-    fused: tuple[FusedParameter, ...]
-    unknown: tuple[str, ...]
+    on_disk: dict[str, str]  # parameter or buffer by its unfused name in the model -> name on disk
+    fused: tuple[FusedParameter, ...]  # the model's 3-D parameters of experts
+    unknown: tuple[str, ...]  # on-disk names that the model lacks
 
 
 @dataclass(frozen=True, slots=True)
 class _Fusing:
-    """How linears of experts become the 3-D parameter `name`.
-
-    linears: of one expert, in their order; bias: the parameter of their biases.
-    """
+    """How linears of experts become the 3-D parameter `name`."""
 
     name: str
-    linears: tuple[str, ...]
+    linears: tuple[str, ...]  # of one expert, in their order
     layout: ExpertLayout = ROWS
-    bias: str | None = None
+    bias: str | None = None  # the parameter of their biases
 
     def path(self, expert: int, linear: str) -> str:
         """Returns the unfused name of a linear."""
@@ -191,14 +182,11 @@ def _fused(fusing: _Fusing, shape: tuple[int, ...], found: set[tuple[int, str]])
 
 @dataclass(frozen=True, slots=True)
 class DiskTensor:
-    """A tensor as a checkpoint holds it.
-
-    is_linear: whether it is the weight of a linear within the decoder layers, which is what FP8 checkpoints quantize.
-    """
+    """A tensor as a checkpoint holds it."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    is_linear: bool
+    is_linear: bool  # the weight of a linear within the decoder layers, which is what FP8 checkpoints quantize
 
 
 def disk_layout(model: PreTrainedModel) -> dict[str, DiskTensor]:

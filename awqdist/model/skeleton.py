@@ -38,26 +38,16 @@ _SAME_AS = {"kimi_k2": "deepseek_v3"}  # Moonshot: its own type only marks weigh
 
 @dataclass(frozen=True, slots=True)
 class Skeleton:
-    """A model on the meta device, and where its parts are on disk.
-
-    Attributes:
-        decoder: the model's text stack.
-        layers: the decoder layers.
-        prefix: the name of their ModuleList in `model`.
-        on_disk: parameter or buffer by its unfused name in `model` -> name on disk.
-        unknown: on-disk names that `model` does not have.
-        fused: the experts of all layers, by names in `model`.
-        float32: what is computed in float32 whatever the dtype, by names in `model`.
-    """
+    """A model on the meta device, and where its parts are on disk."""
 
     model: PreTrainedModel
-    decoder: nn.Module
+    decoder: nn.Module  # the model's text stack
     layers: nn.ModuleList
-    prefix: str
-    on_disk: dict[str, str]
-    unknown: tuple[str, ...]
-    fused: tuple[FusedParameter, ...]
-    float32: frozenset[str]
+    prefix: str  # the name of `layers` in `model`
+    on_disk: dict[str, str]  # parameter or buffer by its unfused name in `model` -> name on disk
+    unknown: tuple[str, ...]  # on-disk names that `model` does not have
+    fused: tuple[FusedParameter, ...]  # the experts of all layers, by names in `model`
+    float32: frozenset[str]  # what is computed in float32 whatever the dtype, by names in `model`
 
     @property
     def architecture(self) -> str:

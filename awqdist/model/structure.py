@@ -52,29 +52,17 @@ class RoutedLinears:
 
 @dataclass(frozen=True, slots=True)
 class LayerStructure:
-    """What feeds what in one layer. Module paths are within the layer.
+    """What feeds what in one layer. Module paths are within the layer."""
 
-    Attributes:
-        linears: path -> (O, I), in the order in which they run.
-        sites: linears that read one tensor.
-        site_norms: first linear of a site -> path of the norm whose output the site reads.
-        norms: every norm with a weight -> whether it multiplies by (1 + weight).
-        norm_widths: the same norms -> how many weights they have.
-        routed: the linears of every expert.
-        gates: linears that decide on experts: routers and gates of shared experts.
-        writers: linears whose outputs are added to the residual stream as they are.
-        inner: first linear of a site -> the module that makes what it reads.
-    """
-
-    linears: dict[str, tuple[int, int]]
-    sites: tuple[tuple[str, ...], ...]
-    site_norms: dict[str, str]
-    norms: dict[str, bool]
-    norm_widths: dict[str, int]
-    routed: tuple[RoutedLinears, ...] = ()
-    gates: frozenset[str] = frozenset()
-    writers: frozenset[str] = frozenset()
-    inner: dict[str, str] = field(default_factory=dict)
+    linears: dict[str, tuple[int, int]]  # path -> (O, I), in the order in which they run
+    sites: tuple[tuple[str, ...], ...]  # linears that read one tensor
+    site_norms: dict[str, str]  # first linear of a site -> path of the norm whose output the site reads
+    norms: dict[str, bool]  # every norm with a weight -> whether it multiplies by (1 + weight)
+    norm_widths: dict[str, int]  # the same norms -> how many weights they have
+    routed: tuple[RoutedLinears, ...] = ()  # the linears of every expert
+    gates: frozenset[str] = frozenset()  # linears that decide on experts: routers and gates of shared experts
+    writers: frozenset[str] = frozenset()  # linears whose outputs are added to the residual stream as they are
+    inner: dict[str, str] = field(default_factory=dict)  # first linear of a site -> the module that makes what it reads
 
     def site_of(self, linear: str) -> tuple[str, ...]:
         """Returns the site that a linear belongs to."""
@@ -153,7 +141,7 @@ def _trace(
     with ExitStack() as stack:
         for path, module in layer.named_modules():
             if isinstance(module, nn.Linear) or (experts and _is_router(module)):
-                shapes[path] = _shape(module)
+                shapes[path] = _weight(module).shape[0], _weight(module).shape[1]
                 stack.callback(module.register_forward_pre_hook(_reading(seen, path)).remove)
                 stack.callback(module.register_forward_hook(trail.starts(path)).remove)
             elif path in norms:
@@ -253,10 +241,6 @@ def _run_on_meta(layer: nn.Module, call: LayerCall, hidden_size: int) -> Tensor:
     buffers = {name: buffer.to(meta) for name, buffer in layer.named_buffers()}
     hidden = torch.empty(1, _TRACE_TOKENS, hidden_size, dtype=dtype, device=meta)
     return forward_layer(layer, {**parameters, **buffers}, hidden, call.cast(meta, dtype))
-
-
-def _shape(linear: nn.Module) -> tuple[int, int]:
-    return _weight(linear).shape[0], _weight(linear).shape[1]
 
 
 def _weight(module: nn.Module) -> Tensor:

@@ -1,4 +1,4 @@
-"""The table of families, on a terminal and in the README."""
+"""The table of families, on a terminal and in awqdist/model/README.md."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from support.tiny_models import architecture, families, moe_families
 
 from awqdist.model.families import FAMILIES
 
-README = Path(__file__).parents[2] / "README.md"
+README = Path(__file__).parents[2] / "awqdist" / "model" / "README.md"
 
 
 def test_the_readme_shows_what_the_command_prints() -> None:
