@@ -1,4 +1,4 @@
-"""The Python API: `quantize` for folders and hub ids, `oneshot` under llm-compressor's names."""
+"""The Python functions that quantize: `quantize` from settings, `oneshot` with the argument names of llm-compressor."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from awqdist.calibration.text import is_text, load_calibration
 from awqdist.checkpoint.hub import model_folder
 from awqdist.errors import CalibrationError, CheckpointError
 from awqdist.layer.records import RunSummary
-from awqdist.model import families, skeleton
+from awqdist.model import families
+from awqdist.model.skeleton import load_tokenizer
 from awqdist.plan.estimate import chunk_budget
 from awqdist.recipe import AWQMapping, MappingPattern, Recipe, load_recipe
-from awqdist.run.events import Listen, Message
+from awqdist.run.events import Listen
 from awqdist.run.job import Job, prepare
 from awqdist.run.output import check_output
 from awqdist.settings import Placement, RunSettings
@@ -35,13 +36,34 @@ def quantize(
     listen: Listen | None = None,
     placement: Placement | None = None,
 ) -> RunSummary:
-    """Quantizes the checkpoint `settings.model` into `settings.output`; the same call again resumes an interrupted run.
+    """Quantizes the checkpoint `settings.model` into `settings.output`. The same call resumes a run that was interrupted.
 
-    calibration: whatever `load_calibration` takes; tokenizer: for texts, the model's own if None; listen: is given every message.
-    placement: where the workers run; under torchrun every rank calls this, and all get the summary.
-    Raises AwqdistError for bad input, before any tensor is read wherever that is possible.
+    Args:
+        recipe: What is done to the weights, from `load_recipe`.
+        settings: How the run is carried out: folders, number of samples, device, memory limits.
+        calibration: A text file, a hub dataset NAME[:CONFIG[:SPLIT]], a `datasets.Dataset`, a list of texts or of token-id lists.
+        tokenizer: Used for texts. Default: the model's own.
+        listen: Called with every message of the run, such as `LayerFinished`; the calls never overlap.
+        placement: Where the workers run. Under torchrun every rank makes the same call, and all get the summary.
+
+    Returns:
+        The records of all layers: errors before and after smoothing, errors as written, times in seconds, sizes in bytes.
+
+    Raises:
+        AwqdistError: Bad input, found before any tensor is read wherever that is possible; or numbers that are not finite.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from awqdist import RunSettings, load_recipe, quantize
+        >>> from awqdist.demo import calibration_text, demo_folder
+        >>> settings = RunSettings(demo_folder(), Path("demo-w4"), num_samples=8, sequence_length=64, device="cpu")
+        >>> summary = quantize(load_recipe("default"), settings, calibration_text())
+        >>> len(summary.layers)
+        3
+        >>> Path("demo-w4", "config.json").is_file()
+        True
     """
-    placement, listen = placement or Placement(), listen or _ignore
+    placement, listen = placement or Placement(), listen or (lambda message: None)
 
     def begin() -> tuple[Job, Tensor]:
         check_output(settings)
@@ -64,12 +86,18 @@ def quantize(
 
 
 def _samples(job: Job, calibration: Any, tokenizer: Any) -> Tensor:
-    """The calibration samples (N, L) of a job."""
+    """Returns the calibration samples (N, L) of a job, int64. Raises CalibrationError for tokens that the model does not know."""
     settings = job.settings
     if tokenizer is None and is_text(calibration):
         tokenizer = load_tokenizer(settings.model)
     samples = load_calibration(calibration, tokenizer, settings.num_samples, settings.sequence_length, settings.seed)
-    _check_tokens(samples, job)
+    vocabulary = job.skeleton.model.config.get_text_config(decoder=True).vocab_size
+    lowest, highest = int(samples.min()), int(samples.max())
+    if highest >= vocabulary or lowest < 0:
+        raise CalibrationError(
+            f"the calibration samples hold token {highest if highest >= vocabulary else lowest}, the model knows"
+            f" 0 to {vocabulary - 1}; use the model's own tokenizer"
+        )
     return samples
 
 
@@ -85,12 +113,38 @@ def oneshot(
     moe_calibrate_all_experts: bool = False,
     **settings: Any,
 ) -> RunSummary:
-    """Quantizes `model` into `output_dir`.
+    """Quantizes `model` into the folder `output_dir`, with the argument names of llm-compressor.
 
-    model: a folder, a hub id or a transformers PreTrainedModel (which is left unchanged; its tokenizer is found by its name, or
-    given); dataset: a text file, a hub dataset, a datasets.Dataset, a list of texts or of token-id lists; recipe: modifiers, a preset
-    name, a YAML file or YAML text; moe_calibrate_all_experts: `RunSettings.all_experts`; settings: further fields of `RunSettings`.
-    Raises AwqdistError for bad input.
+    Args:
+        model: A folder, a hub id, or a transformers `PreTrainedModel`, which is left unchanged.
+        dataset: A text file, a hub dataset NAME[:CONFIG[:SPLIT]], a `datasets.Dataset`, a list of texts or of token-id lists.
+        recipe: Modifiers, the name of a preset, a YAML file or YAML text. Default: the preset "default".
+        output_dir: The folder to write. The same call resumes a run that was interrupted.
+        num_calibration_samples: Number of samples that are taken from `dataset`.
+        max_seq_length: Tokens per sample.
+        tokenizer: Used for texts. Default: the one that belongs to the model, found by its name if it is in memory.
+        moe_calibrate_all_experts: Sets `RunSettings.all_experts`.
+        **settings: Other fields of `RunSettings`, such as `device` or `gpu_memory`.
+
+    Returns:
+        The records of all layers, as `quantize` does.
+
+    Raises:
+        AwqdistError: Bad input, or numbers that are not finite.
+
+    Example:
+        >>> from awqdist import AWQModifier, GPTQModifier, oneshot
+        >>> from awqdist.demo import calibration_text, demo_folder
+        >>> summary = oneshot(
+        ...     model=demo_folder(),
+        ...     dataset=calibration_text(),
+        ...     recipe=[AWQModifier(n_grid=4), GPTQModifier(scheme="W4A16_ASYM", ignore=["lm_head"])],
+        ...     output_dir="demo-w4",
+        ...     num_calibration_samples=8,
+        ...     max_seq_length=64,
+        ... )
+        >>> summary.ignored
+        ('lm_head',)
     """
     built = load_recipe(recipe)
     in_memory = hasattr(model, "save_pretrained")
@@ -112,24 +166,18 @@ def oneshot(
 
 
 def register_mappings(architecture: str, mappings: Sequence[AWQMapping]) -> None:
-    """Makes `mappings` the default of an architecture (a class name, as in config.json's `architectures`)."""
+    """Makes `mappings` the default of an architecture for the rest of this process.
+
+    Args:
+        architecture: A class name, as in `architectures` of config.json.
+        mappings: What is smoothed, in order.
+    """
     patterns = [MappingPattern(m.smooth_layer, tuple(m.balance_layers)) for m in mappings]
     families.register_mappings(architecture, patterns)
 
 
-def load_tokenizer(model: str | Path) -> Any:
-    """The tokenizer of a folder or hub id. Raises CheckpointError."""
-    try:
-        return skeleton.load_tokenizer(model)
-    except Exception as error:  # transformers raises many kinds for a missing or broken tokenizer
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(
-            f"no tokenizer can be loaded from {model} ({reason}); put its files next to the model"
-        ) from None
-
-
 def _tokenizer_of(model: Any, *, required: bool) -> Any:
-    """The tokenizer that the name of an in-memory model leads to; None if there is none and none is required."""
+    """Returns the tokenizer found by the name of an in-memory model; None if there is none and none is required."""
     name = str(getattr(model.config, "_name_or_path", ""))
     try:
         if not name:
@@ -139,17 +187,3 @@ def _tokenizer_of(model: Any, *, required: bool) -> Any:
         if required:
             raise
         return None
-
-
-def _check_tokens(samples: Tensor, job: Job) -> None:
-    vocabulary = job.skeleton.model.config.get_text_config(decoder=True).vocab_size
-    highest = int(samples.max())
-    if highest >= vocabulary or int(samples.min()) < 0:
-        raise CalibrationError(
-            f"the calibration samples hold token {highest if highest >= vocabulary else int(samples.min())}, the model knows"
-            f" 0 to {vocabulary - 1}; use the model's own tokenizer"
-        )
-
-
-def _ignore(message: Message) -> None:
-    """For callers who do not listen."""

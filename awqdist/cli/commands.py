@@ -9,7 +9,7 @@ import sys
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import cast
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -19,12 +19,12 @@ from awqdist.backends.placement import choose_backend
 from awqdist.checkpoint.hub import model_folder
 from awqdist.cli.progress import Kind, renderer
 from awqdist.demo import calibration_text, demo_folder, evaluation_text
-from awqdist.eval.evaluate import Evaluation, EvaluationError, Shard, evaluate
+from awqdist.eval.evaluate import Evaluation, evaluate
 from awqdist.layer.records import RunSummary
 from awqdist.recipe import load_recipe
 from awqdist.report.report import write_report
 from awqdist.report.tables import summary_table
-from awqdist.run.device import choose_device, launcher_value
+from awqdist.run.device import launcher_value
 from awqdist.run.verify import verify
 from awqdist.settings import Placement, RunSettings
 
@@ -88,24 +88,10 @@ def show_verification(output: Path, source: str | None, *, as_json: bool) -> Non
         raise SystemExit(1)
 
 
-def show_evaluation(
-    model: str, text: Path, *, against: str | None, limits: tuple[int, int], place: tuple[str, str], as_json: bool
-) -> None:
-    """limits: (max_tokens, window); place: (device, shard). Of several ranks only the first shows anything."""
-    device, shard = place[0], cast(Shard, place[1])
-    if shard != "none" and device != "auto":
-        raise EvaluationError(f"--shard {shard} takes all devices that there are; leave out --device {device}")
-    max_tokens, window = limits
-    result = evaluate(
-        model,
-        text,
-        against=against,
-        max_tokens=max_tokens,
-        window=window,
-        device=str(choose_device(device)),
-        shard=shard,
-    )
-    if shard == "zero3" and launcher_value("RANK") != "0":
+def show_evaluation(model: str, text: Path, *, as_json: bool, **options: Any) -> None:
+    """Evaluates and shows the result. options: of `evaluate`. Of several ranks only the first shows anything."""
+    result = evaluate(model, text, **options)
+    if options["shard"] == "zero3" and launcher_value("RANK") != "0":
         return
     if as_json:
         print(json.dumps(asdict(result), indent=2))
@@ -117,7 +103,7 @@ def run_demo(output: Path) -> None:
     """Quantizes the embedded model and evaluates it."""
     settings = RunSettings(demo_folder(), output, num_samples=64, sequence_length=256, overwrite=True)
     quantize_and_report(settings, "default", str(calibration_text()))
-    result = evaluate(str(output), evaluation_text(), against=str(demo_folder()), max_tokens=8192)
+    result = evaluate(output, evaluation_text(), against=demo_folder(), max_tokens=8192)
     _print_evaluation(result)
     _console.print(f"The result lies in [bold]{output.resolve()}[/bold] (report.html shows the run)", soft_wrap=True)
 

@@ -130,8 +130,8 @@ def evaluate(
     """Measures perplexity, and the divergence from the float model, through transformers."""
     from awqdist.cli.commands import show_evaluation
 
-    limits, place = (max_tokens, window), (device, shard)
-    show_evaluation(model, text, against=against, limits=limits, place=place, as_json=as_json)
+    options = {"against": against, "max_tokens": max_tokens, "window": window, "device": device, "shard": shard}
+    show_evaluation(model, text, **options, as_json=as_json)
 
 
 @app.command(epilog="Example: awqdist doctor ./llama-w4 --profile machine.json")

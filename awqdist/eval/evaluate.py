@@ -1,21 +1,7 @@
-"""How well a model predicts a text, and how far a quantized model's predictions are from the float model's.
+"""Measures perplexity and the KL divergence between a quantized model and its float model on a text. README.md has the formulas.
 
-Perplexity is exp of the mean next-token loss. At 4 bit it is a blunt measure: the float model is itself often wrong,
-and a quantized one may be wrong in another, luckier way. The divergence of the whole predicted distribution is not:
-
-    KL(float ‖ quantized) = mean over positions of  Σ_v p_float(v) · (log p_float(v) − log p_quantized(v))
-
-It is 0 only where both predict the same, and it tells methods apart whose perplexities are equal to four digits.
-
-The text is cut into windows that do not overlap, each read by itself, so that the first token of a window is context
-only and `window − 1` tokens of it are predicted. No special token is added. Both models lie in memory together and read
-the same windows in turn, a few at a time: distributions over a large vocabulary are never kept.
-
-Weights are loaded as float32 whatever the checkpoint stores. In bfloat16 the rounding of activations alone costs a KL
-of about 1e-4, as much as good 4-bit quantization does: one would measure the arithmetic, not the weights.
-
-This is not a benchmark of abilities (no tasks, no prompts), and it is no measure of speed: packed weights are unpacked
-by the transformers library and run as float32.
+The text is cut into windows that do not overlap, each read by itself: the first token of a window is context only. Weights are loaded as
+float32, whatever the checkpoint stores, so that what is measured is the weights and not the arithmetic.
 """
 
 from __future__ import annotations
@@ -27,14 +13,18 @@ import time
 from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from awqdist.errors import AwqdistError, CheckpointError, NumericalError
-from awqdist.eval.dequantized import has_packed_experts, load_dequantized
 from awqdist.eval.sharded import Ranks, join_ranks, load_sharded
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from awqdist.eval.weights import has_packed_experts, load_dequantized
+from awqdist.model.skeleton import load_config, load_tokenizer
+from awqdist.run.device import choose_device
 
 Shard = Literal["none", "auto", "zero3"]
 WINDOWS_PER_BATCH = 8
@@ -47,42 +37,72 @@ class EvaluationError(AwqdistError):
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
+    """What `evaluate` measured. `kl` and `against_perplexity` are None where there was no model to compare with."""
+
     perplexity: float
-    kl: float | None  # nats per predicted token; None when there was no model to compare with
+    kl: float | None  # nats per predicted token
     against_perplexity: float | None
-    num_tokens: int  # read; (window − 1) / window of them were predicted
+    num_tokens: int  # that were read; (window − 1) / window of them were predicted
     window: int
     seconds: float
 
 
 def evaluate(
-    model: str,
-    text: Path,
+    model: str | Path,
+    text: str | Path,
     *,
-    against: str | None = None,
+    against: str | Path | None = None,
     max_tokens: int = 16384,
     window: int = 256,
     device: str = "auto",
     shard: Shard = "none",
 ) -> Evaluation:
-    """Perplexity of `model` on the first `max_tokens` tokens of `text`; with `against`, KL(against ‖ model) too.
+    """Measures the perplexity of `model` on a text and, with `against`, KL(against ‖ model) per predicted token.
 
-    `model` and `against` are folders or hub ids of anything that transformers loads, quantized or not. `device` is a
-    device of torch, or `auto`: the first CUDA device, else the CPU. `shard`: "auto" spreads a model over all GPUs of this
-    process, what does not fit over its memory and disk; "zero3" over the ranks of a launcher, which all get the result.
+    Args:
+        model: Folder or hub id of anything that transformers loads, quantized or not.
+        text: A UTF-8 text file.
+        against: The float model to compare with. Both must have the same vocabulary.
+        max_tokens: How many tokens from the beginning of the text are read.
+        window: Tokens per window. Of each, all but the first are predicted.
+        device: "cpu", "cuda", "cuda:N", or "auto": the first CUDA device, else the CPU.
+        shard: "auto" spreads each model over all GPUs of this process, then over memory and disk; "zero3" spreads it over the
+            ranks of a launcher, which all get the result.
+
+    Returns:
+        Perplexity, KL in nats, number of tokens, time in seconds.
+
+    Raises:
+        EvaluationError: The text is missing, empty or too short, or the models cannot be compared.
+        CheckpointError: A model cannot be loaded, or its checkpoint lacks tensors.
+        NumericalError: The loss of a model is not finite.
+
+    Example:
+        >>> from awqdist import evaluate
+        >>> from awqdist.demo import demo_folder, evaluation_text
+        >>> result = evaluate(demo_folder(), evaluation_text(), max_tokens=1024, device="cpu")
+        >>> result.num_tokens
+        1024
+        >>> 1 < result.perplexity < 100
+        True
     """
     started = time.perf_counter()
     if not 2 <= window <= max_tokens:
         raise EvaluationError(f"window is {window} and max_tokens {max_tokens}: expected 2 <= window <= max_tokens")
+    if shard != "none" and device != "auto":
+        raise EvaluationError(f"--shard {shard} uses all devices that there are; leave out --device {device}")
+    text, place = Path(text), choose_device(device)
     content = _read(text)
-    names = [model] if against is None else [model, against]
+    names = [str(model)] if against is None else [str(model), str(against)]
     tokenizers = [_load_tokenizer(name) for name in names]
     _refuse_different_vocabularies(names, tokenizers)
     windows = _windows(tokenizers[0], content, text, max_tokens=max_tokens, window=window)
     ranks = join_ranks() if shard == "zero3" else Ranks()
     local = all(Path(name).is_dir() for name in names)
     with redirect_stderr(io.StringIO()) if local else nullcontext():  # a progress bar for each of five steps of loading
-        models = [load_sharded(n, ranks) if shard == "zero3" else _load_model(n, device, shard) for n in names]
+        models = [
+            load_sharded(n, ranks) if shard == "zero3" else _load_model(n, place, spread=shard == "auto") for n in names
+        ]
         losses, divergence = _mean_scores(models, windows, ranks)
     for name, loss in zip(names, losses, strict=True):
         if not math.isfinite(loss):
@@ -110,9 +130,7 @@ def _read(text: Path) -> str:
 
 
 def _windows(tokenizer: Any, content: str, text: Path, *, max_tokens: int, window: int) -> Tensor:
-    """The first tokens of the text as windows: (num_windows, window) int64, CPU. What fills no window is left out."""
-    import torch
-
+    """Returns the first tokens of the text as windows (num_windows, window), int64, CPU. What fills no window is left out."""
     ids = tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"][:max_tokens]
     num_windows = len(ids) // window
     if num_windows == 0:
@@ -124,13 +142,11 @@ def _windows(tokenizer: Any, content: str, text: Path, *, max_tokens: int, windo
 
 
 def _mean_scores(models: list[Any], windows: Tensor, ranks: Ranks) -> tuple[list[float], float | None]:
-    """Mean loss per predicted token of each model and, with two models, the mean KL(second ‖ first).
+    """Returns the mean loss per predicted token of each model and, with two models, the mean KL(second ‖ first).
 
     windows: (num_windows, window) int64, CPU. Sums are float64, distributions float32 and of one window at a time. Ranks
-    take the batches in turn; one that has none left runs the last one again, for the others, and does not count it.
+    take the batches in turn. A rank that has none left runs the last one again, because the others need it, and does not count it.
     """
-    import torch
-
     losses = [0.0 for _ in models]
     divergence = 0.0
     batches = windows.split(WINDOWS_PER_BATCH)
@@ -152,12 +168,12 @@ def _mean_scores(models: list[Any], windows: Tensor, ranks: Ranks) -> tuple[list
 
 
 def _perplexity(mean_loss: float) -> float:
-    """exp(mean_loss), or infinity where that is no number: a broken model may be off by more than e^709."""
+    """Returns exp(mean_loss), or infinity where a broken model is off by more than e^709."""
     return math.exp(mean_loss) if mean_loss < 709 else math.inf
 
 
 def _refuse_different_vocabularies(names: list[str], tokenizers: list[Any]) -> None:
-    """KL compares probabilities of the same token at the same place: both models must cut text into the same tokens."""
+    """Raises EvaluationError unless all models cut text into the same tokens: KL compares probabilities token by token."""
     first, *others = [tokenizer.get_vocab() for tokenizer in tokenizers]
     for name, vocabulary in zip(names[1:], others, strict=True):
         if vocabulary != first:
@@ -170,44 +186,28 @@ def _refuse_different_vocabularies(names: list[str], tokenizers: list[Any]) -> N
 
 
 def _load_tokenizer(name: str) -> Any:
-    from awqdist.model.skeleton import load_tokenizer
-
     if not Path(name).is_dir() and not HUB_ID.fullmatch(name):
         raise CheckpointError(f"model {name}: no such folder")
-    try:
-        return load_tokenizer(name)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"model {name}: no tokenizer could be loaded: {_first_line(error)}") from None
+    return load_tokenizer(name)
 
 
-def _load_model(name: str, device: str, shard: Shard) -> Any:
-    """The model in float32 on the device or devices, ready to run. Refuses a checkpoint that leaves weights unset."""
-    import torch
-    from safetensors import SafetensorError
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
-
-    from awqdist.model.skeleton import load_config
-
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    spread: dict[str, Any] = {"device_map": "auto"} if shard == "auto" else {}
+def _load_model(name: str, device: torch.device, *, spread: bool) -> Any:
+    """Returns the model in float32, ready to run. Refuses a checkpoint that leaves weights unset."""
+    options: dict[str, Any] = {"device_map": "auto"} if spread else {}
     try:
         config = load_config(name)
         text_only = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING  # Mistral3 is not: it sees, but reads text all the same
         loader: Any = AutoModelForCausalLM if text_only else AutoModelForImageTextToText
         if has_packed_experts(Path(name), config):
-            model, loaded = load_dequantized(Path(name), config, **spread)
+            model, loaded = load_dequantized(Path(name), config, **options)
         else:
             model, loaded = loader.from_pretrained(
-                name, config=config, dtype=torch.float32, output_loading_info=True, **spread
+                name, config=config, dtype=torch.float32, output_loading_info=True, **options
             )
         missing = sorted(loaded["missing_keys"])
         if missing:  # transformers would go on with random numbers in their place
             raise CheckpointError(f"model {name}: the checkpoint lacks {len(missing)} tensors, first {missing[0]}")
         return model.eval() if spread else model.to(device).eval()
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"model {name}: could not be loaded: {_first_line(error)}") from None
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
+        reason = str(error).strip().partition("\n")[0]
+        raise CheckpointError(f"model {name}: could not be loaded: {reason}") from None

@@ -1,10 +1,8 @@
-"""Evaluates models that are larger than one GPU: ZeRO-3 inference of DeepSpeed, which is imported here only beside offload/nvme.py.
+"""Spreads a model that is larger than one GPU over the ranks of a launcher, by DeepSpeed's ZeRO-3 inference.
 
-Every rank holds a part of every weight, and all of a module's for as long as it computes. The windows are dealt to the ranks, which take
-the same number of steps, since each step needs all of them.
-
-Weights are read by the first rank, a decoder layer at a time, and sent to the others module by module. (transformers' own loading under
-ZeRO-3 would hold the whole model in the memory of each process.)
+Every rank holds a part of each weight, and a whole module while it computes. The windows are shared out among the ranks, which all take
+the same number of steps because each step needs all of them. The first rank reads the weights a decoder layer at a time and sends them
+module by module; transformers' own loading under ZeRO-3 would hold the whole model in the memory of each process.
 """
 
 from __future__ import annotations
@@ -14,7 +12,6 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +19,7 @@ from torch import Tensor, nn
 
 from awqdist.checkpoint.hub import model_folder
 from awqdist.errors import AwqdistError, CheckpointError
-from awqdist.eval.float_weights import FloatWeights
+from awqdist.eval.weights import FloatWeights
 from awqdist.model.experts import fuse_experts
 from awqdist.model.skeleton import Skeleton, build_skeleton, load_config, read_config
 from awqdist.run.device import launcher_value
@@ -34,13 +31,13 @@ _CONFIG = {
 
 
 class Ranks:
-    """This process among the ranks that evaluate one model together; by default the only one."""
+    """Tells which of the ranks that evaluate one model this process is. By default it is the only one."""
 
     def __init__(self, number: int = 0, count: int = 1) -> None:
         self.number, self.count = number, count
 
     def totals(self, values: list[float]) -> list[float]:
-        """Sums over all ranks."""
+        """Returns each value summed over all ranks."""
         if self.count == 1:
             return values
         on = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
@@ -50,7 +47,7 @@ class Ranks:
 
 
 def join_ranks() -> Ranks:
-    """Takes this process's place among the launcher's ranks. Raises AwqdistError without a launcher, or without DeepSpeed."""
+    """Joins the launcher's ranks. Raises AwqdistError without a launcher, or without DeepSpeed."""
     rank, size = launcher_value("RANK"), launcher_value("WORLD_SIZE")
     if rank is None or size is None:
         raise AwqdistError(
@@ -66,9 +63,10 @@ def join_ranks() -> Ranks:
 
 
 def load_sharded(name: str, ranks: Ranks) -> Any:
-    """The model in float32, its weights spread over the ranks, ready to run. Raises CheckpointError or ModelError."""
+    """Returns the model in float32, its weights spread over the ranks, ready to run. Raises CheckpointError or ModelError."""
     folder = model_folder(name)
-    weights = FloatWeights(folder, _quantization(folder))
+    found = getattr(load_config(folder, local_files_only=True), "quantization_config", None)
+    weights = FloatWeights(folder, found if isinstance(found, dict) else None)
     config = read_config(folder)
     for part in (config, config.get_text_config(decoder=True)):
         part.dtype = torch.float32
@@ -82,16 +80,11 @@ def load_sharded(name: str, ranks: Ranks) -> Any:
     return engine
 
 
-def _quantization(folder: Path) -> dict[str, Any] | None:
-    found = getattr(load_config(folder, local_files_only=True), "quantization_config", None)
-    return found if isinstance(found, dict) else None
-
-
 def _pieces(
     skeleton: Skeleton, weights: FloatWeights, *, is_first: bool
 ) -> Iterator[tuple[nn.Module, str, Mapping[str, Tensor]]]:
-    """The decoder layers, then the whole model: each with its prefix, and its tensors by their names in it. Only the first rank has
-    parameters; all have buffers."""
+    """Yields the decoder layers, then the whole model: each with its prefix and its tensors by their names in it. Only the first rank
+    reads parameters; all read buffers."""
     state = skeleton.model.state_dict()
     buffers = {name for name, _ in skeleton.model.named_buffers()}
 
@@ -109,10 +102,8 @@ def _pieces(
 
 
 def _fill(root: nn.Module, prefix: str, tensors: Mapping[str, Tensor], deepspeed: Any) -> None:
-    """Gives the parameters of `root` that are still on meta their values, and spreads them over the ranks."""
-    filled: dict[
-        nn.Parameter, nn.Parameter
-    ] = {}  # tied ones are one parameter, which may have its value by any of its names
+    """Gives values to the parameters of `root` that are still on meta, and spreads them over the ranks."""
+    filled: dict[nn.Parameter, nn.Parameter] = {}  # a tied parameter has several names, of which one may give its value
     named = root.named_parameters(remove_duplicate=False)
     values = {parameter: tensors[name] for name, parameter in named if name in tensors}
     for path, module in reversed(list(root.named_modules())):
@@ -139,7 +130,7 @@ def _fill(root: nn.Module, prefix: str, tensors: Mapping[str, Tensor], deepspeed
 
 @contextmanager
 def _quiet() -> Iterator[Any]:
-    """DeepSpeed, which may print on standard output what belongs to no result. Raises AwqdistError if it is not installed."""
+    """Yields DeepSpeed, whose prints go to stderr meanwhile. Raises AwqdistError if it is not installed."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)

@@ -117,12 +117,17 @@ def load_config(model: str | Path, **options: Any) -> PretrainedConfig:
 
 
 def load_tokenizer(model: str | Path) -> Any:
-    """Returns the tokenizer of a folder or hub id. Raises what transformers raises."""
+    """Returns the tokenizer of a folder or hub id. Raises CheckpointError if there is none that loads."""
     try:
-        config = _renamed(model)
-    except OSError:  # tokenizers need no config.json
-        config = None
-    return AutoTokenizer.from_pretrained(model, config=config, trust_remote_code=False)
+        try:
+            config = _renamed(model)
+        except OSError:  # tokenizers need no config.json
+            config = None
+        return AutoTokenizer.from_pretrained(model, config=config, trust_remote_code=False)
+    except Exception as error:  # transformers raises many kinds for a missing or broken tokenizer
+        raise CheckpointError(
+            f"no tokenizer can be loaded from {model} ({first_line(error)}); put its files next to the model"
+        ) from None
 
 
 def _renamed(model: str | Path, **options: Any) -> PretrainedConfig | None:

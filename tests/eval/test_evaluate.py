@@ -18,7 +18,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from awqdist import oneshot
 from awqdist.errors import CheckpointError, NumericalError
 from awqdist.eval.evaluate import EvaluationError, evaluate
-from awqdist.eval.float_weights import FloatWeights
+from awqdist.eval.weights import FloatWeights
 
 WINDOW = 16
 TEXT = "the quick brown fox jumps over the lazy dog and the dog sleeps on while the fox runs to the river\n" * 12
@@ -168,8 +168,7 @@ def test_a_model_that_is_not_finite_is_named(model: str, text: Path, tmp_path: P
 
 def test_a_model_spread_over_all_that_there_is_gives_the_same(model: str, other_model: str, text: Path) -> None:
     alone, spread = (
-        evaluate(model, text, against=other_model, window=WINDOW, device="cpu", shard=shard)
-        for shard in ("none", "auto")
+        evaluate(model, text, against=other_model, window=WINDOW, shard=shard) for shard in ("none", "auto")
     )
     assert (spread.perplexity, spread.kl) == (alone.perplexity, alone.kl)
 

@@ -13,10 +13,9 @@ from support.tiny_models import tiny_checkpoint, tiny_text, tiny_tokenizer
 from transformers import DeepseekV3Config
 
 from awqdist import oneshot
-from awqdist.api import load_tokenizer
 from awqdist.errors import CheckpointError
 from awqdist.eval.evaluate import evaluate
-from awqdist.model.skeleton import read_config
+from awqdist.model.skeleton import load_tokenizer, read_config
 
 
 @pytest.fixture

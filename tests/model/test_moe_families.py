@@ -31,8 +31,8 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from awqdist import oneshot
-from awqdist.eval.dequantized import load_dequantized
 from awqdist.eval.evaluate import evaluate
+from awqdist.eval.weights import load_dequantized
 from awqdist.layer.plan import LayerTask
 from awqdist.layer.quantize import LayerResult, quantize_layer
 from awqdist.layer.records import RunSummary
