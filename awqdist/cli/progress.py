@@ -125,7 +125,9 @@ def _line(state: RunState, message: Message) -> str | None:
         case ev.Warned():
             return f"warning: {event.message}{by}"
         case ev.RunFinished():
-            over = f", {event.seconds / event.floor_seconds:.2f} times the floor" if event.floor_seconds > 0 else ""
+            over = ""
+            if event.floor_seconds > 0:
+                over = f", {event.seconds / event.floor_seconds:.2f}x one forward pass with reading and writing"
             return (
                 f"finished in {show_seconds(event.seconds)}{over}: {show_bytes(event.output_bytes)} in {event.output}"
             )

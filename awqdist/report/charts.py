@@ -1,6 +1,6 @@
-"""The charts of `report.html` that are drawn from the layers' records: errors, ratios, outliers, tokens, time.
+"""Makes the charts of `report.html` from the layers' records: errors, ratios, outliers, tokens, time.
 
-Charts are plain dictionaries as `Plotly.newPlot` takes them; plotly's Python classes would cost seconds of import. What all charts share
+Charts are the dictionaries that `Plotly.newPlot` takes, because plotly's Python classes cost seconds of import. What all charts share
 stands in `report.html.j2`. Colors are CSS variables that the page resolves, for light and dark.
 """
 
@@ -16,11 +16,11 @@ from typing import Any
 
 from awqdist.layer.records import STAGES, RunSummary, SiteRecord
 from awqdist.report import tables
-from awqdist.report.expert_tokens import FEW_TOKENS, BlockTokens, tokens_of_experts
+from awqdist.run.expert_tokens import FEW_TOKENS, BlockTokens, tokens_of_experts
 from awqdist.units import pattern_of
 
-FLOOR_STAGES = "read", "forward", "write"
-STACKED_STAGES = (*FLOOR_STAGES, *(stage for stage in STAGES if stage not in FLOOR_STAGES))
+_ONE_PASS = "read", "forward", "write"
+_STACKED = (*_ONE_PASS, *(stage for stage in STAGES if stage not in _ONE_PASS))
 
 Item = tuple[str, int, Any]  # label, layer, record
 Combine = Callable[[Any], float]
@@ -29,7 +29,7 @@ Series = dict[str, list[float | None]]  # by label; one value per layer of the r
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """One drawing: `data` and `layout` go to Plotly.newPlot."""
+    """One chart: `data` and `layout` go to Plotly.newPlot; height in pixels."""
 
     data: list[dict[str, Any]]
     layout: dict[str, Any]
@@ -38,7 +38,7 @@ class Chart:
 
 
 def charts_of(summary: RunSummary) -> dict[str, list[Chart]]:
-    """By the section of the page that shows them."""
+    """Returns the charts by the section of the page that shows them."""
     labels = tables.run_labels(summary)
     layers = summary.layers
     mappings = [(tables.mapping_label(mapping, labels), x.layer, mapping) for x in layers for mapping in x.mappings]
@@ -72,7 +72,7 @@ def charts_of(summary: RunSummary) -> dict[str, list[Chart]]:
 
 
 def _tokens_of_experts(summary: RunSummary) -> list[Chart]:
-    """Tokens of the least, the median and the most used expert by layer, beside what is too few. None at all is drawn as a half."""
+    """Returns the tokens of the least, the median and the most used expert by layer. No token at all is drawn as a half."""
     blocks = [("", block.layer, block) for block in tokens_of_experts(summary.layers)]
     if not blocks:
         return []
@@ -91,7 +91,7 @@ def _site_label(site: SiteRecord, labels: dict[str, str]) -> str:
 
 
 def _series(summary: RunSummary, items: list[Item], value: Callable[[Any], float | None], combine: Combine) -> Series:
-    """One value for each label and layer, combined where they share both (experts); what is missing is a gap."""
+    """Returns one value for each label and layer, combined where they share both (experts), None where there is none."""
     groups: dict[str, dict[int, list[float]]] = {}
     for label, layer, record in items:
         found = value(record)
@@ -103,17 +103,17 @@ def _series(summary: RunSummary, items: list[Item], value: Callable[[Any], float
     }
 
 
-def plot_text(label: str) -> str:
-    """Short lines, and no markup but their breaks."""
+def _plot_text(label: str) -> str:
+    """Returns the label in short lines, escaped."""
     return "<br>".join(html.escape(line) for line in textwrap.wrap(label, 40, break_long_words=False))
 
 
 def _lines(summary: RunSummary, series: Series, *, title: str = "", height: int = 360) -> Chart:
-    """One line per label over the layers, on a logarithmic axis."""
+    """Returns one line for each label over the layers, on a logarithmic axis."""
     layers = [record.layer for record in summary.layers]
     data = [
         {
-            "name": plot_text(label),
+            "name": _plot_text(label),
             "x": layers,
             "y": [value if value and value > 0 else None for value in values],
             "line": {"color": f"var(--series-{number % 8 + 1})", "dash": ("solid", "dot", "dash")[number // 8 % 3]},
@@ -126,13 +126,13 @@ def _lines(summary: RunSummary, series: Series, *, title: str = "", height: int 
 
 
 def _heat_map(summary: RunSummary, series: Series, top: float, marked: Sequence[tuple[int, str]] = ()) -> Chart:
-    """One row per label, colored from 0 to `top`; each (layer, label) of `marked` gets a cross."""
-    layers, labels = [record.layer for record in summary.layers], [plot_text(label) for label in series]
+    """Returns one row for each label, colored from 0 to `top`, with a cross at each (layer, label) of `marked`."""
+    layers, labels = [record.layer for record in summary.layers], [_plot_text(label) for label in series]
     cells = {"type": "heatmap", "x": layers, "y": labels, "z": list(series.values()), "zmax": top}
     crosses = {
         "mode": "markers",
         "x": [layer for layer, _ in marked],
-        "y": [plot_text(label) for _, label in marked],
+        "y": [_plot_text(label) for _, label in marked],
         "marker": {"symbol": "x-thin", "size": 6, "line": {"width": 1.5, "color": "var(--muted)"}},
         "hovertemplate": "layer %{x}<br>%{y}<br>identity<extra></extra>",
         "showlegend": False,
@@ -152,27 +152,27 @@ def _layer_axis(summary: RunSummary) -> dict[str, Any]:
 
 
 def _time_by_layer(summary: RunSummary) -> Chart:
-    """Stages stacked, those of the floor at the bottom."""
+    """Returns the stages stacked, those of one forward pass with reading and writing at the bottom."""
     layers = [record.layer for record in summary.layers]
-    data = [_bar(stage, x=layers, y=[x.seconds.get(stage, 0.0) for x in summary.layers]) for stage in STACKED_STAGES]
+    data = [_bar(stage, x=layers, y=[x.seconds.get(stage, 0.0) for x in summary.layers]) for stage in _STACKED]
     layout = {"barmode": "stack", "xaxis": _layer_axis(summary), "yaxis": {"ticksuffix": " s"}, "bargap": 0.15}
     return Chart(data, layout, "By layer")
 
 
 def _time_in_all(summary: RunSummary) -> Chart:
-    """The floor against all stages, and against the clock: several workers are faster than the sum of their stages."""
-    rows = ["floor", "all stages", "clock"]
+    """Compares one forward pass, all stages, and the clock: several workers are faster than the sum of their stages."""
+    rows = ["one pass", "all stages", "clock"]
     in_layers = {stage: math.fsum(x.seconds.get(stage, 0.0) for x in summary.layers) for stage in STAGES}
     around = {stage: value for stage, value in summary.seconds.items() if stage != "total"}
     data = []
-    for stage in dict.fromkeys([*STACKED_STAGES, *around]):
+    for stage in dict.fromkeys([*_STACKED, *around]):
         spent = in_layers.get(stage, 0.0) + around.get(stage, 0.0)
-        floor = in_layers[stage] / summary.num_workers if stage in FLOOR_STAGES else None
-        data.append(_bar(stage, y=rows, x=[floor, spent, None], orientation="h"))
+        one_pass = in_layers[stage] / summary.num_workers if stage in _ONE_PASS else None
+        data.append(_bar(stage, y=rows, x=[one_pass, spent, None], orientation="h"))
     data.append(_bar("total", y=rows, x=[None, None, summary.seconds.get("total")], orientation="h", showlegend=False))
     layout = {"barmode": "stack", "xaxis": {"ticksuffix": " s"}, "yaxis": {"autorange": "reversed"}}
     return Chart(data, layout, "The whole run", 250)
 
 
 def _bar(stage: str, **trace: Any) -> dict[str, Any]:
-    return {"type": "bar", "name": plot_text(stage), "marker": {"color": f"var(--stage-{stage})"}, **trace}
+    return {"type": "bar", "name": _plot_text(stage), "marker": {"color": f"var(--stage-{stage})"}, **trace}

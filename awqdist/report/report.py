@@ -1,11 +1,7 @@
-"""`report.html`: one page that shows a whole run, and needs nothing but itself.
+"""Writes `report.html`, one page that shows a whole run, from its summary and its log.
 
-It is read months later, without a network: plotly's JavaScript stands inside it, and a content security policy forbids every load.
-
-The words of the page, and what all its charts share, stand in `report.html.j2`; the charts are made in `charts.py` and `timeline.py`.
-
-Names come from checkpoints, so they are hostile until escaped: text by jinja's autoescape, JSON by `_script_json`, chart labels by
-`html.escape`.
+The page needs no network: plotly's JavaScript stands inside it, and a content security policy forbids every load. Its words stand in
+`report.html.j2`. Names come from checkpoints and are escaped: text by jinja, JSON below, chart labels by `html.escape`.
 """
 
 from __future__ import annotations
@@ -15,34 +11,38 @@ from collections import Counter
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 from awqdist import units
 from awqdist.layer.records import RunSummary
 from awqdist.report import tables
 from awqdist.report.charts import charts_of
-from awqdist.report.expert_tokens import FEW_TOKENS, tokens_of_experts
-from awqdist.report.intervals import timeline
-from awqdist.report.timeline import COLUMNS, lane_rows, timeline_chart
+from awqdist.report.trace import chrome_trace, worker_times
 from awqdist.run.events import Message
-from awqdist.run.log import last_run, log_file, read_log
+from awqdist.run.expert_tokens import FEW_TOKENS, tokens_of_experts
+from awqdist.run.log import STATE_FOLDER, last_run, log_file, read_log
+
+TRACE_FILE = f"{STATE_FOLDER}/trace.json"
 
 
 def render_report(summary: RunSummary, messages: Sequence[Message] = ()) -> str:
-    """The page as text. messages: of the run that ended it; without them the page has no timeline."""
+    """Returns the page.
+
+    Args:
+        summary: The records of the run.
+        messages: Those of the run that ended it. Without them the page has no table of workers.
+    """
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
     from plotly.offline import get_plotlyjs
 
-    times = timeline(messages)
-    charts = {**charts_of(summary), **({"timeline": [timeline_chart(times)]} if times.lanes else {})}
+    charts = charts_of(summary)
     drawn = {
         f"{key}-{number}": {"data": chart.data, "layout": chart.layout}
         for key, group in charts.items()
         for number, chart in enumerate(group)
     }
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(number=units.show_number, percent=units.show_percent)
+    environment.filters.update(number=units.show_number, percent=units.show_percent, seconds=units.show_seconds)
     environment.filters.update(bytes=units.show_bytes, layers=units.show_layers, pattern=units.pattern_of)
     template = environment.from_string(files("awqdist.report").joinpath("report.html.j2").read_text("utf-8"))
     return template.render(
@@ -50,9 +50,8 @@ def render_report(summary: RunSummary, messages: Sequence[Message] = ()) -> str:
         tiles=_tiles(summary),
         facts=_facts(summary),
         charts=charts,
-        timeline=times,
-        lanes=lane_rows(times),
-        lane_columns=COLUMNS,
+        workers=worker_times(messages),
+        trace_file=TRACE_FILE,
         mappings=tables.mapping_rows(summary),
         mappings_by_layer=tables.mapping_rows(summary, by_layer=True),
         worst=tables.worst_linears(summary, 20),
@@ -63,16 +62,29 @@ def render_report(summary: RunSummary, messages: Sequence[Message] = ()) -> str:
         num_tokens=sorted(
             {site.num_tokens for record in summary.layers for site in record.sites if site.expert is None}
         ),
-        chart_json=Markup(_script_json(drawn)),
+        chart_json=Markup(units.strict_json(drawn).replace("<", "\\u003c")),  # no `<` can end the <script>
         plotly_js=Markup(get_plotlyjs()),
     )
 
 
 def write_report(summary: RunSummary, folder: Path) -> Path:
-    """Write `report.html` into the run's output folder, whole or not at all, with a timeline from its log."""
+    """Writes `report.html` into the run's output folder, and the trace of its workers if its log lies there.
+
+    Args:
+        summary: The records of the run.
+        folder: Its output folder.
+
+    Returns:
+        The path of the page, which is written whole or not at all.
+
+    Raises:
+        OSError: A file cannot be written.
+    """
+    messages = last_run(read_log(log_file(folder)).messages)
+    if messages:
+        (folder / TRACE_FILE).write_text(units.strict_json(chrome_trace(messages)), encoding="utf-8")
     unfinished = folder / "report.html.tmp"
     try:
-        messages = last_run(read_log(log_file(folder)).messages)
         unfinished.write_text(render_report(summary, messages), encoding="utf-8")
         return unfinished.replace(folder / "report.html")
     except OSError:
@@ -80,17 +92,12 @@ def write_report(summary: RunSummary, folder: Path) -> Path:
         raise
 
 
-def _script_json(value: Any) -> str:
-    """JSON that may stand inside <script>: no `<` can end the element or open a comment."""
-    return units.strict_json(value).replace("<", "\\u003c")
-
-
 def _tiles(summary: RunSummary) -> list[tuple[str, str, str]]:
-    """(caption, figure, small print) of what one looks for first."""
+    """Returns (caption, figure, small print) of what one looks for first."""
     reductions = [row.reduction for row in tables.mapping_rows(summary, by_layer=True)]
     linears = [linear for record in summary.layers for linear in record.linears]
-    factor, share = tables.floor_factor(summary), summary.output_bytes / max(summary.source_bytes, 1)
-    over = "floor not measured" if factor is None else f"{factor:.2f} × the floor"
+    factor, share = tables.times_one_pass(summary), summary.output_bytes / max(summary.source_bytes, 1)
+    over = "" if factor is None else f"{factor:.2f} × one forward pass with reading and writing"
     written = tables.finite_median(x.relative_error for x in linears)
     nearest = tables.finite_median(x.relative_error_nearest for x in linears)
     nearest_note = f"median linear; nearest: {units.show_number(nearest)}"
@@ -112,10 +119,10 @@ def _facts(summary: RunSummary) -> dict[str, str]:
     by_worker = [f"{units.show_bytes(n)} by worker {w}" for w, n in summary.bytes_read.items() if w is not None]
     copied = units.show_bytes(summary.bytes_read.get(None, 0))
     return {
-        "Read": ", ".join([*by_worker, f"{copied} to copy what is in no layer"]),
+        "Read": ", ".join([*by_worker, f"{copied} by the leader, to copy what is in no layer"]),
         "Quantized": f"{len(linears):,} linears in {len(summary.layers)} layers; {len(summary.ignored):,} left out",
         "Weights": "; ".join(f"{scheme} ({count:,})" for scheme, count in schemes.items()),
         "Peak memory": units.show_bytes(max((x.peak_memory_bytes for x in summary.layers), default=0)),
         "Dead inputs": f"{sum(x.num_dead_inputs for x in linears):,} channels were always zero",
-        "Function kept": f"smoothing changed a layer's output by {units.show_number(change)} at most (layer {layer})",
+        "Check of smoothing": f"changed a layer's output by {units.show_number(change)} at most (layer {layer})",
     }

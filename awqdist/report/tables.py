@@ -1,16 +1,13 @@
-"""The figures of a finished run as people read them: rows aggregated over layers, and the table at the end of a run.
+"""Sums up the records of a run by kind of mapping, for the page and for the table that is printed at the end of a run.
 
-A model of 126 layers has some 500 mappings, a mixture of experts many thousands. What one wants to know is which *kind*
-of mapping helped and which linear came out worst. So the index of the layer and of the expert is replaced by `*`
-(`pattern_of`), and everything that shares a pattern becomes one row.
-
-The row functions are pure and know nothing of rich; the report draws the same rows.
+A model of 126 layers has some 500 mappings, a mixture of experts many thousands. What one wants to know is which kind of mapping helped
+and which linear came out worst. So the indices of layers and experts become `*` (`pattern_of`), and what shares a pattern is one row.
 """
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import median
@@ -45,82 +42,69 @@ class MappingRow:
         return None
 
 
-def short_labels(patterns: Iterable[str]) -> dict[str, str]:
-    """Pattern -> its shortest ending that no other pattern shares: `up_proj`, or `experts.*.up_proj` where need be."""
+def run_labels(summary: RunSummary) -> dict[str, str]:
+    """Returns for the pattern of each module its shortest ending that no other shares: `up_proj`, or `experts.*.up_proj`."""
+    patterns = {pattern_of(item.name): None for record in summary.layers for item in record.linears}
+    for record in summary.layers:
+        for item in record.mappings:
+            patterns.update((pattern_of(name), None) for name in (item.smooth_layer, *item.balance_layers))
     parts = {pattern: pattern.split(".") for pattern in patterns}
-    longest = max(map(len, parts.values()), default=0)
-    taken = {length: _count_endings(parts.values(), length) for length in range(1, longest)}
+    endings = Counter(".".join(names[-length:]) for names in parts.values() for length in range(1, len(names)))
 
     def shortest(pattern: str) -> str:
         for length in range(1, len(parts[pattern])):
             ending = parts[pattern][-length:]
-            if ending[0] != "*" and taken[length][".".join(ending)] == 1:
+            if ending[0] != "*" and endings[".".join(ending)] == 1:
                 return ".".join(ending)
         return pattern
 
     return {pattern: shortest(pattern) for pattern in parts}
 
 
-def _count_endings(names: Iterable[list[str]], length: int) -> dict[str, int]:
-    count: dict[str, int] = defaultdict(int)
-    for name in names:
-        count[".".join(name[-length:])] += 1
-    return count
-
-
-def run_labels(summary: RunSummary) -> dict[str, str]:
-    """Short labels of every module that the run names, by pattern."""
-    patterns = {pattern_of(item.name): None for record in summary.layers for item in record.linears}
-    for record in summary.layers:
-        for item in record.mappings:
-            patterns.update((pattern_of(name), None) for name in (item.smooth_layer, *item.balance_layers))
-    return short_labels(patterns)
-
-
 def mapping_label(mapping: MappingRecord, labels: dict[str, str]) -> str:
-    """`input_layernorm → q_proj, k_proj, v_proj`; many experts are named once."""
+    """Returns `input_layernorm → q_proj, k_proj, v_proj`, where many experts are named once."""
     balance = dict.fromkeys(labels.get(pattern_of(name), pattern_of(name)) for name in mapping.balance_layers)
     smooth = pattern_of(mapping.smooth_layer)
     return f"{labels.get(smooth, smooth)} → {', '.join(balance)}"
 
 
 def mapping_rows(summary: RunSummary, *, by_layer: bool = False) -> list[MappingRow]:
-    """One row per pattern in the order of first appearance, or with `by_layer` one per layer and pattern."""
+    """Returns a row for each pattern in the order of first appearance, or with `by_layer` for each layer and pattern."""
     labels = run_labels(summary)
     groups: dict[tuple[str, int | None], list[tuple[int, MappingRecord]]] = defaultdict(list)
     for record in summary.layers:
         for mapping in record.mappings:
             key = (mapping_label(mapping, labels), record.layer if by_layer else None)
             groups[key].append((record.layer, mapping))
-    return [_mapping_row(pattern, members) for (pattern, _), members in groups.items()]
-
-
-def _mapping_row(pattern: str, members: list[tuple[int, MappingRecord]]) -> MappingRow:
-    return MappingRow(
-        pattern=pattern,
-        layers=tuple(dict.fromkeys(layer for layer, _ in members)),
-        num_mappings=len(members),
-        num_identity=sum(m.ratio is None for _, m in members),
-        num_nonfinite_candidates=sum(m.num_nonfinite_candidates for _, m in members),
-        ratio=finite_median(m.ratio for _, m in members),
-        error_before=sum(m.error_before for _, m in members),
-        error_after=sum(m.error_after for _, m in members),
-    )
+    return [
+        MappingRow(
+            pattern=pattern,
+            layers=tuple(dict.fromkeys(layer for layer, _ in members)),
+            num_mappings=len(members),
+            num_identity=sum(m.ratio is None for _, m in members),
+            num_nonfinite_candidates=sum(m.num_nonfinite_candidates for _, m in members),
+            ratio=finite_median(m.ratio for _, m in members),
+            error_before=sum(m.error_before for _, m in members),
+            error_after=sum(m.error_after for _, m in members),
+        )
+        for (pattern, _), members in groups.items()
+    ]
 
 
 def finite_median(values: Iterable[float | None]) -> float | None:
+    """Returns the median of the numbers that are there and finite."""
     finite = [value for value in values if value is not None and math.isfinite(value)]
     return median(finite) if finite else None
 
 
 def worst_linears(summary: RunSummary, count: int) -> list[LinearRecord]:
-    """The linears that lost most, by relative error of what was written; not-a-number is worst of all."""
+    """Returns the linears with the largest relative errors as written; not-a-number is worst of all."""
     linears = [linear for record in summary.layers for linear in record.linears]
     return sorted(linears, key=lambda x: (math.isfinite(x.relative_error), -x.relative_error))[:count]
 
 
 def skipped_rows(summary: RunSummary) -> list[tuple[str, str, tuple[int, ...]]]:
-    """(mapping, reason, layers), layers that share mapping and reason in one row."""
+    """Returns rows of (mapping, reason, layers); layers that share mapping and reason are one row."""
     rows: dict[tuple[str, str], dict[int, None]] = defaultdict(dict)
     for record in summary.layers:
         for skipped in record.skipped:
@@ -128,31 +112,34 @@ def skipped_rows(summary: RunSummary) -> list[tuple[str, str, tuple[int, ...]]]:
     return [(mapping, reason, tuple(layers)) for (mapping, reason), layers in rows.items()]
 
 
-def floor_factor(summary: RunSummary) -> float | None:
-    """Total time over the time that no method can do without."""
+def times_one_pass(summary: RunSummary) -> float | None:
+    """Returns the run's time over that of one forward pass with reading and writing, shared by all workers."""
     total = summary.seconds.get("total")
     return total / summary.floor_seconds if total is not None and summary.floor_seconds > 0 else None
 
 
-def summary_table(summary: RunSummary, *, layers: bool = False) -> RenderableType:
-    """What a person wants to read at the end of a run; with `layers` every layer's mappings have a row of their own."""
+def summary_table(summary: RunSummary) -> RenderableType:
+    """Returns what a person wants to read at the end of a run."""
     from rich.console import Group
     from rich.text import Text
 
-    parts: list[RenderableType] = [_mapping_table(mapping_rows(summary), "Smoothing by kind of mapping", layers=False)]
-    if layers:
-        parts.append(_mapping_table(mapping_rows(summary, by_layer=True), "Smoothing by layer", layers=True))
-    worst = _table("Linears that lost most", "linear", "nearest", "written", left=1)
+    smoothing = _table("Smoothing by kind of mapping", "mapping", "identity", "ratio", "error before", "after", "less")
+    for row in mapping_rows(summary):
+        ratio = "identity" if row.ratio is None else f"{row.ratio:.2f}"
+        errors = (show_number(row.error_before), show_number(row.error_after), show_percent(row.reduction))
+        _add(smoothing, row.pattern, f"{row.num_identity} of {row.num_mappings}", ratio, *errors)
+    worst = _table("Linears with the largest errors", "linear", "nearest", "written")
     for linear in worst_linears(summary, 5):
         _add(worst, linear.name, show_number(linear.relative_error_nearest), show_number(linear.relative_error))
-    parts.append(worst)
+    parts: list[RenderableType] = [smoothing, worst]
     if skipped := skipped_rows(summary):
-        table = _table("Mappings not applied", "mapping", "reason", "layers", left=3)
-        for mapping, reason, where in skipped:
-            _add(table, mapping, reason, show_layers(where))
+        table = _table("Mappings not applied", "mapping", "reason", "layers", num_text=3)
+        for mapping, reason, layers in skipped:
+            _add(table, mapping, reason, show_layers(layers))
         parts.append(table)
-    factor = floor_factor(summary)
-    over = "" if factor is None else f", {factor:.2f} times the floor of {show_seconds(summary.floor_seconds)}"
+    factor = times_one_pass(summary)
+    one_pass = f"one forward pass with reading and writing ({show_seconds(summary.floor_seconds)})"
+    over = "" if factor is None else f", {factor:.2f}x {one_pass}"
     parts.append(Text(f"\n{len(summary.layers)} layers in {show_seconds(summary.seconds.get('total'))}{over}"))
     read, source = sum(summary.bytes_read.values()), show_bytes(summary.source_bytes)
     sizes = f"{show_bytes(read)} read (source: {source}), {show_bytes(summary.output_bytes)} written"
@@ -161,25 +148,14 @@ def summary_table(summary: RunSummary, *, layers: bool = False) -> RenderableTyp
     return Group(*parts)
 
 
-def _mapping_table(rows: list[MappingRow], title: str, *, layers: bool) -> Table:
-    count = "layer" if layers else "identity"
-    table = _table(title, "mapping", count, "ratio", "error before", "after", "less", left=1)
-    for row in rows:
-        first = show_layers(row.layers) if layers else f"{row.num_identity} of {row.num_mappings}"
-        ratio = "identity" if row.ratio is None else f"{row.ratio:.2f}"
-        errors = (show_number(row.error_before), show_number(row.error_after), show_percent(row.reduction))
-        _add(table, row.pattern, first, ratio, *errors)
-    return table
-
-
-def _table(title: str, *columns: str, left: int) -> Table:
-    """An empty table whose first `left` columns hold text and whose others hold figures."""
+def _table(title: str, *columns: str, num_text: int = 1) -> Table:
+    """Returns an empty table whose first `num_text` columns hold text and whose others hold figures."""
     from rich import box
     from rich.table import Table
 
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     for number, column in enumerate(columns):
-        if number < left:
+        if number < num_text:
             table.add_column(column, overflow="fold")
         else:
             table.add_column(column, justify="right", no_wrap=True)

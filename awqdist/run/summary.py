@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from awqdist.layer.records import LayerRecord, RunSummary
-from awqdist.report.expert_tokens import FEW_TOKENS, BlockTokens, tokens_of_experts
+from awqdist.run.expert_tokens import FEW_TOKENS, BlockTokens, tokens_of_experts
 from awqdist.run.job import Job
 from awqdist.run.journal import JournalEntries
 
@@ -52,7 +52,7 @@ def warnings_of(job: Job, layers: tuple[LayerRecord, ...]) -> tuple[str, ...]:
     nonfinite = sum(mapping.num_nonfinite_candidates for record in layers for mapping in record.mappings)
     if nonfinite:
         found.append(f"{nonfinite} candidates of the scale searches were not finite and were left out")
-    found += [_starved(block) for block in tokens_of_experts(layers) if block.starved]
+    found += [_few_tokens(block) for block in tokens_of_experts(layers) if block.few_token_experts]
     for record in layers:
         for linear in record.linears:
             if linear.num_dead_inputs:
@@ -87,10 +87,10 @@ def _some(names: tuple[str, ...]) -> str:
     return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
 
 
-def _starved(block: BlockTokens) -> str:
-    """Names the experts that the calibration text hardly reached."""
+def _few_tokens(block: BlockTokens) -> str:
+    """Returns a warning that names the experts with few calibration tokens."""
     return (
-        f"{block.block}: {len(block.starved)} of {len(block.tokens)} experts were sent fewer than {FEW_TOKENS} tokens:"
-        f" {block.named_starved(8)}; they are fitted to all tokens of the layer instead; calibrate on more text, or on text like that"
-        " which they are for"
+        f"{block.block}: {len(block.few_token_experts)} of {len(block.tokens)} experts received fewer than {FEW_TOKENS} tokens:"
+        f" {block.named_few(8)}; they are fitted to all tokens of the layer instead; use more calibration text, or text"
+        " that resembles your real traffic"
     )

@@ -124,7 +124,7 @@ def test_plain_writes_one_line_per_finished_layer_with_count_time_worst_linear_a
         "layer 2/2  12.3 s  down_proj error 0.0123 -> 0.0045  eta 0 s",
         "worker 0 was lost (out of memory); going on, restart 1 of 3",
         "warning: [bold]few tokens",
-        "finished in 30.0 s, 3.00 times the floor: 2.0 KiB in out",
+        "finished in 30.0 s, 3.00x one forward pass with reading and writing: 2.0 KiB in out",
     ]
 
 
@@ -196,7 +196,7 @@ def test_rich_prints_warnings_as_they_are_and_lost_workers(
     assert "warning: [bold]few tokens" in err
     assert "worker 0 was lost (out of memory); going on, restart 1 of 3" in err
     assert "2/2 layers" in err
-    assert "finished in 30.0 s, 3.00 times the floor: 2.0 KiB in out" in err
+    assert "finished in 30.0 s, 3.00x one forward pass with reading and writing: 2.0 KiB in out" in err
 
 
 def test_the_display_has_a_row_per_worker() -> None:

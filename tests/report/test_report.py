@@ -18,8 +18,9 @@ from rich.console import Console
 from support.ring_messages import EPOCH, ring, write_log
 
 from awqdist.layer.records import LayerRecord, LinearRecord, MappingRecord, RunSummary, SiteRecord, SkippedMapping
-from awqdist.report.report import render_report, write_report
+from awqdist.report.report import TRACE_FILE, render_report, write_report
 from awqdist.report.tables import mapping_rows, skipped_rows, summary_table, worst_linears
+from awqdist.report.trace import chrome_trace
 from awqdist.run.events import Message, WorkerLost, WorkerStarted
 from awqdist.run.log import encode
 from awqdist.units import show_layers
@@ -103,9 +104,9 @@ class Page(HTMLParser):
         (self.scripts if self.tags and self.tags[-1] == "script" and data.strip() else self.words).append(data)
 
 
-def printed(summary: RunSummary, **options: bool) -> str:
+def printed(summary: RunSummary) -> str:
     console = Console(width=160, file=StringIO())
-    console.print(summary_table(summary, **options))
+    console.print(summary_table(summary))
     return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
 
 
@@ -136,16 +137,16 @@ def test_the_page_tells_facts_recipe_warnings_mappings_and_reasons() -> None:
     assert "16 linears in 8 layers" in text
 
 
-def test_the_time_chart_sets_the_floor_against_all_stages_and_the_clock() -> None:
+def test_the_time_chart_compares_one_pass_with_all_stages_and_the_clock() -> None:
     summary = run_summary(2)
     bars = {bar["name"]: bar for bar in Page(render_report(summary)).charts["time-1"]["data"]}
-    floor, spent, clock = (sum(bar["x"][row] or 0.0 for bar in bars.values()) for row in range(3))
-    assert floor == pytest.approx(summary.floor_seconds)
+    one_pass, spent, clock = (sum(bar["x"][row] or 0.0 for bar in bars.values()) for row in range(3))
+    assert one_pass == pytest.approx(summary.floor_seconds)
     assert spent == pytest.approx(2 * 8.5 + 2.0)
     assert clock == pytest.approx(summary.seconds["total"])
 
 
-def test_the_floor_is_shared_by_all_workers() -> None:
+def test_one_pass_is_shared_by_all_workers() -> None:
     """Two layers of 4 s each that cannot be done without, on 4 workers."""
     summary = run_summary(2, num_workers=4)
     bars = Page(render_report(summary)).charts["time-1"]["data"]
@@ -246,29 +247,28 @@ def test_the_report_of_eight_layers_is_written_in_half_a_second(tmp_path: Path) 
     assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
 
 
-def test_the_page_has_a_timeline_of_the_last_run_in_the_folder(tmp_path: Path) -> None:
+def test_the_page_has_the_workers_of_the_last_run_in_the_folder(tmp_path: Path) -> None:
     """The earlier run had one worker and was killed; the last had four, each of which computed 88 s of 101 s."""
     runs = [*ring(num_workers=1, begins=EPOCH - 1000)[:50], *ring()]
     write_log(tmp_path, runs, tail=encode(runs[0])[:30])
     page = Page(write_report(run_summary(16), tmp_path).read_text())
-    forward = page.charts["timeline-0"]["data"][1]
-    assert sorted(set(forward["y"])) == [0, 1, 2, 3]
-    assert [layer for layer, _ in sorted(forward["customdata"])] == list(range(16))
-    assert "0 node-0 cuda:0 4 32.0 s 56.0 s 16.0 s 8.00 s 13.0 s 87.1 %" in page.text
+    assert "0 node-0 cuda:0 4 32.0 s 40.0 s 4.00 s 12.0 s 16.0 s 8.00 s 13.0 s 87.1 %" in page.text
+    assert TRACE_FILE in page.text
     assert set(page.charts) <= set(page.ids)
+    assert json.loads((tmp_path / TRACE_FILE).read_text()) == chrome_trace(ring())
 
 
-def test_the_page_does_without_a_timeline_where_no_events_are(tmp_path: Path) -> None:
+def test_the_page_does_without_workers_where_no_events_are(tmp_path: Path) -> None:
     without = Page(write_report(run_summary(2), tmp_path).read_text())
     write_log(tmp_path, [], tail=b"not JSON\n")
     with_foreign_lines = Page(write_report(run_summary(2), tmp_path).read_text())
     for page in (without, with_foreign_lines):
-        assert "timeline-0" not in page.charts
         assert "Workers" not in page.text
+    assert not (tmp_path / TRACE_FILE).exists()
 
 
 @pytest.mark.parametrize("hostile", ["</script><b>x</b>", "<img src=http://evil>"])
-def test_hostile_hosts_and_reasons_stay_text(hostile: str) -> None:
+def test_hostile_hosts_stay_text(hostile: str) -> None:
     started, lost = WorkerStarted(hostile, hostile, (0,)), WorkerLost(hostile, 1, 3)
     told = [*ring(num_workers=2), *(Message(event, 1, EPOCH + 9) for event in (started, lost))]
     plain, page = Page(render_report(run_summary(2))), Page(render_report(run_summary(2), told))
@@ -277,26 +277,13 @@ def test_hostile_hosts_and_reasons_stay_text(hostile: str) -> None:
     assert hostile not in json.dumps(page.charts)
 
 
-def test_the_page_of_a_large_run_is_hardly_larger_for_its_timeline() -> None:
-    summary, told = run_summary(126), ring(num_workers=16, num_layers=126, num_chunks=64)
-    assert len(render_report(summary, told)) - len(render_report(summary)) < 60_000
-
-
 def test_the_table_tells_mappings_worst_linears_reasons_time_and_bytes() -> None:
     text = printed(run_summary(8))
     assert re.search(r"norm → q_proj +1 of 8 +0\.50 +32 +24 +25\.0 %", text)
     assert re.search(r"layer \*: widths differ +0-7", text)
-    assert "8 layers in 1 min 10 s, 2.19 times the floor of 32.0 s" in text
+    assert "8 layers in 1 min 10 s, 2.19x one forward pass with reading and writing (32.0 s)" in text
     assert "5.0 MiB read (source: 4.0 MiB), 1.0 MiB written to /out" in text
     assert "warning: few tokens" in text
-    assert "Smoothing by layer" not in text
-
-
-def test_the_table_has_a_row_per_layer_on_request() -> None:
-    text = printed(run_summary(3), layers=True)
-    assert "Smoothing by layer" in text
-    assert re.search(r"norm → q_proj +0 +identity +4 +3 ", text)
-    assert re.search(r"norm → q_proj +2 +0\.50 ", text)
 
 
 def test_worst_linears_come_first_and_those_without_a_number_before_them() -> None:

@@ -1,4 +1,4 @@
-"""How many calibration tokens the experts of a block were given, from the record of its layer."""
+"""Counts the calibration tokens that each expert received, from the record of its layer."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ class BlockTokens:
         return max(self.tokens.values())
 
     @property
-    def starved(self) -> dict[int, int]:
-        """The experts with fewer than FEW_TOKENS, and how many: what they are fitted to is mostly the prior."""
+    def few_token_experts(self) -> dict[int, int]:
+        """Experts with fewer than FEW_TOKENS, and their tokens. They are mostly fitted to the tokens of the whole layer."""
         return {expert: count for expert, count in sorted(self.tokens.items()) if count < FEW_TOKENS}
 
-    def named_starved(self, at_most: int) -> str:
-        """`2 (0), 3 (17) and 4 more`."""
-        few = self.starved
+    def named_few(self, at_most: int) -> str:
+        """Returns `2 (0), 3 (17) and 4 more`."""
+        few = self.few_token_experts
         named = ", ".join(f"{expert} ({count})" for expert, count in list(few.items())[:at_most])
         return named + (f" and {len(few) - at_most} more" if len(few) > at_most else "")
 
 
 def tokens_of_experts(layers: Iterable[LayerRecord]) -> list[BlockTokens]:
-    """Of every block with experts, in the order of the layers. The linears of one expert are given the same tokens."""
+    """Returns the tokens of every block with experts, in the order of the layers. All linears of an expert see the same tokens."""
     found = []
     for record in layers:
         blocks: dict[str, dict[int, int]] = {}
