@@ -1,4 +1,4 @@
-"""The command line. Commands are thin: they turn options into settings, call the package, and show what comes back.
+"""Defines the commands of `awqdist`, and turns every expected failure into one line and an exit status.
 
 Heavy libraries are imported inside the commands, so that `awqdist --help` answers at once.
 """
@@ -6,25 +6,47 @@ Heavy libraries are imported inside the commands, so that `awqdist --help` answe
 from __future__ import annotations
 
 import gc
+import json
+import os
 import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
 from awqdist.cli import options
-from awqdist.cli.failures import clear_errors, interrupt
 from awqdist.cli.options import options_from, settings_of
+from awqdist.errors import AwqdistError
 from awqdist.settings import DEFAULT_CALIBRATION, Placement, RunSettings
 
 app = typer.Typer(
     name="awqdist",
-    help="Quantizes large language models to 4 bit with AWQ, layer by layer, from checkpoint to checkpoint.",
+    help="Quantizes large language models to 4 bit with AWQ and GPTQ, layer by layer, from checkpoint to checkpoint.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        from awqdist import __version__
+
+        print(__version__)
+        raise typer.Exit()
+
+
+@app.callback()
+def _awqdist(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command(epilog="Example: awqdist quantize meta-llama/Llama-3.1-8B ./llama-w4 --calibration text.txt")
@@ -50,11 +72,11 @@ def quantize(
 
 @app.command(epilog="Example: awqdist watch ./llama-w4")
 def watch(
-    output: Annotated[Path, typer.Argument(help="The output folder of a run, on this or another machine.")],
+    output: Annotated[Path, typer.Argument(help="The output folder of a run.")],
     progress: options.Progress = "auto",
-    once: Annotated[bool, typer.Option("--once", help="Show the present state and end.")] = False,
+    once: Annotated[bool, typer.Option("--once", help="Show the present state and exit.")] = False,
 ) -> None:
-    """Shows a run that goes on elsewhere, until it has finished. Ending this does not end the run."""
+    """Follows a running job from any machine that can read OUTPUT. Ending this does not end the run."""
     from awqdist.cli.watch import follow, show_now
 
     (show_now if once else follow)(output, progress)
@@ -93,9 +115,9 @@ def mappings(
     model: options.ModelToPlan,
     recipe: options.Recipe = "default",
     as_json: options.Json = False,
-    as_recipe: Annotated[bool, typer.Option("--as-recipe", help="Print a recipe that holds these mappings.")] = False,
+    as_recipe: Annotated[bool, typer.Option("--as-recipe", help="Print a recipe with these mappings.")] = False,
 ) -> None:
-    """Shows which layers smooth which linears, and every mapping that is skipped with its reason."""
+    """Shows which layers smooth which linears, and why a mapping is skipped."""
     from awqdist.plan.mappings import show_mappings
 
     show_mappings(model, recipe, as_json=as_json, as_recipe=as_recipe)
@@ -104,10 +126,10 @@ def mappings(
 @app.command(epilog="Example: awqdist verify ./llama-w4 --source meta-llama/Llama-3.1-8B")
 def verify(
     output: Annotated[Path, typer.Argument(help="A finished output folder.")],
-    source: Annotated[str | None, typer.Option(help="The original model: compares every weight.")] = None,
+    source: Annotated[str | None, typer.Option(help="The original model, to compare every weight with.")] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Checks an output: hashes, index, config, every packed tensor; exit status 1 if anything is wrong."""
+    """Checks hashes, index, config and every packed tensor of an output. Exit status 1 if anything is wrong."""
     from awqdist.cli.commands import show_verification
 
     show_verification(output, source, as_json=as_json)
@@ -117,8 +139,10 @@ def verify(
 def evaluate(
     model: options.Model,
     text: Annotated[Path, typer.Option(help="Text file to evaluate on.")],
-    against: Annotated[str | None, typer.Option(help="The float model: adds KL(float || quantized) per token.")] = None,
-    max_tokens: Annotated[int, typer.Option(min=2, help="How much of the text is read.")] = 16384,
+    against: Annotated[
+        str | None, typer.Option(help="The float model, to measure KL(float || quantized) per token.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens of the text that are read.")] = 16384,
     window: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 256,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     shard: Annotated[
@@ -127,7 +151,7 @@ def evaluate(
     ] = "none",
     as_json: options.Json = False,
 ) -> None:
-    """Measures perplexity, and the divergence from the float model, through transformers."""
+    """Measures perplexity and the KL divergence from the float model, with transformers."""
     from awqdist.cli.commands import show_evaluation
 
     options = {"against": against, "max_tokens": max_tokens, "window": window, "device": device, "shard": shard}
@@ -137,12 +161,12 @@ def evaluate(
 @app.command(epilog="Example: awqdist doctor ./llama-w4 --profile machine.json")
 def doctor(
     folder: Annotated[Path, typer.Argument(help="OUTPUT, or a folder on the disk in question.")] = Path("."),
-    build_nvme: Annotated[bool, typer.Option("--build-nvme", help="Compile DeepNVMe's operator first, once.")] = False,
-    profile: Annotated[Path | None, typer.Option(help="Write the rates of this machine there, as JSON.")] = None,
+    build_nvme: Annotated[bool, typer.Option("--build-nvme", help="Compile DeepNVMe's operator first.")] = False,
+    profile: Annotated[Path | None, typer.Option(help="Write this machine's throughput to this file, as JSON.")] = None,
     ray_address: options.RayAddress = None,
     as_json: options.Json = False,
 ) -> None:
-    """Checks versions, devices, libraries, the folder's file system and Ray, and measures how fast all is; exit status 1 if any fails."""
+    """Checks the environment and measures its throughput. Exit status 1 if a check fails."""
     from awqdist.cli.doctor import examine
 
     examine(folder, build_nvme=build_nvme, profile=profile, ray_address=ray_address, as_json=as_json)
@@ -160,21 +184,52 @@ def demo(
 
 @app.command(epilog="Example: awqdist families --markdown")
 def families(
-    markdown: Annotated[bool, typer.Option("--markdown", help="The table as the README shows it.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table in markdown.")] = False,
 ) -> None:
-    """Shows the families of models that are known by name: what is smoothed in each, and what is left alone."""
+    """Lists the supported model families, what is smoothed in each, and what stays in full precision."""
     from awqdist.cli.families import show_families
 
     show_families(markdown=markdown)
 
 
+class _Interrupted(BaseException):
+    """Is raised by a signal that asks for the end. It is not a KeyboardInterrupt, which typer would answer itself."""
+
+
+@contextmanager
+def _clear_errors() -> Iterator[None]:
+    """Turns expected failures, wrong usage and signals into one line and an exit status: 2, or 128 + the signal's number."""
+    try:
+        yield
+    except AwqdistError as error:
+        typer.echo(f"awqdist: error: {error}", err=True)
+        if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun shows it in its table of failures
+            Path(file).write_text(json.dumps({"message": str(error), "timestamp": int(time.time())}))
+        raise SystemExit(2) from None
+    except PermissionError as error:
+        typer.echo(f"awqdist: error: {error.strerror}: {error.filename}; choose a place that you may use", err=True)
+        raise SystemExit(2) from None
+    except typer.TyperException as error:
+        if error.format_message():
+            typer.echo(f"awqdist: error: {error.format_message()}", err=True)
+        raise SystemExit(error.exit_code) from None
+    except _Interrupted as signalled:
+        number = int(signalled.args[0])
+        typer.echo("awqdist: interrupted; finished layers are kept, and the same command resumes", err=True)
+        raise SystemExit(128 + number) from None
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    raise _Interrupted(number)
+
+
 def main() -> None:
     """Entry point of the `awqdist` command."""
-    gc.disable()  # nothing that is imported becomes garbage: collecting meanwhile costs a second
+    gc.disable()  # imports make no garbage, and collecting during them costs a second
     try:
-        with clear_errors():
+        with _clear_errors():
             for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, interrupt)
+                signal.signal(number, _interrupt)
             raise SystemExit(app(standalone_mode=False))
     finally:
-        gc.freeze()  # nor is it worth collecting on the way out
+        gc.freeze()  # collecting at exit is not worth its time

@@ -1,12 +1,8 @@
-"""Messages of a run as a person or a machine watches them: a live display, plain lines, or lines of JSON.
+"""Shows the messages of a run as a live display, as plain lines or as lines of JSON.
 
-Workers emit events and never print (`awqdist.run.events`); `renderer` gives the callable that hears their messages, in the process that
-leads the run or in `awqdist watch`. The live display and the plain lines go to stderr, so that stdout stays free for results; JSON lines
-are a result: stdout.
-
-`3/32` counts finished layers. A layer under way is called by its index, from 0, as in the names of its tensors.
-
-Rich is imported by the live display alone, and torch by none: the workers that need it may be other processes.
+Workers emit events and never print; `renderer` gives the callable that hears their messages, in the leader's process or in
+`awqdist watch`. The live display and the plain lines go to stderr, JSON lines to stdout. `3/32` counts finished layers; a layer under way
+is called by its index, from 0, as in the names of its tensors. Rich is imported by the live display alone, and torch by none.
 """
 
 from __future__ import annotations
@@ -15,74 +11,66 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Literal
 
-from awqdist.cli.display import display, show_eta
-from awqdist.cli.run_state import RunState
-from awqdist.layer.records import LayerRecord
+from awqdist.cli.run_state import RunState, WorkerState
+from awqdist.layer.records import LayerRecord, MappingRecord
 from awqdist.run import events as ev
 from awqdist.run.events import Listen, Message
-from awqdist.units import show_bytes, show_number, show_seconds, strict_json
+from awqdist.units import MISSING, pattern_of, show_bytes, show_number, show_seconds, strict_json
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from rich.table import Table
 
 Kind = Literal["auto", "rich", "plain", "json"]
-Clock = Callable[[], float]
 
+LONG_SILENCE_S = 60  # workers tell their status every few seconds
+
+_GAP = 2  # between columns
+_LEAST_SEARCHED = 16  # columns of the terminal
 _STYLES: dict[type[ev.Event], str] = {ev.Warned: "yellow", ev.WorkerLost: "bold red", ev.RunFinished: "bold"}
 
 
-def renderer(kind: Kind = "auto", now: Clock = time.time) -> AbstractContextManager[Listen]:
-    """`with renderer("plain") as listen: listen(message)`. `auto` is the live display on a terminal, else plain lines.
-
-    now: the present by the clock of the run. Calls of `listen` must not overlap.
-    """
-    match resolve(kind):
-        case "rich":
-            return _rich(now)
-        case "json":
-            return _json()
-        case _:
-            return _plain()
-
-
 def resolve(kind: Kind) -> Kind:
-    """What `auto` stands for."""
+    """Returns what `auto` stands for: the live display on a terminal, else plain lines."""
     return kind if kind != "auto" else "rich" if sys.stderr.isatty() else "plain"
 
 
 @contextmanager
-def _json() -> Iterator[Listen]:
-    def listen(message: Message) -> None:
-        origin = {"event": type(message.event).__name__, "time": message.time, "worker": message.worker}
-        print(strict_json({**origin, **asdict(message.event)}), flush=True)
+def renderer(kind: Kind = "auto", now: Callable[[], float] = time.time) -> Iterator[Listen]:
+    """Yields the function that shows messages: `with renderer("plain") as listen: listen(message)`.
 
-    yield listen
+    Args:
+        kind: How they are shown.
+        now: The present by the clock of the run, in seconds since 1970. Calls of `listen` must not overlap.
+    """
+    kind, state = resolve(kind), RunState()
+    if kind == "rich":
+        with _live(state, now) as listen:
+            yield listen
+        return
 
-
-@contextmanager
-def _plain() -> Iterator[Listen]:
-    state = RunState()
-
-    def listen(message: Message) -> None:
+    def show(message: Message) -> None:
+        if kind == "json":
+            origin = {"event": type(message.event).__name__, "time": message.time, "worker": message.worker}
+            print(strict_json({**origin, **asdict(message.event)}), flush=True)
+            return
         state.observe(message)
-        line = _line(state, message)
-        if line is not None:
+        if (line := _line(state, message)) is not None:
             print(line, file=sys.stderr, flush=True)
 
-    yield listen
+    yield show
 
 
 @contextmanager
-def _rich(now: Clock) -> Iterator[Listen]:
+def _live(state: RunState, now: Callable[[], float]) -> Iterator[Listen]:
     from rich.console import Console
     from rich.live import Live
     from rich.text import Text
 
-    state = RunState()
     console = Console(stderr=True, highlight=False)
 
     def shown() -> RenderableType:
@@ -103,13 +91,16 @@ def _rich(now: Clock) -> Iterator[Listen]:
 
 
 def _line(state: RunState, message: Message) -> str | None:
-    """The plain line for a message, None for those that get none. It names the worker where there are several."""
+    """Returns the plain line for a message, None for those that get none. It names the worker where there are several."""
     event, several = message.event, len(state.workers) > 1
     worker = "a worker" if message.worker is None else f"worker {message.worker}"
     by = f" ({worker})" if several and message.worker is not None else ""
     match event:
         case ev.RunStarted():
-            return _start_line(event)
+            earlier = f", {event.num_finished_layers} finished before" if event.num_finished_layers else ""
+            workers = f", {event.num_workers} workers ({event.backend})" if event.num_workers > 1 else ""
+            work = f"{event.num_layers} layers{earlier}, {event.num_tokens:,} tokens on {event.device}{workers}"
+            return f"{event.model} -> {event.output}: {work}"
         case ev.WorkerStarted() if several:
             return f"{worker} started on {event.host}, {event.device}, with {len(event.layers)} layers"
         case ev.LayerFinished():
@@ -121,30 +112,133 @@ def _line(state: RunState, message: Message) -> str | None:
         case ev.LayerForwarded():
             return f"layer {event.layer} was finished before, only its outputs were computed again{by}"
         case ev.WorkerLost():
-            return f"{worker} was lost ({event.reason}); going on, restart {event.restart} of {event.max_restarts}"
+            return f"{worker} was lost ({event.reason}); continuing, restart {event.restart} of {event.max_restarts}"
         case ev.Warned():
             return f"warning: {event.message}{by}"
         case ev.RunFinished():
             over = ""
             if event.floor_seconds > 0:
                 over = f", {event.seconds / event.floor_seconds:.2f}x one forward pass with reading and writing"
-            return (
-                f"finished in {show_seconds(event.seconds)}{over}: {show_bytes(event.output_bytes)} in {event.output}"
-            )
+            size = show_bytes(event.output_bytes)
+            return f"finished in {show_seconds(event.seconds)}{over}: {size} in {event.output}"
     return None
 
 
-def _start_line(event: ev.RunStarted) -> str:
-    earlier = f", {event.num_finished_layers} finished before" if event.num_finished_layers else ""
-    workers = f", {event.num_workers} workers ({event.backend})" if event.num_workers > 1 else ""
-    work = f"{event.num_layers} layers{earlier}, {event.num_tokens:,} tokens on {event.device}{workers}"
-    return f"{event.model} -> {event.output}: {work}"
-
-
 def _worst_linear(record: LayerRecord) -> str:
-    """`  down_proj error 0.0123 -> 0.0045`: the linear that lost most, rounded to nearest and as written."""
+    """Returns `  down_proj error 0.0123 -> 0.0045`: the linear with the largest error, rounded to nearest and as written."""
     if not record.linears:
         return ""
     worst = max(record.linears, key=lambda x: (not math.isfinite(x.relative_error), x.relative_error))
     name = worst.name.rpartition(".")[2]
     return f"  {name} error {show_number(worst.relative_error_nearest)} -> {show_number(worst.relative_error)}"
+
+
+def show_eta(seconds: float | None) -> str:
+    """Returns `75 s`, `12 min` or `1.5 h`, for times that change while one looks."""
+    if seconds is None:
+        return MISSING
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def silence(seconds: float) -> str:
+    """Returns what is said after so many seconds without a message."""
+    return f"no news for {show_eta(seconds)}: the run is stuck, was stopped, or cannot reach this folder"
+
+
+def display(state: RunState, now: float, width: int) -> RenderableType:
+    """Returns the live display: a bar over the run's layers, and one line per worker. Rich calls it from its own thread.
+
+    Args:
+        state: Of the run.
+        now: The present by the clock of the run, in seconds since 1970.
+        width: Columns of the terminal.
+    """
+    from rich.console import Group
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+    from rich.text import Text
+
+    run = state.started
+    if run is None:
+        return Text("waiting for the run to begin", style="dim")
+    workers = f", {run.num_workers} workers ({run.backend})" if run.num_workers > 1 else ""
+    bar = ProgressBar(total=max(state.num_layers, 1), completed=state.num_done, width=30)
+    ends = "finished" if state.finished else f"eta {show_eta(state.remaining_seconds(now))}"
+    lost = state.lost
+    restarts = Text("" if lost is None else f"restart {lost.restart} of {lost.max_restarts}", style="red")
+    count = Text(f"{state.num_done}/{state.num_layers} layers", style="bold")
+    head = Table.grid(padding=(0, 2))
+    head.add_row(count, bar, show_seconds(state.elapsed_seconds(now)), ends, restarts)
+    table = _worker_table(state.by_number(), now, width)
+    parts: list[RenderableType] = [Text(f"{run.model} on {run.device}{workers}"), head, table]
+    memory = max((w.peak_memory_bytes for w in state.by_number()), default=0)
+    device = max((w.peak_device_memory_bytes for w in state.by_number()), default=0)
+    if peaks := f"peak memory {show_bytes(memory)}" if memory else "":
+        parts.append(Text(peaks + (f"   peak GPU memory {show_bytes(device)}" if device else ""), style="dim"))
+    if (silent := state.silent_seconds(now)) > LONG_SILENCE_S:
+        parts.append(Text(silence(silent), style="bold red"))
+    return Group(*parts)
+
+
+def _worker_table(workers: list[WorkerState], now: float, width: int) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    cells = _fitting(_cells(workers, now), width)
+    styles = {"stage": "cyan", "background": "dim", "searched": "green"}
+    table = Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0), header_style="dim")
+    for name in cells:
+        figures = name in ("layer", "for", "tokens/s", "memory", "GPU")
+        table.add_column(name, justify="right" if figures else "left", no_wrap=name != "searched")
+    for row, worker in enumerate(workers):
+        texts = [
+            Text(column[row], styles.get(name, ""), no_wrap=True, overflow="ellipsis") for name, column in cells.items()
+        ]
+        table.add_row(*texts, style="red" if worker.stage == "lost" else "")
+    return table
+
+
+def _cells(workers: list[WorkerState], now: float) -> dict[str, list[str]]:
+    """Returns the columns by their names, a cell per worker."""
+    several_hosts = len({worker.host for worker in workers}) > 1
+    return {
+        "worker": [str(w.number) if len(workers) > 1 else "" for w in workers],
+        "host": [w.host if several_hosts else "" for w in workers],
+        "layer": ["" if w.layer is None else str(w.layer) for w in workers],
+        "stage": [
+            f"forward {w.chunk}/{w.num_chunks}" if w.stage == "forward" and w.num_chunks else w.stage for w in workers
+        ],
+        "for": ["" if w.stage in ("lost", "done") else show_eta(max(0.0, now - w.since)) for w in workers],
+        "background": [", ".join(f"{stage} {layer}" for stage, layer in list(w.background.items())) for w in workers],
+        "tokens/s": ["" if w.tokens_per_second is None else f"{w.tokens_per_second:,.0f}" for w in workers],
+        "memory": ["" if w.status is None else show_bytes(w.status.memory_bytes) for w in workers],
+        "GPU": ["" if w.status is None else _gpu(w.status) for w in workers],
+        "searched": [_search(w.mapping) for w in workers],
+    }
+
+
+def _fitting(cells: dict[str, list[str]], width: int) -> dict[str, list[str]]:
+    """Returns the columns without empty ones, and without those that a narrow terminal has no room for."""
+    shown = {name: column for name, column in cells.items() if any(column) or name in ("layer", "background")}
+    widths = {name: max(len(name), *map(len, column)) + _GAP for name, column in shown.items()}
+    widths["searched"] = _LEAST_SEARCHED  # it may be cut
+    for name in ("searched", "background", "for", "host"):
+        if sum(widths[name] for name in shown) - _GAP > width:
+            shown.pop(name, None)
+    return shown
+
+
+def _gpu(status: ev.WorkerStatus) -> str:
+    """Returns memory and use of a GPU; nothing for a CPU."""
+    use = "" if status.device_utilization is None else f" {status.device_utilization:3} %"
+    return f"{show_bytes(status.device_memory_bytes)}{use}" if status.device_memory_bytes or use else ""
+
+
+def _search(found: MappingRecord | None) -> str:
+    if found is None:
+        return ""
+    names = list(dict.fromkeys(pattern_of(name).rpartition(".")[2] for name in found.balance_layers))
+    ratio = "identity" if found.ratio is None else f"ratio {found.ratio:.2f}"
+    return f"{', '.join(names)}: {show_number(found.error_before)} -> {show_number(found.error_after)} ({ratio})"

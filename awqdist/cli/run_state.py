@@ -1,7 +1,7 @@
-"""What the messages of a run add up to: who does what, how far the run is, when it will end.
+"""Adds up the messages of a run: what each worker is doing, how far the run is, when it will end.
 
-Times are those of the messages, so a file of messages gives the state that a listener had, on any machine and at any time. What
-depends on the present takes it as `now`, by the clock of the run.
+Times are those of the messages, so a log gives the state that a listener had, on any machine and at any time. What depends on the
+present takes it as `now`, by the clock of the run.
 """
 
 from __future__ import annotations
@@ -18,38 +18,36 @@ BACKGROUND_STAGES = ("read", "write")  # they overlap the other stages of their 
 
 @dataclass(slots=True)
 class Pace:
-    """How fast a worker finishes layers. Its first layer counts from its first chunk on: the wait for that says nothing about the pace."""
+    """How fast a worker finishes layers. Its first layer counts from its first chunk on, because it waits for that."""
 
-    layers_left: set[int] | None = None  # None: it did not tell
+    layers_left: set[int] | None = None  # None: unknown
     num_finished: int = 0
     finished_seconds: float = 0.0  # that these layers took
     layer_began: float = 0.0  # the layer that it will finish next
     is_under_way: bool = False
 
     def start(self, layers: set[int], time: float) -> None:
+        """The worker will do these layers."""
         self.layers_left, self.layer_began, self.is_under_way = layers, time, False
 
     def first_chunk(self, time: float) -> None:
+        """The worker begins to forward a layer."""
         self.layer_began = self.layer_began if self.is_under_way else time
         self.is_under_way = True
 
-    def finish(self, layer: int, time: float) -> None:
-        self._strike(layer)
-        self.num_finished += 1
-        self.finished_seconds += time - self.layer_began
-        self.layer_began = time
-
-    def pass_by(self, layer: int, time: float) -> None:
-        """A layer that was finished before costs little and tells nothing."""
-        self._strike(layer)
-        self.layer_began, self.is_under_way = time, False
-
-    def _strike(self, layer: int) -> None:
+    def finish(self, layer: int, time: float, *, is_new: bool) -> None:
+        """A layer is done. One that an earlier run had finished costs little and does not count for the pace."""
         if self.layers_left is not None:
             self.layers_left.discard(layer)
+        if is_new:
+            self.num_finished += 1
+            self.finished_seconds += time - self.layer_began
+        else:
+            self.is_under_way = False
+        self.layer_began = time
 
     def remaining_seconds(self, now: float, share: int, seconds_per_layer: float) -> float:
-        """share: layers left, if it did not tell its own; seconds_per_layer: of others, while it has finished none."""
+        """share: layers left where they are unknown; seconds_per_layer: used until the worker has finished a layer."""
         num_left = share if self.layers_left is None else len(self.layers_left)
         own = self.finished_seconds / self.num_finished if self.num_finished else seconds_per_layer
         return max(0.0, num_left * own - (now - self.layer_began)) if num_left else 0.0
@@ -57,13 +55,13 @@ class Pace:
 
 @dataclass(slots=True)
 class WorkerState:
-    """What a worker is doing. It works on one layer in the foreground, while it reads the next and writes the one before."""
+    """What a worker is doing. It computes one layer while it reads the next and writes the one before."""
 
     number: int
     since: float = 0.0  # when its stage began
     host: str = ""
     device: str = ""
-    stage: str = "starting"  # or a stage in the foreground, "waiting", "lost", "done"
+    stage: str = "starting"  # or a stage that computes, "waiting", "lost", "done"
     layer: int | None = None  # None while it waits
     chunk: int = 0  # that were forwarded
     num_chunks: int = 0
@@ -78,13 +76,15 @@ class WorkerState:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Of the layer that it forwarded last, waiting for chunks not counted."""
+        """Of the layer that it forwarded last, without the time in which it waited for chunks."""
         return self.num_tokens / self.forward_seconds if self.forward_seconds > 0 else None
 
     def turn_to(self, stage: str, time: float, layer: int | None = None) -> None:
+        """The worker enters a stage."""
         self.stage, self.since, self.layer = stage, time, layer
 
     def observe(self, event: ev.Event, time: float) -> None:
+        """Takes in an event of this worker."""
         match event:
             case ev.WorkerStarted():
                 self.host, self.device = event.host, event.device
@@ -116,15 +116,15 @@ class WorkerState:
             case ev.MappingSearched():
                 self.mapping = event.mapping
             case ev.LayerForwarded():
-                self.pace.pass_by(event.layer, time)
+                self.pace.finish(event.layer, time, is_new=False)
                 self.turn_to("waiting", time)
             case ev.LayerFinished():
-                self.pace.finish(event.layer, time)
+                self.pace.finish(event.layer, time, is_new=True)
 
 
 @dataclass(slots=True)
 class RunState:
-    """What the messages so far add up to. `observe` is the only way in; a RunStarted begins anew."""
+    """The state of a run after the messages so far. A RunStarted begins it anew."""
 
     started: ev.RunStarted | None = None
     finished: ev.RunFinished | None = None
@@ -135,15 +135,13 @@ class RunState:
     time: float = 0.0  # of the newest message
 
     def observe(self, message: Message) -> None:
+        """Takes in the next message."""
         event, self.time = message.event, max(self.time, message.time)
         match event:
             case ev.RunStarted():
                 self.started, self.finished, self.lost = event, None, None
                 self.num_done, self.began, self.time = event.num_finished_layers, message.time, message.time
-                self.workers = {
-                    number: WorkerState(number, message.time, pace=Pace(layer_began=message.time))
-                    for number in range(event.num_workers)
-                }
+                self.workers = {number: _new_worker(number, message.time) for number in range(event.num_workers)}
             case ev.RunFinished():
                 self.finished = event
                 for worker in self.workers.values():
@@ -152,17 +150,13 @@ class RunState:
                 self.num_done += 1
             case ev.WorkerLost():
                 self.lost = event
-            case ev.WorkerStarted():  # the layers of the lost are dealt again
+            case ev.WorkerStarted():  # the layers of lost workers are assigned again
                 for worker in self.workers.values():
                     if worker.stage == "lost":
                         worker.pace.layers_left = set()
         if message.worker is not None:
-            self._worker(message).observe(event, message.time)
-
-    def _worker(self, message: Message) -> WorkerState:
-        assert message.worker is not None
-        new = WorkerState(message.worker, message.time, pace=Pace(layer_began=message.time))
-        return self.workers.setdefault(message.worker, new)
+            worker = self.workers.setdefault(message.worker, _new_worker(message.worker, message.time))
+            worker.observe(event, message.time)
 
     @property
     def num_layers(self) -> int:
@@ -175,14 +169,14 @@ class RunState:
         return max(0.0, (self.time if self.finished else now) - self.began) if self.started else 0.0
 
     def silent_seconds(self, now: float) -> float:
-        """Since the newest message; 0 before a run and after it."""
+        """Returns the time since the newest message; 0 before a run and after it."""
         return max(0.0, now - self.time) if self.started and not self.finished else 0.0
 
     def remaining_seconds(self, now: float) -> float | None:
-        """From the pace of the layers that this run finished: of each worker's own, or of all while it has none. None before the first.
+        """Returns the time left of the worker with most left to do; None before the first layer is finished.
 
-        The worker with most left to do decides. The first layers of all workers end almost at once, so one pace for the whole ring would
-        be wrong by the number of workers at first.
+        Each worker's own pace counts, or that of all while it has finished no layer. The first layers of all workers end almost at once,
+        so one pace for the whole ring would be wrong by the number of workers at first.
         """
         if self.finished:
             return 0.0
@@ -193,3 +187,7 @@ class RunState:
         share = math.ceil((self.num_layers - self.num_done) / len(paces))
         seconds_per_layer = sum(pace.finished_seconds for pace in paces) / num_finished
         return max(pace.remaining_seconds(now, share, seconds_per_layer) for pace in paces)
+
+
+def _new_worker(number: int, time: float) -> WorkerState:
+    return WorkerState(number, time, pace=Pace(layer_began=time))

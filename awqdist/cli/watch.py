@@ -1,7 +1,7 @@
-"""`awqdist watch`: shows a run from the messages that it writes into its output folder, on any machine that sees the folder.
+"""Follows a running job from the log in its output folder, on any machine that can read it (`awqdist watch`).
 
-It reads one file and touches nothing, so it may begin before the run, end at any time, and be there many times over. A run that is killed
-does not say so: what can be seen is that nothing was written for long, and that is what is said.
+It only reads, so it may begin before the run, end at any time, and run many times over. A run that is killed does not say so; all that
+can be seen, and is said, is that nothing was written for long.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from awqdist.cli.display import LONG_SILENCE_S, display, silence
-from awqdist.cli.progress import Kind, renderer, resolve
-from awqdist.cli.run_state import RunState, WorkerState
+from awqdist.cli.progress import LONG_SILENCE_S, Kind, display, renderer, resolve, silence
+from awqdist.cli.run_state import RunState
 from awqdist.errors import OutputError
 from awqdist.run.events import Message, RunFailed, RunFinished
 from awqdist.run.log import follow as follow_log
@@ -23,10 +22,11 @@ from awqdist.run.log import last_run, log_file, read_log
 from awqdist.units import strict_json
 
 POLL_S = 0.5
+_WORKER_FIELDS = "host", "device", "stage", "layer", "chunk", "num_chunks", "background", "tokens_per_second"
 
 
 def show_now(output: Path, kind: Kind = "auto") -> None:
-    """The present state of the last run in `output`, on stdout: the live display once, or with "json" an object."""
+    """Prints the present state of the last run in `output`: the live display once, or with "json" an object."""
     state = RunState()
     for message in last_run(read_log(log_file(output)).messages):
         state.observe(message)
@@ -47,15 +47,20 @@ def follow(output: Path, kind: Kind = "auto") -> None:
     signals: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: signals.append(number))
-    kind, clock, silent = resolve(kind), _RunClock(), _Silence()
+    kind, clock, next_s = resolve(kind), _RunClock(), float(LONG_SILENCE_S)
     if not log_file(output).exists():
         _say(f"waiting for a run to begin: there is no {log_file(output)} yet")
     with renderer(kind, clock.now) as listen:
         for message in follow_log(log_file(output), POLL_S, lambda: bool(signals)):
             if message is None:
                 clock.is_live = True
-                if kind != "rich" and silent.is_to_be_told(clock.silent_seconds()):  # the live display tells by itself
-                    _say(silence(clock.silent_seconds()))
+                silent_s = clock.silent_seconds()
+                if silent_s < LONG_SILENCE_S:
+                    next_s = LONG_SILENCE_S
+                elif silent_s > next_s:  # after a minute, then each time that it has doubled
+                    next_s = 2 * silent_s
+                    if kind != "rich":  # the live display tells by itself
+                        _say(silence(silent_s))
                 continue
             clock.hear(message)
             listen(message)
@@ -64,7 +69,7 @@ def follow(output: Path, kind: Kind = "auto") -> None:
             if isinstance(message.event, RunFailed) and clock.is_live:
                 _say(f"the run has ended: {message.event.reason}")
                 raise SystemExit(1)
-    _say("no longer watching; the run itself goes on")
+    _say("no longer watching; the run itself continues")
     raise SystemExit(128 + signals[0])
 
 
@@ -74,7 +79,7 @@ def _say(line: str) -> None:
 
 @dataclass(slots=True)
 class _RunClock:
-    """The present by the clock of the run. That of the machine that watches may differ, which shows when a message arrives."""
+    """Tells the present by the clock of the run, which may differ from this machine's; a message that arrives shows by how much."""
 
     is_live: bool = False  # what was written before the watching began has been heard
     newest: float | None = None
@@ -92,21 +97,6 @@ class _RunClock:
         return 0.0 if self.newest is None else self.now() - self.newest
 
 
-@dataclass(slots=True)
-class _Silence:
-    """When to speak of a silence: after a minute, then each time that it has doubled."""
-
-    next_s: float = LONG_SILENCE_S
-
-    def is_to_be_told(self, seconds: float) -> bool:
-        if seconds < LONG_SILENCE_S:
-            self.next_s = LONG_SILENCE_S
-        if seconds <= self.next_s:
-            return False
-        self.next_s = 2 * seconds
-        return True
-
-
 def _state_json(state: RunState, now: float) -> dict[str, Any]:
     assert state.started is not None
     return {
@@ -117,20 +107,12 @@ def _state_json(state: RunState, now: float) -> dict[str, Any]:
         "elapsed_seconds": state.elapsed_seconds(now),
         "remaining_seconds": state.remaining_seconds(now),
         "silent_seconds": state.silent_seconds(now),
-        "workers": [_worker_json(worker) for worker in state.by_number()],
-    }
-
-
-def _worker_json(worker: WorkerState) -> dict[str, Any]:
-    return {
-        "worker": worker.number,
-        "host": worker.host,
-        "device": worker.device,
-        "stage": worker.stage,
-        "layer": worker.layer,
-        "chunk": worker.chunk,
-        "num_chunks": worker.num_chunks,
-        "background": worker.background,
-        "tokens_per_second": worker.tokens_per_second,
-        **({} if worker.status is None else asdict(worker.status)),
+        "workers": [
+            {
+                "worker": worker.number,
+                **{name: getattr(worker, name) for name in _WORKER_FIELDS},
+                **({} if worker.status is None else asdict(worker.status)),
+            }
+            for worker in state.by_number()
+        ],
     }

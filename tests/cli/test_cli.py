@@ -17,6 +17,7 @@ from support.command_line import awqdist, model_files
 from support.tiny_llama import NUM_LAYERS, Tiny
 from typer.main import get_command
 
+from awqdist import __version__
 from awqdist.cli.main import app
 
 OPTIONS = {
@@ -169,7 +170,12 @@ def test_help_lists_all_commands(arguments: tuple[str, ...]) -> None:
     assert "error" not in outcome.stderr
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["quantize", "--help"], ["plan"]])
+def test_the_version_is_shown() -> None:
+    outcome = awqdist("--version")
+    assert (outcome.code, outcome.stdout) == (0, f"{__version__}\n")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["quantize", "--help"], ["plan"]])
 def test_help_imports_no_heavy_library(arguments: list[str]) -> None:
     script = (
         "import sys; from awqdist.cli.main import main; sys.argv = ['awqdist', *sys.argv[1:]]\n"

@@ -15,8 +15,7 @@ from pydantic import TypeAdapter
 from rich.console import Console
 from support.ring_messages import EPOCH, GIB, layer_record, mapping_record, ring
 
-from awqdist.cli.display import display
-from awqdist.cli.progress import renderer
+from awqdist.cli.progress import display, renderer
 from awqdist.cli.run_state import RunState
 from awqdist.layer.records import LayerRecord
 from awqdist.run import events
@@ -122,7 +121,7 @@ def test_plain_writes_one_line_per_finished_layer_with_count_time_worst_linear_a
         "model -> out: 2 layers, 4,096 tokens on cpu",
         "layer 1/2  12.3 s  down_proj error 0.0123 -> 0.0045  eta 6 s",
         "layer 2/2  12.3 s  down_proj error 0.0123 -> 0.0045  eta 0 s",
-        "worker 0 was lost (out of memory); going on, restart 1 of 3",
+        "worker 0 was lost (out of memory); continuing, restart 1 of 3",
         "warning: [bold]few tokens",
         "finished in 30.0 s, 3.00x one forward pass with reading and writing: 2.0 KiB in out",
     ]
@@ -140,7 +139,7 @@ def test_plain_says_which_worker_where_there_are_several(capsys: pytest.CaptureF
     assert lines[3].startswith("layer 1/2  12.3 s")
     assert lines[3].endswith("  (layer 0, worker 0)")
     assert lines[-3:] == [
-        "worker 1 was lost (its node is gone); going on, restart 1 of 3",
+        "worker 1 was lost (its node is gone); continuing, restart 1 of 3",
         "layer 3 was finished before, only its outputs were computed again (worker 1)",
         "warning: few tokens (worker 1)",
     ]
@@ -194,7 +193,7 @@ def test_rich_prints_warnings_as_they_are_and_lost_workers(
     render("rich", messages_of_a_run())
     err = capsys.readouterr().err
     assert "warning: [bold]few tokens" in err
-    assert "worker 0 was lost (out of memory); going on, restart 1 of 3" in err
+    assert "worker 0 was lost (out of memory); continuing, restart 1 of 3" in err
     assert "2/2 layers" in err
     assert "finished in 30.0 s, 3.00x one forward pass with reading and writing: 2.0 KiB in out" in err
 

@@ -185,7 +185,7 @@ def test_watching_says_that_there_was_no_news_and_goes_on(tmp_path: Path, monkey
     ]
 
 
-def test_ending_the_watching_says_that_the_run_goes_on(tmp_path: Path) -> None:
+def test_ending_the_watching_says_that_the_run_continues(tmp_path: Path) -> None:
     write_log(tmp_path, [start_of_run(time.time())])
     program = "from awqdist.cli.main import main; main()"
     command = [sys.executable, "-c", program, "watch", str(tmp_path), "--progress", "plain"]
@@ -193,7 +193,7 @@ def test_ending_the_watching_says_that_the_run_goes_on(tmp_path: Path) -> None:
         assert process.stderr is not None
         assert process.stderr.readline().startswith("m -> o: 4 layers")
         process.send_signal(signal.SIGINT)
-        assert process.stderr.read() == "awqdist: no longer watching; the run itself goes on\n"
+        assert process.stderr.read() == "awqdist: no longer watching; the run itself continues\n"
     assert process.returncode == 130
 
 
