@@ -215,7 +215,7 @@ def _clear_errors() -> Iterator[None]:
         raise SystemExit(error.exit_code) from None
     except _Interrupted as signalled:
         number = int(signalled.args[0])
-        typer.echo("awqdist: interrupted; finished layers are kept, and the same command resumes", err=True)
+        typer.echo("awqdist: interrupted; finished layers are kept, the same command resumes", err=True)
         raise SystemExit(128 + number) from None
 
 

@@ -87,7 +87,7 @@ def test_errors_are_those_of_every_expert_on_every_token(case: Case) -> None:
     expected = sum(error_of_nearest(x, weights[f"{name}.weight"]) for name in outer)
     assert reading.error_before == pytest.approx(expected, rel=1e-3)
     assert {site.num_tokens for site in layer.sites} == {SAMPLES.numel()}
-    assert not any("were sent fewer than" in warning for warning in case.summary.warnings)
+    assert not any("received fewer than" in warning for warning in case.summary.warnings)
 
 
 def test_what_is_written_is_as_good_on_all_tokens_as_its_record_says(case: Case, tmp_path: Path) -> None:
