@@ -1,40 +1,40 @@
-"""Errors that reach the user as one clear line.
+"""Defines the errors that reach the user as one clear line.
 
-Every `AwqdistError` says what failed, where, what was expected and found, and what to do next. The command line prints it
-and exits with status 2; anything else that escapes is a bug and keeps its traceback.
+Every `AwqdistError` says what failed, where, what was expected and found, and what to do next. The command line prints it and exits with
+status 2. Any other exception is a bug and keeps its traceback.
 """
 
 
 class AwqdistError(Exception):
-    """Base of all errors caused by input, environment or settings, never by a bug."""
+    """The base of all errors that input, environment or settings cause."""
 
 
 class RecipeError(AwqdistError):
-    """A recipe that cannot be read, contradicts itself, or does not fit the model."""
+    """The recipe cannot be read, contradicts itself, or does not fit the model."""
 
 
 class CheckpointError(AwqdistError):
-    """A source checkpoint that is missing, truncated, incomplete or not finite."""
+    """A checkpoint is missing, truncated, incomplete or not finite."""
 
 
 class CalibrationError(AwqdistError):
-    """Calibration text that is missing, empty or too short."""
+    """The calibration text is missing, empty or too short."""
 
 
 class OutputError(AwqdistError):
-    """An output folder that cannot be written, or belongs to something else."""
+    """The output folder cannot be written, or belongs to something else."""
 
 
 class ModelError(AwqdistError):
-    """A model whose structure cannot be quantized as asked."""
+    """The structure of the model cannot be quantized as asked."""
 
 
 class NumericalError(AwqdistError):
-    """Numbers that are not finite, or a smoothing that changed the function of a layer."""
+    """Numbers are not finite, or smoothing changed the output of a layer."""
 
 
 class OffloadError(AwqdistError):
-    """Something that was kept beside a layer, in memory or on a disk, does not fit, is damaged, or is gone."""
+    """Offloaded data does not fit, is damaged, or is gone."""
 
 
 def first_line(error: BaseException) -> str:

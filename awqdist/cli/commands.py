@@ -1,4 +1,4 @@
-"""What the commands do and show. Only this side prints."""
+"""Runs the commands quantize, verify, eval and demo, and prints their results."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def quantize_and_report(
     progress: Kind = "auto",
     report: bool = True,
 ) -> RunSummary:
-    """Quantizes, shows the end table, writes report.html. Of several ranks only the first shows anything."""
+    """Quantizes, prints the table of the run, and writes report.html. Of several ranks only the first prints."""
     built = load_recipe(recipe)
     settings = replace(settings, model=model_folder(str(settings.model)))
     gc.enable()
@@ -52,23 +52,18 @@ def quantize_and_report(
     if not is_leader:
         return summary
     if report:
-        _write_report(summary, settings.output)
+        try:
+            write_report(summary, settings.output)
+        except OSError as error:  # the model is complete without it
+            print(f"awqdist: warning: report.html was not written: {error.strerror or error}", file=sys.stderr)
     if progress != "json":
         _console.print(summary_table(summary))
         _console.print(f"Quantized model in [bold]{settings.output}[/bold]", soft_wrap=True)
     return summary
 
 
-def _write_report(summary: RunSummary, output: Path) -> None:
-    """The model is complete without it: a report that cannot be written is no failure of the run."""
-    try:
-        write_report(summary, output)
-    except OSError as error:
-        print(f"awqdist: warning: report.html was not written: {error.strerror or error}", file=sys.stderr)
-
-
 def show_verification(output: Path, source: str | None, *, as_json: bool) -> None:
-    """Shows what is wrong with an output; exit status 1 if anything is."""
+    """Verifies an output and prints what is wrong with it; exit status 1 if anything is."""
     result = verify(output, model_folder(source) if source else None)
     errors = [linear.weight_error for linear in result.linears if linear.weight_error is not None]
     if as_json:
@@ -89,7 +84,7 @@ def show_verification(output: Path, source: str | None, *, as_json: bool) -> Non
 
 
 def show_evaluation(model: str, text: Path, *, as_json: bool, **options: Any) -> None:
-    """Evaluates and shows the result. options: of `evaluate`. Of several ranks only the first shows anything."""
+    """Evaluates and prints the result. options: those of `evaluate`. Of several ranks only the first prints."""
     result = evaluate(model, text, **options)
     if options["shard"] == "zero3" and launcher_value("RANK") != "0":
         return
@@ -100,12 +95,12 @@ def show_evaluation(model: str, text: Path, *, as_json: bool, **options: Any) ->
 
 
 def run_demo(output: Path) -> None:
-    """Quantizes the embedded model and evaluates it."""
+    """Quantizes the model that comes with awqdist, and evaluates the result."""
     settings = RunSettings(demo_folder(), output, num_samples=64, sequence_length=256, overwrite=True)
     quantize_and_report(settings, "default", str(calibration_text()))
     result = evaluate(output, evaluation_text(), against=demo_folder(), max_tokens=8192)
     _print_evaluation(result)
-    _console.print(f"The result lies in [bold]{output.resolve()}[/bold] (report.html shows the run)", soft_wrap=True)
+    _console.print(f"Quantized model in [bold]{output.resolve()}[/bold], report in report.html", soft_wrap=True)
 
 
 def _print_evaluation(result: Evaluation) -> None:

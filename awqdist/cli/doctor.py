@@ -1,4 +1,4 @@
-"""`awqdist doctor`: what is well on this machine, what is not, and how fast it is."""
+"""Prints what `awqdist doctor` finds: the checks of the environment, and the measured throughput of the machine."""
 
 from __future__ import annotations
 
@@ -25,7 +25,15 @@ _console = Console()
 def examine(
     folder: Path, *, build_nvme: bool, profile: Path | None, ray_address: str | None, as_json: bool = False
 ) -> None:
-    """Shows every check, and the rates of the machine; exit status 1 if any check failed."""
+    """Prints every check and the throughput of the machine; exit status 1 if any check failed.
+
+    Args:
+        folder: The output folder, or a folder on the disk in question.
+        build_nvme: Compile DeepNVMe's operator first.
+        profile: File to write the throughput to.
+        ray_address: Address of the Ray cluster.
+        as_json: Print one JSON object.
+    """
     checks: list[Check] = []
 
     def show(found: list[Check]) -> None:
@@ -53,7 +61,7 @@ def examine(
 
 
 def _built(*, quiet: bool) -> Check:
-    """Compiles DeepNVMe's operator, which is all that `--build-nvme` is for: not to get it is a failure."""
+    """Compiles DeepNVMe's operator. With `--build-nvme` it is a failure if that does not succeed."""
     try:
         build_operator(lambda message: None if quiet else _console.print(f"     {escape(message)}", soft_wrap=True))
     except OffloadError as error:

@@ -32,7 +32,7 @@ HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")  # `owner/name`, or a bare `name`
 
 
 class EvaluationError(AwqdistError):
-    """A text that cannot be evaluated on, or two models that cannot be compared."""
+    """The text cannot be used, or the two models cannot be compared."""
 
 
 @dataclass(frozen=True, slots=True)
