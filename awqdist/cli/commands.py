@@ -100,7 +100,7 @@ def run_demo(output: Path) -> None:
     quantize_and_report(settings, "default", str(calibration_text()))
     result = evaluate(output, evaluation_text(), against=demo_folder(), max_tokens=8192)
     _print_evaluation(result)
-    _console.print(f"Quantized model in [bold]{output.resolve()}[/bold], report in report.html", soft_wrap=True)
+    _console.print(f"Report of the run: [bold]{output.resolve() / 'report.html'}[/bold]", soft_wrap=True)
 
 
 def _print_evaluation(result: Evaluation) -> None:
