@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import shutil
@@ -17,7 +18,7 @@ from support.command_line import awqdist, model_files
 from support.tiny_llama import NUM_LAYERS, Tiny
 from typer.main import get_command
 
-from awqdist import __version__
+from awqdist import __version__, evaluate
 from awqdist.cli.main import app
 
 OPTIONS = {
@@ -147,6 +148,12 @@ def test_choices_and_smallest_values_of_options_are_these() -> None:
             choices = get_args(option.type_descriptor.annotation)
             limit = choices if set(map(type, choices)) == {str} else option.min
             assert limit == LIMITS.get(option.opts[0]), option.opts[0]
+
+
+def test_eval_has_the_defaults_of_the_function() -> None:
+    parameters = inspect.signature(evaluate).parameters.values()
+    defaults = {f"--{x.name.replace('_', '-')}": x.default for x in parameters if x.default is not x.empty}
+    assert defaults.items() <= OPTIONS["eval"].items()
 
 
 def _plain(default: object) -> object:
