@@ -22,10 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
+from awqdist.report.intervals import Timeline, timeline
 from bench_llm_compressor import write_random_llama
 
 from awqdist.plan.simulate import measured_times, simulate
-from awqdist.report.intervals import Timeline, timeline
 from awqdist.run.events import LayerFinished, RunStarted
 from awqdist.run.log import last_run, log_file, read_log
 from awqdist.run.schedule import Schedule
