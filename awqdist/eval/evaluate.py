@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from awqdist.errors import AwqdistError, CheckpointError, NumericalError
+from awqdist.errors import AwqdistError, CheckpointError, NumericalError, first_line
 from awqdist.eval.sharded import Ranks, join_ranks, load_sharded
 from awqdist.eval.weights import has_packed_experts, load_dequantized
 from awqdist.model.skeleton import load_config, load_tokenizer
@@ -209,5 +209,4 @@ def _load_model(name: str, device: torch.device, *, spread: bool) -> Any:
             raise CheckpointError(f"model {name}: the checkpoint lacks {len(missing)} tensors, first {missing[0]}")
         return model.eval() if spread else model.to(device).eval()
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise CheckpointError(f"model {name}: could not be loaded: {reason}") from None
+        raise CheckpointError(f"model {name}: could not be loaded: {first_line(error)}") from None
