@@ -44,9 +44,6 @@ class RunSettings:
     snapshot_every: Annotated[
         int, Option("Layers between two snapshots of the activations, from which a run resumes.", minimum=1)
     ] = 8
-    layers_per_block: Annotated[
-        int, Option("Consecutive layers that one worker does; only 1 keeps all workers busy.", minimum=1)
-    ] = 1
     threads: Annotated[
         int | None,
         Option(

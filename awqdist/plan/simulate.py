@@ -18,7 +18,7 @@ from statistics import median
 from typing import Literal
 
 from awqdist.layer.records import LayerRecord
-from awqdist.run.schedule import Order, Schedule, Step
+from awqdist.run.schedule import Schedule, Step
 
 SpanKind = Literal["read", "forward", "search", "write"]
 Arrivals = dict[tuple[int, int], float]  # (layer, chunk) -> seconds
@@ -105,9 +105,9 @@ class Point:
     efficiency: float
 
 
-def simulate(schedule: Schedule, times: StepTimes, order: Order = "search first") -> Simulation:
+def simulate(schedule: Schedule, times: StepTimes) -> Simulation:
     """Carries out all steps of all workers."""
-    workers = [_Worker(number, schedule.steps(number, order), times) for number in range(schedule.num_workers)]
+    workers = [_Worker(number, schedule.steps(number), times) for number in range(schedule.num_workers)]
     arrivals: Arrivals = {}
     left = workers
     while left:
@@ -123,7 +123,6 @@ def sweep(
     times: StepTimes,
     num_workers: Iterable[int],
     num_chunks: Iterable[int],
-    order: Order = "search first",
 ) -> tuple[Point, ...]:
     """Simulates every number of workers with every number of chunks, for the tokens that `schedule` and `times` are given for."""
     chunkings = tuple(num_chunks)
@@ -131,7 +130,7 @@ def sweep(
     for workers in num_workers:
         for chunks in chunkings:
             changed = replace(schedule, num_workers=workers, num_chunks=chunks)
-            result = simulate(changed, times.cut_into(schedule.num_chunks, chunks), order)
+            result = simulate(changed, times.cut_into(schedule.num_chunks, chunks))
             points.append(Point(workers, chunks, result.makespan_s, result.efficiency))
     return tuple(points)
 

@@ -25,12 +25,11 @@ from awqdist.plan.simulate import (
 )
 from awqdist.run.journal import read_journal
 from awqdist.run.log import log_file
-from awqdist.run.schedule import Order, Schedule
+from awqdist.run.schedule import Schedule
 from awqdist.settings import RunSettings
 from awqdist.units import show_percent, show_seconds
 
 _SHOWN_COUNTS = (1, 2, 4, 8, 16, 32, 64)
-_ORDERS: tuple[Order, ...] = ("search first", "forward first")
 
 
 class SimulationError(AwqdistError):
@@ -80,7 +79,6 @@ class Forecast:
     schedule: Schedule
     times: StepTimes
     result: Simulation
-    orders: dict[Order, float]  # -> makespan in seconds
     over_workers: tuple[Point, ...]
     over_chunks: tuple[Point, ...]
 
@@ -89,7 +87,6 @@ class Forecast:
             "num_layers": self.schedule.stop - self.schedule.first,
             "num_workers": self.schedule.num_workers,
             "num_chunks": self.schedule.num_chunks,
-            "layers_per_block": self.schedule.layers_per_block,
             "times": asdict(self.times),
             "makespan_s": self.result.makespan_s,
             "efficiency": self.result.efficiency,
@@ -97,8 +94,6 @@ class Forecast:
                 {"worker": number, "utilisation": share, **asdict(worker)}
                 for number, (worker, share) in enumerate(zip(self.result.workers, self.result.utilisation, strict=True))
             ],
-            "orders": self.orders,
-            "better_order": _better_order(self.orders),
             "over_workers": [asdict(point) for point in self.over_workers],
             "over_chunks": [asdict(point) for point in self.over_chunks],
             "best_num_workers": best_num_workers(self.over_workers),
@@ -110,7 +105,7 @@ def schedule_of(settings: RunSettings, num_layers: int, num_workers: int) -> Sch
     """The schedule of a run that begins at the first layer."""
     samples_per_chunk = max(1, settings.chunk_tokens // settings.sequence_length)
     num_chunks = ceil(settings.num_samples / samples_per_chunk)
-    return Schedule(0, num_layers, num_workers, num_chunks, settings.layers_per_block)
+    return Schedule(0, num_layers, num_workers, num_chunks)
 
 
 def forecast(
@@ -125,7 +120,6 @@ def forecast(
         schedule=schedule,
         times=times,
         result=simulate(schedule, times),
-        orders={order: simulate(schedule, times, order).makespan_s for order in _ORDERS},
         over_workers=sweep(schedule, times, sorted(counts), [schedule.num_chunks]),
         over_chunks=sweep(schedule, times, [schedule.num_workers], sorted({*chunks, schedule.num_chunks})),
     )
@@ -150,7 +144,6 @@ def print_forecast(console: Console, seen: Forecast, settings: RunSettings) -> N
         f" --chunk-tokens {chunk_tokens} (the fewest within 1 % of the shortest time; overhead of small chunks is not simulated)",
         soft_wrap=True,
     )
-    console.print(_order_sentence(seen.orders), soft_wrap=True)
 
 
 def _bubble_table(schedule: Schedule, result: Simulation) -> Table:
@@ -181,21 +174,6 @@ def _chunks_table(points: Iterable[Point]) -> Table:
     for point in points:
         table.add_row(str(point.num_chunks), _fine(point.makespan_s), show_percent(point.efficiency))
     return table
-
-
-def _better_order(orders: dict[Order, float]) -> Order | None:
-    """None if both take the same time, to a thousandth."""
-    shorter, longer = sorted(orders, key=lambda order: orders[order])
-    return shorter if orders[longer] > 1.001 * orders[shorter] else None
-
-
-def _order_sentence(orders: dict[Order, float]) -> str:
-    better = _better_order(orders)
-    if better is None:
-        return "Order: it makes no difference whether a layer is searched before or after the next one is forwarded."
-    place = "before" if better == "search first" else "after"
-    shorter, longer = sorted(orders.values())
-    return f"Order: search a layer {place} the next one is forwarded: {_fine(shorter)} instead of {_fine(longer)}."
 
 
 def _step_times(

@@ -100,7 +100,6 @@ class Lead:
             stop=unfinished[-1] + 1,
             num_workers=num_workers,
             num_chunks=len(token_chunks(self._job.settings, self._samples)),
-            layers_per_block=self._job.settings.layers_per_block,
             forward_only=frozenset(records),
         )
         finished = {layer: record.source_crc32 for layer, record in records.items()}

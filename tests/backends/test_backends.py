@@ -15,12 +15,12 @@ from support.tiny_llama import Tiny, write_tiny
 
 NUM_LAYERS = 9
 RINGS = [
-    pytest.param("local", 1, 3, id="local, blocks of 3"),
-    pytest.param("ray", 1, 1, id="ray, 1 worker", marks=pytest.mark.ray),
-    pytest.param("ray", 2, 3, id="ray, 2 workers, blocks of 3", marks=pytest.mark.ray),
-    pytest.param("ray", 3, 1, id="ray, 3 workers", marks=pytest.mark.ray),
-    pytest.param("torchrun", 2, 1, id="torchrun, 2 ranks", marks=pytest.mark.torchrun),
-    pytest.param("torchrun", 3, 3, id="torchrun, 3 ranks, blocks of 3", marks=pytest.mark.torchrun),
+    pytest.param("local", 1, id="local"),
+    pytest.param("ray", 1, id="ray, 1 worker", marks=pytest.mark.ray),
+    pytest.param("ray", 2, id="ray, 2 workers", marks=pytest.mark.ray),
+    pytest.param("ray", 3, id="ray, 3 workers", marks=pytest.mark.ray),
+    pytest.param("torchrun", 2, id="torchrun, 2 ranks", marks=pytest.mark.torchrun),
+    pytest.param("torchrun", 3, id="torchrun, 3 ranks", marks=pytest.mark.torchrun),
 ]
 SEVERAL = [
     pytest.param("ray", 2, id="ray", marks=pytest.mark.ray),
@@ -49,12 +49,12 @@ def cluster() -> Iterator[RayCluster]:
         yield started
 
 
-def ring(request: pytest.FixtureRequest, backend: str, num_workers: int, layers_per_block: int = 1) -> Ring:
+def ring(request: pytest.FixtureRequest, backend: str, num_workers: int) -> Ring:
     address = request.getfixturevalue("cluster").address if backend == "ray" else None
-    return Ring(backend, num_workers, layers_per_block, address)
+    return Ring(backend, num_workers, address)
 
 
-@pytest.mark.parametrize(("backend", "num_workers", "layers_per_block"), RINGS)
+@pytest.mark.parametrize(("backend", "num_workers"), RINGS)
 def test_every_ring_writes_the_bytes_of_a_single_worker(
     request: pytest.FixtureRequest,
     deep: Tiny,
@@ -62,21 +62,20 @@ def test_every_ring_writes_the_bytes_of_a_single_worker(
     tmp_path: Path,
     backend: str,
     num_workers: int,
-    layers_per_block: int,
 ) -> None:
     output = tmp_path / "output"
-    outcome = run(ring(request, backend, num_workers, layers_per_block), deep, output)
+    outcome = run(ring(request, backend, num_workers), deep, output)
     assert outcome.code == 0, outcome.stderr
     assert model_files(output) == model_files(alone)
     assert sorted(path.name for path in (output / ".awqdist").iterdir()) == ["lock", "log.jsonl"]
-    check_events(outcome, output, num_workers, layers_per_block)
+    check_events(outcome, output, num_workers)
 
 
-def check_events(outcome: Outcome, output: Path, num_workers: int, layers_per_block: int) -> None:
+def check_events(outcome: Outcome, output: Path, num_workers: int) -> None:
     """Every layer was done once, by the worker whose turn it was, and the screen showed what the file tells."""
     told = messages(output)
     finished = {m["layer"]: m["worker"] for m in told if m["event"] == "LayerFinished"}
-    assert finished == {layer: layer // layers_per_block % num_workers for layer in range(NUM_LAYERS)}
+    assert finished == {layer: layer % num_workers for layer in range(NUM_LAYERS)}
     assert sum(m["event"] == "StageStarted" and m["stage"] == "search" for m in told) == NUM_LAYERS
     thinned = ("LogBegun", "WorkerStatus", "ChunkForwarded", "MappingSearched")
     heard = [line["event"] for line in outcome.events if line["event"] not in thinned]

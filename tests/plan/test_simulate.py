@@ -8,7 +8,6 @@ from functools import cache
 from itertools import pairwise, product
 from pathlib import Path
 from statistics import median
-from typing import get_args
 
 import pytest
 from support.command_line import awqdist
@@ -25,9 +24,8 @@ from awqdist.plan.simulate import (
     worker_counts,
 )
 from awqdist.run.journal import read_journal
-from awqdist.run.schedule import Order, Schedule
+from awqdist.run.schedule import Schedule
 
-ORDERS: tuple[Order, ...] = get_args(Order)
 HIDDEN = [StepTimes(1, search) for search in (0, 0.5, 4, 20)]  # reading, writing and sending cost nothing
 TIMES = [
     *HIDDEN,
@@ -40,8 +38,7 @@ SCHEDULES = [
     Schedule(0, num_layers, num_workers, num_chunks)
     for num_layers, num_workers, num_chunks in product((1, 2, 5, 12), (1, 2, 3, 8), (1, 4, 9))
 ]
-BLOCKS = [replace(schedule, layers_per_block=size) for schedule in SCHEDULES for size in (2, 4)]
-ALL = [*SCHEDULES, *BLOCKS, Schedule(3, 12, 2, 4, forward_only=frozenset({3, 4, 6}))]
+ALL = [*SCHEDULES, Schedule(3, 12, 2, 4, forward_only=frozenset({3, 4, 6}))]
 
 
 # by hand
@@ -93,14 +90,6 @@ def test_chunks_on_one_edge_follow_each_other() -> None:
     assert result.workers[1].idle_middle_s == 6
 
 
-def test_forwarding_first_waits_where_it_could_search() -> None:
-    schedule, times = Schedule(0, 3, 2, 1), StepTimes(1, 1)
-    assert (
-        simulate(schedule, times, "search first").makespan_s == 4
-    )  # worker 0: forward 0-1, search 1-2, forward 2-3, search 3-4
-    assert simulate(schedule, times, "forward first").makespan_s == 5  # forward 0-1, forward 2-3, search 3-5
-
-
 def test_a_layer_that_is_only_forwarded_is_not_searched_or_written() -> None:
     result = simulate(Schedule(0, 2, 1, 3, forward_only=frozenset({0})), StepTimes(1, 10, write_s=1))
     assert [span.kind for span in result.spans] == ["read", "forward", "read", "forward", "search", "write"]
@@ -126,7 +115,7 @@ def compute_s(schedule: Schedule, times: StepTimes) -> float:
 Event = tuple[object, ...]
 
 
-def longest_path_s(schedule: Schedule, times: StepTimes, order: Order) -> float:
+def longest_path_s(schedule: Schedule, times: StepTimes) -> float:
     """When the last step ends, from what every step has to wait for; no clocks of workers, no turns."""
     waits: dict[Event, tuple[float, list[Event]]] = {}  # seconds that it takes, events that must end before
     last: dict[tuple[int, str], Event] = {}  # by worker and lane
@@ -136,7 +125,7 @@ def longest_path_s(schedule: Schedule, times: StepTimes, order: Order) -> float:
         last[worker, lane] = event
 
     for worker in range(schedule.num_workers):
-        for step in schedule.steps(worker, order):
+        for step in schedule.steps(worker):
             event, now = (step.kind, step.layer, step.chunk), last.get((worker, "compute"))
             match step.kind:
                 case "load":
@@ -163,8 +152,8 @@ def longest_path_s(schedule: Schedule, times: StepTimes, order: Order) -> float:
 
 @pytest.mark.parametrize("times", TIMES)
 def test_the_makespan_is_the_longest_path_through_all_that_waits_for_something(times: StepTimes) -> None:
-    for schedule, order in product(ALL, ORDERS):
-        assert simulate(schedule, times, order).makespan_s == pytest.approx(longest_path_s(schedule, times, order))
+    for schedule in ALL:
+        assert simulate(schedule, times).makespan_s == pytest.approx(longest_path_s(schedule, times))
 
 
 @pytest.mark.parametrize("times", TIMES)
@@ -173,13 +162,12 @@ def test_nothing_is_faster_than_the_work_shared_out_or_the_way_of_one_chunk(time
         num_crossings = sum(schedule.is_received(layer) for layer in range(schedule.first, schedule.stop))
         way = (schedule.stop - schedule.first - 1) * times.chunk_s + num_crossings * times.transfer_s
         critical = times.read_s + way + schedule.num_chunks * times.chunk_s + times.search_s + times.write_s
-        for order in ORDERS:
-            result = simulate(schedule, times, order)
-            most = max(len(schedule.layers_of(worker)) for worker in range(schedule.num_workers))
-            assert result.makespan_s >= compute_s(schedule, times) / schedule.num_workers - 1e-9
-            assert result.makespan_s >= critical - 1e-9
-            assert result.makespan_s >= most * times.read_s - 1e-9
-            assert 0 <= result.efficiency <= 1 + 1e-9
+        result = simulate(schedule, times)
+        most = max(len(schedule.layers_of(worker)) for worker in range(schedule.num_workers))
+        assert result.makespan_s >= compute_s(schedule, times) / schedule.num_workers - 1e-9
+        assert result.makespan_s >= critical - 1e-9
+        assert result.makespan_s >= most * times.read_s - 1e-9
+        assert 0 <= result.efficiency <= 1 + 1e-9
 
 
 @pytest.mark.parametrize("times", TIMES)
@@ -239,38 +227,6 @@ def test_nothing_takes_longer_when_a_step_gets_shorter(times: StepTimes) -> None
         for name in ("chunk_s", "search_s", "read_s", "write_s", "transfer_s"):
             shorter = replace(times, **{name: getattr(times, name) / 2})
             assert simulate(schedule, shorter).makespan_s <= before + 1e-9
-
-
-# the orders, as schedule.py tells of them
-
-
-@pytest.mark.parametrize("times", HIDDEN)
-def test_forwarding_first_ends_later_by_this_where_chunks_are_few(times: StepTimes) -> None:
-    for schedule in SCHEDULES:
-        waits = schedule.stop > schedule.num_workers > schedule.num_chunks
-        later = min(times.search_s, (schedule.num_workers - schedule.num_chunks) * times.chunk_s) if waits else 0
-        search, forward = (simulate(schedule, times, order).makespan_s for order in ("search first", "forward first"))
-        assert forward - search == pytest.approx(later, abs=1e-9)
-
-
-@pytest.mark.parametrize("times", TIMES)
-def test_forwarding_first_never_ends_earlier_with_blocks_of_one_layer(times: StepTimes) -> None:
-    for schedule in SCHEDULES:
-        assert simulate(schedule, times, "forward first").makespan_s >= simulate(schedule, times).makespan_s - 1e-9
-
-
-def test_forwarding_first_ends_earlier_where_a_resumed_run_left_gaps() -> None:
-    schedule, times = Schedule(0, 4, 2, 8, forward_only=frozenset({1, 2})), StepTimes(1, 4)
-    search, forward = (simulate(schedule, times, order).makespan_s for order in ("search first", "forward first"))
-    assert 0 < search - forward <= times.search_s
-
-
-@pytest.mark.parametrize("times", HIDDEN)
-def test_blocks_of_several_layers_leave_all_but_a_few_workers_idle(times: StepTimes) -> None:
-    for schedule in (*BLOCKS, Schedule(0, 126, 16, 32, 2), Schedule(0, 126, 16, 32, 8)):
-        size, makespan_s = schedule.layers_per_block, simulate(schedule, times).makespan_s
-        assert compute_s(schedule, times) / makespan_s <= size / (size - 1) + 1e-9
-        assert makespan_s >= simulate(replace(schedule, layers_per_block=1), times).makespan_s - 1e-9
 
 
 # sweeps
@@ -347,8 +303,6 @@ def test_plan_simulates_what_it_is_given(tiny: Tiny) -> None:
     assert [point["num_chunks"] for point in found["over_chunks"]] == [1, 2, 4, 8]
     assert found["best_num_workers"] == 2
     assert found["best_num_chunks"] == 8
-    assert found["orders"]["search first"] == expected.makespan_s
-    assert found["better_order"] is None or found["better_order"] in found["orders"]
 
 
 def test_plan_shows_a_simulation_in_tables(tiny: Tiny) -> None:
@@ -361,7 +315,6 @@ def test_plan_shows_a_simulation_in_tables(tiny: Tiny) -> None:
         "idle at the start",
         "Best: up to",
         "--chunk-tokens",
-        "Order:",
         "search 4.00 s",
     ):
         assert part in shown, part

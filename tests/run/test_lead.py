@@ -130,12 +130,6 @@ def test_a_new_run_deals_all_layers_from_the_embeddings_on(job: Job) -> None:
     assert [a.schedule.layers_of(a.worker) for a in (first, second, third)] == [[0, 3], [1], [2]]
 
 
-def test_layers_are_dealt_in_blocks_if_that_is_asked_for(tiny: Tiny, tmp_path: Path) -> None:
-    first, second = dealt(job_of(tiny, tmp_path / "output", layers_per_block=3), 2)
-    assert first.schedule.layers_of(0) == [0, 1, 2]
-    assert second.schedule.layers_of(1) == [3]
-
-
 def test_a_run_goes_on_from_the_newest_snapshot(job: Job) -> None:
     interrupted(job, [0, 1], [1, 2])
     (assignment,) = dealt(job)

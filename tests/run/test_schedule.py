@@ -6,31 +6,27 @@ import random
 from collections import Counter, deque
 from dataclasses import replace
 from itertools import pairwise, product
-from typing import get_args
 
-import pytest
+from awqdist.run.schedule import Schedule, Step
 
-from awqdist.run.schedule import Order, Schedule, Step
-
-ORDERS: tuple[Order, ...] = get_args(Order)
 SCHEDULES = [
-    Schedule(0, num_layers, num_workers, num_chunks, layers_per_block)
-    for num_layers, num_workers, num_chunks, layers_per_block in product((1, 2, 5, 12), (1, 2, 3, 8), (1, 4), (1, 2, 5))
+    Schedule(0, num_layers, num_workers, num_chunks)
+    for num_layers, num_workers, num_chunks in product((1, 2, 5, 12), (1, 2, 3, 8), (1, 4))
 ] + [
     Schedule(8, 20, 3, 4),
     Schedule(8, 20, 3, 4, forward_only=frozenset({8, 9, 11})),
-    Schedule(1, 7, 2, 3, layers_per_block=2, forward_only=frozenset(range(5))),
+    Schedule(1, 7, 2, 3, forward_only=frozenset(range(5))),
 ]
 
 
-def all_steps(schedule: Schedule, order: Order = "search first") -> list[list[Step]]:
-    return [list(schedule.steps(worker, order)) for worker in range(schedule.num_workers)]
+def all_steps(schedule: Schedule) -> list[list[Step]]:
+    return [list(schedule.steps(worker)) for worker in range(schedule.num_workers)]
 
 
-def take_all(schedule: Schedule, order: Order, seed: int) -> list[Step]:
+def take_all(schedule: Schedule, seed: int) -> list[Step]:
     """Workers take their steps in turns that chance decides; whoever lacks a chunk is passed over. Fails if nobody can go on."""
     chance = random.Random(seed)
-    left = [deque(steps) for steps in all_steps(schedule, order)]
+    left = [deque(steps) for steps in all_steps(schedule)]
     inbox: list[deque[tuple[int, int]]] = [deque() for _ in left]  # (layer, chunk), as they were sent
     taken: list[Step] = []
     while any(left):
@@ -62,15 +58,13 @@ def test_every_layer_belongs_to_one_worker() -> None:
 def test_layers_are_dealt_like_cards() -> None:
     schedule = Schedule(0, 7, 3, 1)
     assert [schedule.layers_of(worker) for worker in range(3)] == [[0, 3, 6], [1, 4], [2, 5]]
-    blocks, resumed = replace(schedule, layers_per_block=2), replace(schedule, first=4)
-    assert [blocks.layers_of(worker) for worker in range(3)] == [[0, 1, 6], [2, 3], [4, 5]]
+    resumed = replace(schedule, first=4)
     assert [resumed.layers_of(worker) for worker in range(3)] == [[4], [5], [6]]
 
 
-@pytest.mark.parametrize("order", ORDERS)
-def test_every_layer_is_loaded_forwarded_and_quantized_once(order: Order) -> None:
+def test_every_layer_is_loaded_forwarded_and_quantized_once() -> None:
     for schedule in SCHEDULES:
-        count = Counter(step for steps in all_steps(schedule, order) for step in steps)
+        count = Counter(step for steps in all_steps(schedule) for step in steps)
         layers = range(schedule.first, schedule.stop)
         quantized = [layer for layer in layers if layer not in schedule.forward_only]
         assert set(count.values()) == {1}
@@ -94,20 +88,18 @@ def test_every_chunk_received_was_sent_by_the_owner_of_the_layer_before_in_the_s
         assert not any((step.kind, step.layer) in ends for own in steps for step in own)
 
 
-@pytest.mark.parametrize("order", ORDERS)
-def test_whoever_is_slow_the_steps_come_to_an_end_and_chunks_in_order(order: Order) -> None:
+def test_whoever_is_slow_the_steps_come_to_an_end_and_chunks_in_order() -> None:
     for schedule in SCHEDULES:
         for seed in range(3):
-            taken = take_all(schedule, order, seed)
+            taken = take_all(schedule, seed)
             place = {step: i for i, step in enumerate(taken)}
             for layer, chunk in product(range(schedule.first + 1, schedule.stop), range(schedule.num_chunks)):
                 assert place[Step("forward", layer - 1, chunk)] < place[Step("forward", layer, chunk)]
 
 
-@pytest.mark.parametrize("order", ORDERS)
-def test_a_layer_is_loaded_then_forwarded_then_searched_then_written(order: Order) -> None:
+def test_a_layer_is_loaded_then_forwarded_then_searched_then_written() -> None:
     for schedule in SCHEDULES:
-        for steps in all_steps(schedule, order):
+        for steps in all_steps(schedule):
             place = {step: i for i, step in enumerate(steps)}
             for layer in {step.layer for step in steps}:
                 forwards = [place[Step("forward", layer, chunk)] for chunk in range(schedule.num_chunks)]
@@ -117,10 +109,9 @@ def test_a_layer_is_loaded_then_forwarded_then_searched_then_written(order: Orde
                     assert forwards[-1] < place[Step("search", layer)] == place[Step("write", layer)] - 1
 
 
-@pytest.mark.parametrize("order", ORDERS)
-def test_the_next_layer_is_read_from_the_last_forward_of_the_one_before(order: Order) -> None:
+def test_the_next_layer_is_read_from_the_last_forward_of_the_one_before() -> None:
     for schedule in SCHEDULES:
-        for worker, steps in enumerate(all_steps(schedule, order)):
+        for worker, steps in enumerate(all_steps(schedule)):
             for layer, following in pairwise(schedule.layers_of(worker)):
                 last = Step("send" if schedule.is_sent(layer) else "forward", layer, schedule.num_chunks - 1)
                 assert steps[steps.index(Step("load", following)) - 1] == last
@@ -139,10 +130,8 @@ def most_layers_held(steps: list[Step], schedule: Schedule) -> int:
     return most
 
 
-@pytest.mark.parametrize(("order", "most"), [("search first", 1), ("forward first", 2)])
-def test_a_worker_holds_statistics_of_one_layer_or_of_two_if_it_forwards_first(order: Order, most: int) -> None:
-    held = [most_layers_held(steps, schedule) for schedule in SCHEDULES for steps in all_steps(schedule, order)]
-    assert max(held) == most
+def test_a_worker_holds_statistics_of_one_layer_at_a_time() -> None:
+    assert max(most_layers_held(steps, schedule) for schedule in SCHEDULES for steps in all_steps(schedule)) == 1
 
 
 def test_a_worker_that_is_dealt_no_layer_has_no_steps() -> None:

@@ -31,12 +31,10 @@ class Ring:
 
     backend: str
     num_workers: int
-    layers_per_block: int = 1
     address: str | None = None
 
     def command(self, tiny: Tiny, output: Path, *options: object) -> list[str]:
         quantize = ["-m", "awqdist", "quantize", tiny.model, output, *tiny.options(*options), "--threads", 1]
-        quantize += ["--layers-per-block", self.layers_per_block]
         if self.backend == "torchrun":
             launcher = ["-m", "torch.distributed.run", "--nproc-per-node", self.num_workers]
             command = [*launcher, "--master-addr", "127.0.0.1", "--master-port", free_port(), *quantize]
