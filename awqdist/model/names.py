@@ -12,7 +12,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -55,15 +54,7 @@ class _Fusing:
         return f"{self.name.rpartition('.')[0]}.{expert}.{linear}"
 
 
-class _Part(NamedTuple):
-    """A tensor of one expert. leaf: "weight" or "bias"."""
-
-    fusing: _Fusing
-    expert: int
-    linear: str
-    leaf: str
-
-
+_Part = tuple[_Fusing, int, str, str]  # a tensor of an expert: which expert, which linear, "weight" or "bias"
 _STACKING = ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)])  # `ROWS` does the same
 
 
@@ -98,7 +89,7 @@ class _Renamings:
         name = self.rename(place.prefix + fused.stored)[0]
         bias = self.rename(place.prefix + fused.bias)[0] if fused.bias else None
         fusing = _Fusing(name, fused.linears, fused.computed or fused.layout, bias)
-        return _Part(fusing, place.expert, fused.linears[place.linear], place.leaf) if name in self.state else None
+        return (fusing, place.expert, fused.linears[place.linear], place.leaf) if name in self.state else None
 
     def _converted(self, disk: str) -> _Part | None:
         name, pattern = self.rename(disk)
@@ -112,7 +103,7 @@ class _Renamings:
         if not number or not end.endswith(".weight") or operations not in _STACKING:
             raise self.other_layout(name, disk)
         linears = tuple(linear.removesuffix(".weight") for linear in ends)
-        return _Part(_Fusing(name, linears), int(number[1]), end.removesuffix(".weight"), "weight")
+        return _Fusing(name, linears), int(number[1]), end.removesuffix(".weight"), "weight"
 
     def other_layout(self, name: str, disk: str) -> ModelError:
         return ModelError(
@@ -135,8 +126,9 @@ def match_names(model: PreTrainedModel, disk_names: Iterable[str]) -> Names:
     for disk in disk_names:
         part = renamings.part(disk)
         if part is not None:
-            on_disk[f"{part.fusing.path(part.expert, part.linear)}.{part.leaf}"] = disk
-            found.setdefault(part.fusing, set()).add((part.expert, part.linear))
+            fusing, expert, linear, leaf = part
+            on_disk[f"{fusing.path(expert, linear)}.{leaf}"] = disk
+            found.setdefault(fusing, set()).add((expert, linear))
             continue
         name, _ = renamings.rename(disk)
         if name not in renamings.state:
@@ -145,9 +137,7 @@ def match_names(model: PreTrainedModel, disk_names: Iterable[str]) -> Names:
             raise renamings.other_layout(name, disk)
         else:
             on_disk[name] = disk
-    fused = tuple(
-        _fused(fusing, tuple(renamings.state[fusing.name].shape), linears) for fusing, linears in found.items()
-    )
+    fused = tuple(_fused(f, tuple(renamings.state[f.name].shape), linears) for f, linears in found.items())
     for parameter in fused:
         lacking = [name for name in parameter.shapes() if name not in on_disk]
         if lacking:

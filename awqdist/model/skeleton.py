@@ -210,8 +210,7 @@ def build_model(config: PretrainedConfig) -> PreTrainedModel:
 
 
 class _ParametersOnMeta(TorchFunctionMode):
-    """Makes matrices and 3-D tensors on meta from the start: accelerate moves a parameter there once it is made, and 128 experts are 43 GB
-    of zeros."""
+    """Makes matrices and 3-D tensors on meta from the start; accelerate moves them later, and 128 experts are 43 GB."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (torch.zeros, torch.ones, torch.empty, torch.randn):
