@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -123,7 +124,7 @@ def oneshot(
         num_calibration_samples: Number of samples that are taken from `dataset`.
         max_seq_length: Tokens per sample.
         tokenizer: Used for texts. Default: the one that belongs to the model, found by its name if it is in memory.
-        moe_calibrate_all_experts: Sets `RunSettings.all_experts`.
+        moe_calibrate_all_experts: Accepted for callers of llm-compressor. True gives a warning and changes nothing.
         **settings: Other fields of `RunSettings`, such as `device` or `gpu_memory`.
 
     Returns:
@@ -146,6 +147,12 @@ def oneshot(
         >>> summary.ignored
         ('lm_head',)
     """
+    if moe_calibrate_all_experts:
+        warnings.warn(
+            "moe_calibrate_all_experts is not needed and changes nothing: every expert is fitted to its own tokens blended with"
+            " a prior of all tokens",
+            stacklevel=2,
+        )
     built = load_recipe(recipe)
     in_memory = hasattr(model, "save_pretrained")
     with tempfile.TemporaryDirectory() if in_memory else nullcontext("") as folder:
@@ -160,7 +167,6 @@ def oneshot(
             Path(output_dir),
             num_samples=num_calibration_samples,
             sequence_length=max_seq_length,
-            all_experts=moe_calibrate_all_experts,
         )
         return quantize(built, replace(run, **settings), dataset, tokenizer=tokenizer)
 

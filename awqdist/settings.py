@@ -1,6 +1,6 @@
 """The settings of a run: how it is carried out, while the recipe says what is done to the weights.
 
-No setting changes the result, except `format`, the calibration samples and their chunks, `all_experts` and, on a CPU, `threads`: libraries
+No setting changes the result, except `format`, the calibration samples and their chunks and, on a CPU, `threads`: libraries
 sum in another order when there are more. Each field carries its default, its help text and its bound; the command line's options are made
 from them (`awqdist.cli.options`).
 """
@@ -38,9 +38,6 @@ class RunSettings:
     sequence_length: Annotated[int, Option("Tokens per calibration sample.", minimum=8, name="seq-len")] = 512
     seed: Annotated[int, Option("Chooses the places of the text that samples are taken from.", minimum=0)] = 0
     chunk_tokens: Annotated[int, Option("Tokens that go through a layer at once.", minimum=1)] = 2048
-    all_experts: Annotated[bool, Option("Calibrate every expert on all tokens, not only on those routed to it.")] = (
-        False
-    )
     snapshot_every: Annotated[
         int, Option("Layers between two snapshots of the activations, from which a run resumes.", minimum=1)
     ] = 8

@@ -293,3 +293,8 @@ def test_a_finished_output_needs_overwrite(tiny: Tiny, undisturbed: Path, tmp_pa
         oneshot(tiny.model, tiny.text, gptq_recipe(), tmp_path / "output", **SIZES)
     oneshot(tiny.model, tiny.text, gptq_recipe(), tmp_path / "output", overwrite=True, **SIZES)
     assert model_files(tmp_path / "output") == model_files(undisturbed)
+
+
+def test_calibrating_all_experts_is_accepted_with_a_warning(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="moe_calibrate_all_experts is not needed"), pytest.raises(AwqdistError):
+        oneshot(str(tmp_path / "none"), ["text"], output_dir=tmp_path / "out", moe_calibrate_all_experts=True)

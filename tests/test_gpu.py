@@ -14,7 +14,7 @@ from awqdist import RunSettings, load_recipe, quantize
 from awqdist.checkpoint.index import read_index
 from awqdist.layer.records import RunSummary
 from awqdist.plan.estimate import estimate
-from awqdist.quant.stats import InputStatistics
+from awqdist.quant.moments import Moments
 from awqdist.run.job import prepare
 
 pytestmark = pytest.mark.gpu
@@ -59,7 +59,7 @@ def test_a_second_run_on_the_gpu_writes_the_same_bytes(tmp_path: Path) -> None:
 
 def test_the_gram_matrix_of_bfloat16_activations_loses_nothing_to_tf32() -> None:
     rows = torch.randn(512, 96, generator=torch.Generator().manual_seed(0)).bfloat16()
-    statistics = InputStatistics(96, 512, torch.device("cuda"))
+    statistics = Moments(96, 512, torch.device("cuda"))
     statistics.add(rows.cuda())
     expected = rows.double().T @ rows.double()
     assert torch.allclose(statistics.gram().cpu().double(), expected, rtol=1e-5, atol=1e-3)

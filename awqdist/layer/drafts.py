@@ -7,17 +7,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from awqdist.layer.calibrate import SiteStatistics
+from awqdist.layer.plan import Linear
 from awqdist.quant.gptq import OutputOrder
+from awqdist.quant.moments import Moments
 from awqdist.recipe import WeightScheme
 
 
 @dataclass(frozen=True, slots=True)
-class Site:
+class SmoothedSite:
     """An input site after smoothing. gram: (I, I) of the input divided by scales (I,), if it is of use; grid_dtype: of the group scales to
     store; correction: (O, I), what its linear makes up for of those before it; outputs: what its linears' errors count by."""
 
-    statistics: SiteStatistics
+    moments: Moments
     gram: Tensor | None
     scales: Tensor
     num_dead_inputs: int
@@ -31,11 +32,11 @@ class Draft:
     """Stacked linears on a fixed grid, to be rounded. weight: (ΣO, I) float32, smoothed; target: what is to be rounded, the same or
     corrected; weight_scale, zero_point: (ΣO, G)."""
 
-    paths: list[str]
+    linears: list[Linear]
     weight: Tensor
     target: Tensor
     scheme: WeightScheme
-    site: Site
+    site: SmoothedSite
     weight_scale: Tensor
     zero_point: Tensor
     clipped: float

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from awqdist.layer.drafts import Draft
+from awqdist.layer.plan import Linear
 from awqdist.layer.records import LinearRecord
-from awqdist.quant.experts import ExpertStatistics
 from awqdist.quant.grid import QuantizedWeight, grouped, rounding_difference
-from awqdist.quant.samples import sampled_rows
-from awqdist.quant.stats import quadratic_form_rows, rough_form
+from awqdist.quant.moments import quadratic_form, rough_quadratic_form
+from awqdist.quant.search import sampled_rows
 
 _JUDGED_ROWS = 64  # of a linear whose input is known by a sketch, that its record is made of
 
@@ -22,16 +22,16 @@ def linear_errors(draft: Draft, result: QuantizedWeight, sizes: Sequence[int]) -
     squared and summed over the tokens: (n, 3) float64. sizes: rows of the n linears. Where it is compensated over outputs, all three are
     of what counts of them; of an expert's, of the outputs themselves."""
     gram = draft.site.gram
-    if gram is None or isinstance(draft.site.statistics, ExpertStatistics):
+    if gram is None or draft.site.moments.has_prior:
         judged = list(_judged_rows(draft, sizes))
         found = _sampled_row_errors(draft, result, torch.cat([rows for rows, _ in judged]))
         each = found.split([rows.shape[0] for rows, _ in judged], 1)
         return torch.stack([errors @ counts for errors, (_, counts) in zip(each, judged, strict=True)])
     weighted = draft.site.outputs.weighted if draft.site.outputs else _unchanged
     nearest = _nearest(draft, draft.weight / draft.site.scales).mul_(draft.site.scales)
-    signal = rough_form(weighted(draft.weight), gram), rough_form(weighted(nearest), gram)
+    signal = rough_quadratic_form(weighted(draft.weight), gram), rough_quadratic_form(weighted(nearest), gram)
     difference = weighted(result.dequantize().sub_(draft.target))
-    found = torch.stack([*signal, quadratic_form_rows(difference, gram)])  # (3, ΣO)
+    found = torch.stack([*signal, quadratic_form(difference, gram)])  # (3, ΣO)
     return torch.stack([errors.sum(1) for errors in found.split(list(sizes), 1)])
 
 
@@ -41,7 +41,7 @@ def _unchanged(difference: Tensor) -> Tensor:
 
 def _judged_rows(draft: Draft, sizes: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
     """Rows of each linear that its record is made of, (r,) int64, and how many rows each stands for, (r,) float64."""
-    energy = (draft.site.statistics.mean_abs / draft.site.scales).square()
+    energy = (draft.site.moments.mean_abs / draft.site.scales).square()
     carried = grouped(energy, draft.scheme).sum(-1)  # (G,)
     importance = draft.weight_scale.float().square() @ carried  # (ΣO,)
     first = 0
@@ -58,7 +58,7 @@ def _sampled_row_errors(draft: Draft, result: QuantizedWeight, rows: Tensor) -> 
     difference = written.dequantize().sub_(draft.target[rows]).div_(scales)
     original = weight.div_(scales)
     stacked = torch.cat([original, _nearest(draft, original), difference])
-    return draft.site.statistics.rough_row_errors(stacked).view(3, -1)
+    return draft.site.moments.form(rough=True).errors(stacked.unsqueeze(0)).view(3, -1)
 
 
 def _nearest(draft: Draft, original: Tensor) -> Tensor:
@@ -66,13 +66,13 @@ def _nearest(draft: Draft, original: Tensor) -> Tensor:
     return rounding_difference(original, torch.ones_like(draft.site.scales), draft.scheme, draft.site.grid_dtype)
 
 
-def linear_record(name: str, draft: Draft, shape: tuple[int, int], errors: Tensor) -> LinearRecord:
+def linear_record(linear: Linear, draft: Draft, errors: Tensor) -> LinearRecord:
     """errors: (3,), see `linear_errors`."""
     signal, nearest, found = errors.tolist()
     signal = max(signal, 1e-30)
     return LinearRecord(
-        name=name,
-        shape=shape,
+        name=linear.disk_name,
+        shape=linear.shape,
         num_bits=draft.scheme.num_bits,
         group_size=draft.scheme.group_size,
         symmetric=draft.scheme.symmetric,

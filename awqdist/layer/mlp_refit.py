@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from awqdist.layer.plan import LayerTask
+from awqdist.layer.plan import LayerPlan, Site
 from awqdist.layer.row_sample import RowSample
 from awqdist.model.forward import with_buffers
 from awqdist.quant.lending import HOST, HostMemory
+from awqdist.quant.moments import Moments
 from awqdist.quant.precision import exact_for
-from awqdist.quant.stats import InputStatistics
-from awqdist.run.job import Job
+from awqdist.recipe import Recipe
 
 _MOST_ROWS, _LEAST_ROWS = 32, 4  # per input of the inner linear: from fewer, it would be fitted to what is by chance
 _MOST_BITS = 4  # with more, rounding loses no more than the activations' own dtype does
@@ -39,28 +39,34 @@ class Owner:
     path: str
     leaf: str
 
+    @classmethod
+    def of(cls, site: Site, layer: nn.Module) -> Owner:
+        """The module in `layer` that computes what the site's linear reads."""
+        assert site.refit_in is not None
+        return cls(layer.get_submodule(site.refit_in), site.refit_in, site.path.removeprefix(f"{site.refit_in}."))
+
 
 @dataclass(frozen=True, slots=True)
 class Refitting:
     """What an inner linear is fitted to. statistics: of its input as it comes from rounded linears; lost: Eᵀ, (I, O) float32."""
 
-    statistics: InputStatistics
+    statistics: Moments
     lost: Tensor
 
 
-def inner_owners(job: Job, task: LayerTask, num_tokens: int) -> dict[str, Owner]:
-    """The owners of a layer's inner linears that GPTQ will round to few bits, by these; not where there are too few tokens for it."""
-    if job.recipe.rounding.method != "gptq":
-        return {}
-    layer = job.skeleton.layers[task.layer] if task.inner else nn.Identity()
-    return {
-        inner: Owner(layer.get_submodule(path), path, inner.removeprefix(f"{path}."))
-        for inner, path in task.inner.items()
-        if num_kept_rows(task.shapes[inner][1], num_tokens) and task.schemes[inner].num_bits <= _MOST_BITS
-    }
+def refitted_sites(plan: LayerPlan, recipe: Recipe, num_tokens: int) -> list[Site]:
+    """The sites of inner linears that GPTQ will round to few bits and refit; none where there are too few tokens for it."""
+    if recipe.rounding.method != "gptq":
+        return []
+    return [
+        site
+        for site in plan.sites
+        if site.refit_in and num_kept_rows(site.num_inputs, num_tokens)
+        if site.quantized and site.quantized[0].scheme and site.quantized[0].scheme.num_bits <= _MOST_BITS
+    ]
 
 
-class InnerStatistics(InputStatistics):
+class InnerStatistics(Moments):
     """Statistics of the input of an inner linear. module_rows: is told of what the module reads."""
 
     def __init__(self, shape: tuple[int, int], device: torch.device, host: HostMemory | None, owner: Owner) -> None:
@@ -75,7 +81,7 @@ class InnerStatistics(InputStatistics):
         and rounded; scales (H,): what divides the module's input."""
         self.release()
         rows = self.module_rows.take()
-        statistics = InputStatistics(self.num_inputs, rows.shape[0], self._device, self._room)
+        statistics = Moments(self.num_inputs, rows.shape[0], self._device, self._room)
         lost = torch.zeros(self.num_inputs, before[f"{self.owner.leaf}.weight"].shape[0], device=self._device)
         sides = [self._working(side, rows.dtype) for side in (before, after)]
         for part in rows.split(max(1, _AT_ONCE // self.num_inputs)):

@@ -1,13 +1,19 @@
-"""What of a layer lies in host memory while it is worked on, since the device has no room for it: chosen level by level."""
+"""Says which buffers of a layer are offloaded to host memory under --gpu-memory, and gives freed host memory back."""
 
 from __future__ import annotations
 
+import ctypes
+import os
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from awqdist.quant.lending import HostMemory, Lend
+
+_IDLE_BYTES = 64 << 20  # by which resident memory grows before freed memory is given back
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,3 +61,31 @@ class Bench:
 def lent(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor in host memory, on the device."""
     return tensor.to(device)
+
+
+def resident_bytes() -> int:
+    """Returns the resident memory of this process; 0 where the system does not tell."""
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
+
+
+class _Heap:
+    """Freed memory is given back once there may be much of it: pages that go and come again cost more than the arithmetic of a small
+    model."""
+
+    def __init__(self) -> None:
+        self._trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+        self._before = 0
+
+    def release(self) -> None:
+        if self._trim is not None and resident_bytes() > self._before + _IDLE_BYTES:
+            self._trim(0)
+            self._before = resident_bytes()
+
+
+_heap = _Heap()
+
+
+def release_host_memory() -> None:
+    """Gives freed memory back to the system. glibc keeps blocks below 32 MB for itself, which adds up over many layers."""
+    _heap.release()

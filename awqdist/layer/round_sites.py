@@ -12,27 +12,27 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from awqdist.layer.calibrate import SiteStatistics
-from awqdist.layer.drafts import Draft, Site
+from awqdist.layer.drafts import Draft, SmoothedSite
 from awqdist.layer.linear_records import linear_errors, linear_record
 from awqdist.layer.mlp_refit import InnerStatistics
-from awqdist.layer.plan import LayerTask
+from awqdist.layer.plan import LayerPlan, Site
 from awqdist.layer.records import LinearRecord
+from awqdist.layer.residency import release_host_memory
 from awqdist.quant.factor import refit_correction
 from awqdist.quant.gptq import OutputOrder, gptq, num_side_by_side
 from awqdist.quant.grid import Grid, QuantizedWeight, clipped_range, group_range, make_grid, round_to_nearest
+from awqdist.quant.moments import Moments
 from awqdist.recipe import Recipe
-from awqdist.run.device import release_host_memory
 
 Parameters = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class SmoothedSites:
-    """statistics: by the first linear of a site; scales (I,), the dtype of the group scales to store, and where the codes are to lie: by
-    linear; outputs: how what is written to the residual stream is compensated over."""
+    """moments: by site; scales (I,), the dtype of the group scales to store, and where the codes are to lie: by the paths of linears;
+    outputs: how what is written to the residual stream is compensated over."""
 
-    statistics: Mapping[str, SiteStatistics]
+    moments: Mapping[Site, Moments]
     scales: Mapping[str, Tensor]
     grid_dtypes: Mapping[str, torch.dtype]
     homes: Mapping[str, torch.device]
@@ -43,7 +43,7 @@ class SmoothedSites:
 class _State:
     """What is known when a site's turn comes. rounded: the linears of the sites before it, by path."""
 
-    task: LayerTask
+    plan: LayerPlan
     smoothed: Parameters
     rounded: Mapping[str, QuantizedWeight]
     sites: SmoothedSites
@@ -51,84 +51,78 @@ class _State:
 
     def scales(self, path: str) -> Tensor:
         """(I,), what the input of linear `path` is divided by."""
-        first = next(site[0] for site in self.task.sites if path in site)
         scales = self.sites.scales.get(path)
-        return torch.ones_like(self.sites.statistics[first].mean_abs) if scales is None else scales
+        return torch.ones_like(self.sites.moments[self.plan.site_of[path]].mean_abs) if scales is None else scales
 
 
 def round_sites(
-    task: LayerTask, smoothed: Parameters, sites: SmoothedSites, recipe: Recipe
+    plan: LayerPlan, smoothed: Parameters, sites: SmoothedSites, recipe: Recipe
 ) -> tuple[dict[str, QuantizedWeight], list[LinearRecord]]:
     """All quantized linears of a layer by path, and their records. The Gram matrices are taken out of the statistics."""
     weights: dict[str, QuantizedWeight] = {}
     records: list[LinearRecord] = []
-    for batch in _batches(task, sites):
+    for batch in _batches(plan, sites):
         release_host_memory()
-        for path, weight, record in _round_batch(batch, _State(task, smoothed, weights, sites, recipe)):
+        for path, weight, record in _round_batch(batch, _State(plan, smoothed, weights, sites, recipe)):
             weights[path] = weight.to(sites.homes[path])
             records.append(record)
     return weights, records
 
 
-def _round_batch(
-    batch: Sequence[tuple[str, ...]], state: _State
-) -> Iterator[tuple[str, QuantizedWeight, LinearRecord]]:
+def _round_batch(batch: Sequence[Site], state: _State) -> Iterator[tuple[str, QuantizedWeight, LinearRecord]]:
     """The linears of sites that are rounded together. Their matrices live no longer than this."""
-    task = state.task
     for draft, result in _rounded(batch, state):
         first = 0
-        sizes = [task.shapes[path][0] for path in draft.paths]
-        for path, errors in zip(draft.paths, linear_errors(draft, result, sizes), strict=True):
-            rows = slice(first, first + task.shapes[path][0])
+        sizes = [linear.shape[0] for linear in draft.linears]
+        for linear, errors in zip(draft.linears, linear_errors(draft, result, sizes), strict=True):
+            rows = slice(first, first + linear.shape[0])
             first = rows.stop
             weight = QuantizedWeight(
                 result.codes[rows], result.weight_scale[rows], result.zero_point[rows], draft.scheme
             )
-            yield path, weight, linear_record(task.disk_module(path), draft, task.shapes[path], errors)
+            yield linear.path, weight, linear_record(linear, draft, errors)
 
 
-def _batches(task: LayerTask, sites: SmoothedSites) -> Iterator[list[tuple[str, ...]]]:
+def _batches(plan: LayerPlan, sites: SmoothedSites) -> Iterator[list[Site]]:
     """Sites with quantized linears; those of experts of one kind together, up to a bound."""
-    batch: list[tuple[str, ...]] = []
-    for paths in (site for site in task.sites if any(path in task.schemes for path in site)):
-        num_outputs, num_inputs = sum(task.shapes[path][0] for path in paths), task.shapes[paths[0]][1]
-        device = sites.statistics[paths[0]].mean_abs.device.type  # the weights may lie elsewhere
-        full = len(batch) >= num_side_by_side(num_outputs, num_inputs, device)
-        if batch and (full or not _alike(task, batch[0], paths)):
+    batch: list[Site] = []
+    for site in (site for site in plan.sites if site.quantized):
+        num_outputs = sum(linear.shape[0] for linear in site.linears)
+        device = sites.moments[site].mean_abs.device.type  # the weights may lie elsewhere
+        full = len(batch) >= num_side_by_side(num_outputs, site.num_inputs, device)
+        if batch and (full or not _alike(batch[0], site)):
             yield batch
             batch = []
-        batch.append(paths)
+        batch.append(site)
     if batch:
         yield batch
 
 
-def _alike(task: LayerTask, one: tuple[str, ...], other: tuple[str, ...]) -> bool:
+def _alike(one: Site, other: Site) -> bool:
     """Whether two sites are of experts of one kind, quantized in one way."""
-    routed = [task.routed.get(paths[0]) for paths in (one, other)]
-    schemes = [task.schemes.get(path) for path in (*one, *other)]
-    return (
-        routed[0] is not None and routed[1] is not None and routed[0].fused == routed[1].fused and len({*schemes}) == 1
-    )
+    if one.expert is None or other.expert is None or one.expert.fused != other.expert.fused:
+        return False
+    return len({linear.scheme for linear in (*one.linears, *other.linears)}) == 1
 
 
-def _site(paths: tuple[str, ...], state: _State) -> Site:
+def _smoothed_site(site: Site, state: _State) -> SmoothedSite:
     """Takes the Gram matrix out of the statistics, to hold only one. None is made of a sketch, unless linears are fitted to it."""
-    statistics, recipe = state.sites.statistics[paths[0]], state.recipe
-    scales = state.scales(paths[0])
-    needed = recipe.needs_gram or not statistics.is_sketch
+    moments, recipe = state.sites.moments[site], state.recipe
+    scales = state.scales(site.path)
+    needed = recipe.needs_gram or not moments.is_sketch
     gram, corrected = None, None
-    if isinstance(statistics, InnerStatistics):
-        gram, corrected = _refitted(statistics, state)
+    if isinstance(moments, InnerStatistics):
+        gram, corrected = _refitted(moments, state)
     elif needed:
-        gram = statistics.take_smoothed_gram(scales)
-    return Site(
-        statistics,
+        gram = moments.take_smoothed_gram(scales)
+    return SmoothedSite(
+        moments,
         gram,
         scales,
-        num_dead_inputs=int((statistics.mean_abs == 0).sum()),
-        grid_dtype=next(state.sites.grid_dtypes[path] for path in paths if path in state.task.schemes),
+        num_dead_inputs=int((moments.mean_abs == 0).sum()),
+        grid_dtype=state.sites.grid_dtypes[site.quantized[0].path],
         correction=corrected,
-        outputs=state.sites.outputs if len(paths) == 1 and paths[0] in state.task.writers else None,
+        outputs=state.sites.outputs if site.to_residual else None,
     )
 
 
@@ -138,18 +132,18 @@ def _refitted(statistics: InnerStatistics, state: _State) -> tuple[Tensor, Tenso
     before = {name.removeprefix(prefix): state.smoothed[name] for name in state.smoothed if name.startswith(prefix)}
     rounded = [path for path in state.rounded if path.startswith(prefix)]
     after = before | {f"{path.removeprefix(prefix)}.weight": state.rounded[path].dequantize() for path in rounded}
-    outer = next(path for site in state.task.sites for path in site if path.startswith(prefix))
+    outer = next(path for path in state.plan.site_of if path.startswith(prefix))
     found = statistics.refitting(before, after, state.scales(outer))
     gram = found.statistics.take_smoothed_gram(torch.ones_like(statistics.mean_abs))  # it is of smoothed inputs
     return gram, refit_correction(gram, found.lost, state.recipe.rounding.dampening_frac)
 
 
-def _drafts(paths: tuple[str, ...], state: _State) -> Iterator[Draft]:
+def _drafts(of: Site, state: _State) -> Iterator[Draft]:
     """Fixes the grid of the linears of one site, stacked by scheme."""
-    site, schemes = _site(paths, state), state.task.schemes
-    for scheme in dict.fromkeys(schemes[path] for path in paths if path in schemes):
-        stacked = [path for path in paths if schemes.get(path) == scheme]
-        weights = [state.smoothed[f"{path}.weight"].float() for path in stacked]
+    site = _smoothed_site(of, state)
+    for scheme in dict.fromkeys(linear.scheme for linear in of.quantized if linear.scheme):
+        stacked = [linear for linear in of.linears if linear.scheme == scheme]
+        weights = [state.smoothed[linear.weight].float() for linear in stacked]
         weight = torch.cat(weights) if len(weights) > 1 else weights[0]
         del weights
         target = weight if site.correction is None else weight + site.correction
@@ -164,9 +158,9 @@ def _drafts(paths: tuple[str, ...], state: _State) -> Iterator[Draft]:
         yield Draft(stacked, weight, target, scheme, site, grid.weight_scale, grid.zero_point, clipped)
 
 
-def _rounded(batch: Sequence[tuple[str, ...]], state: _State) -> Iterator[tuple[Draft, QuantizedWeight]]:
+def _rounded(batch: Sequence[Site], state: _State) -> Iterator[tuple[Draft, QuantizedWeight]]:
     """The linears of a batch of sites on their grids: to nearest one draft at a time, else together."""
-    every, rounding = (draft for paths in batch for draft in _drafts(paths, state)), state.recipe.rounding
+    every, rounding = (draft for site in batch for draft in _drafts(site, state)), state.recipe.rounding
     if rounding.method == "nearest":
         for d in every:
             yield d, round_to_nearest(d.target, Grid(d.weight_scale, d.zero_point, d.scheme), d.site.grid_dtype)

@@ -7,14 +7,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import ceil, prod
 
-from awqdist.layer.mlp_refit import inner_owners, num_kept_rows
-from awqdist.layer.plan import LayerTask
+from awqdist.layer.mlp_refit import num_kept_rows, refitted_sites
+from awqdist.layer.plan import LayerPlan, Site
 from awqdist.layer.residency import LEVELS, Residency
 from awqdist.model.experts import takes_rows_by_expert
-from awqdist.quant.experts import SKETCHED_ROWS, max_rows
 from awqdist.quant.gptq import num_side_by_side
-from awqdist.quant.sketch import is_sketched, num_held_rows
-from awqdist.quant.stacks import BATCH_BYTES
+from awqdist.quant.moments import EXPERT_SKETCH_ROWS, is_sketched, max_rows, num_held_rows
+from awqdist.quant.search import BATCH_BYTES
 from awqdist.recipe import WeightScheme
 from awqdist.run.device import compute_dtype
 from awqdist.run.job import Job
@@ -45,35 +44,31 @@ def packed_bytes(shape: tuple[int, int], scheme: WeightScheme, scale_bytes: int)
     return 4 * rows * ceil(columns * scheme.num_bits / 32) + scale_bytes * rows * groups + zero_points + 16
 
 
-def estimate_layer(job: Job, task: LayerTask) -> LayerEstimate:
-    entries = {name: job.index.entries[disk] for name, disk in task.disk_names.items()}
+def estimate_layer(job: Job, task: LayerPlan) -> LayerEstimate:
+    entries = {name: job.index.entries[disk] for name, disk in task.tensors.items()}
     loaded = sum(entry.num_bytes for entry in entries.values())
     read = sum(entry.stored_bytes for entry in entries.values())
     width = job.skeleton.dtype.itemsize
-    quantized = {f"{path}.weight": scheme for path, scheme in task.schemes.items()}
-    written = sum(
-        packed_bytes(task.shapes[name.removesuffix(".weight")], quantized[name], width)
-        if name in quantized
-        else e.num_bytes
-        for name, e in entries.items()
-    )
+    packed = {q.weight: packed_bytes(q.shape, q.scheme, width) for q in task.quantized if q.scheme}
+    written = sum(packed.get(name, entry.num_bytes) for name, entry in entries.items())
     budget = job.settings.gpu_memory
-    for residency in [level for level in LEVELS if not level.experts or _can_be_lent(job, task)] or LEVELS:
+    for residency in [level for level in LEVELS if not level.experts or _can_be_lent(task)] or LEVELS:
         device, resting = _held_bytes(job, task, residency)
         if budget is None or device <= budget:
             break
-    return LayerEstimate(task.layer, read, loaded, written, device, residency, resting)
+    return LayerEstimate(task.index, read, loaded, written, device, residency, resting)
 
 
-def _held_bytes(job: Job, task: LayerTask, residency: Residency) -> tuple[int, int]:
+def _held_bytes(job: Job, task: LayerPlan, residency: Residency) -> tuple[int, int]:
     """The peak on the device, and what rests in host memory beside the loaded tensors."""
-    entries = {name: job.index.entries[disk] for name, disk in task.disk_names.items()}
-    experts = set(_experts(job, task))
-    of_experts = sum(prod(task.shapes[path]) for path in experts)
-    largest = max((prod(task.shapes[path]) for path in experts), default=0)
+    entries = {name: job.index.entries[disk] for name, disk in task.tensors.items()}
+    experts = {path for fused in task.experts for part in fused.parts for path in part}  # held twice: fused as well
+    sizes = {linear.path: prod(linear.shape) for linear in task.linears}
+    of_experts = sum(sizes[path] for path in experts)
+    largest = max((sizes[path] for path in experts), default=0)
     num_values = sum(prod(e.shape) for e in entries.values())
     num_tokens, compute, width = _num_tokens(job), compute_bytes(job), job.skeleton.dtype.itemsize
-    shared = [task.shapes[site[0]][1] for site in task.sites if site[0] not in task.routed]
+    shared = [site.num_inputs for site in task.sites if site.expert is None]
     sketches, matrices = (_kept_bytes(job, shared, num_tokens, sketched=sketched) for sketched in (True, False))
     rows = _expert_statistics(job, task, num_tokens)
     loaded = sum(e.num_bytes for e in entries.values())
@@ -82,17 +77,15 @@ def _held_bytes(job: Job, task: LayerTask, residency: Residency) -> tuple[int, i
     if residency.experts:
         loaded -= of_experts * width
         working = ((num_values - of_experts) * compute if compute != width else 0) + at_hand
-    widest = max((sum(shape) for shape in task.shapes.values()), default=0)
+    widest = max((sum(linear.shape) for linear in task.linears), default=0)
     per_token = max(_FORWARD_COPIES * widest, _experts_per_token(job, task))
     forward = working + chunk_tokens(job) * per_token * compute
-    alike = Counter(routed.fused for routed in task.routed.values())
+    alike = Counter(site.expert.fused for site in task.sites if site.expert)
     batch = BATCH_BYTES[job.device.type] // 4
-    search = max((_search_bytes(task, site, alike, batch) for site in task.sites), default=0) + _sketches(job, task)
+    search = max((_search_bytes(site, alike, batch) for site in task.sites), default=0) + _sketches(job, task)
     check = 4 * (num_values - of_experts) + at_hand if task.mappings else 0
-    codes = sum(prod(task.shapes[path]) for path in task.schemes if not (residency.experts and path in experts))
-    rounding = codes + max(
-        (_rounding_bytes(task, site, alike, residency, job.device.type) for site in task.sites), default=0
-    )
+    codes = sum(sizes[q.path] for q in task.quantized if not (residency.experts and q.path in experts))
+    rounding = codes + max((_rounding_bytes(site, alike, residency, job.device.type) for site in task.sites), default=0)
     rounding = max(rounding, codes + _refitting_bytes(job, task))
     device = loaded + sketches + max(forward, search, check, rounding)
     tiles = max((4 * width_in * min(width_in, _TILE_COLUMNS) for width_in in shared), default=0)
@@ -101,7 +94,7 @@ def _held_bytes(job: Job, task: LayerTask, residency: Residency) -> tuple[int, i
     device += 4 * hidden_size(job) ** 2 if job.compensates_outputs else 0  # how much outputs count, from lm_head
     resting = (matrices if residency.matrices else 0) + _module_rows_bytes(job, task)
     if residency.experts:
-        resting += rows + sum(prod(task.shapes[path]) for path in task.schemes if path in experts)
+        resting += rows + sum(sizes[q.path] for q in task.quantized if q.path in experts)
     if residency.factors:
         resting += 6 * max(shared, default=0) ** 2  # a factor, and room for inverting it
     return device, resting
@@ -121,47 +114,38 @@ def _num_tokens(job: Job) -> int:
     return job.settings.num_samples * job.settings.sequence_length
 
 
-def _expert_statistics(job: Job, task: LayerTask, num_tokens: int) -> int:
+def _expert_statistics(job: Job, task: LayerPlan, num_tokens: int) -> int:
     """Bytes of what is kept of the inputs of experts."""
-    if job.settings.all_experts:
-        inner = [task.shapes[first][1] for first, routed in task.routed.items() if routed.inner]
-        return sum(_kept_bytes(job, inner, num_tokens, sketched=sketched) for sketched in (True, False))
     return _expert_rows(job, task, num_tokens) * compute_bytes(job) + _sketches(job, task)
 
 
-def _sketches(job: Job, task: LayerTask) -> int:
+def _sketches(job: Job, task: LayerPlan) -> int:
     """Bytes of the sketches of what experts read, which a search holds that decides by them."""
-    if job.settings.all_experts or job.recipe.smoothing is None or job.recipe.rounding.method == "gptq":
+    if job.recipe.smoothing is None or job.recipe.rounding.method == "gptq":
         return 0
-    return sum(SKETCHED_ROWS * task.shapes[first][1] for first in task.routed) * compute_bytes(job)
+    return sum(EXPERT_SKETCH_ROWS * site.num_inputs for site in task.sites if site.expert) * compute_bytes(job)
 
 
-def _can_be_lent(job: Job, task: LayerTask) -> bool:
+def _can_be_lent(task: LayerPlan) -> bool:
     """Whether there are experts, all of which can come to the device one at a time."""
-    experts = job.skeleton.layer_experts(task.layer) if task.layer < job.skeleton.num_layers else ()
-    return bool(experts) and all(fused.is_sliced for fused in experts)
+    return bool(task.experts) and all(fused.is_sliced for fused in task.experts)
 
 
-def _experts(job: Job, task: LayerTask) -> list[str]:
-    """Paths of the linears of which the forward pass holds a fused copy."""
-    experts = job.skeleton.layer_experts(task.layer) if task.layer < job.skeleton.num_layers else ()
-    return [path for fused in experts for part in fused.parts for path in part]
-
-
-def _experts_per_token(job: Job, task: LayerTask) -> int:
+def _experts_per_token(job: Job, task: LayerPlan) -> int:
     """Elements that a token takes in experts that are each given every token (Llama-4)."""
-    if task.layer == job.skeleton.num_layers:
+    if task.kind == "head":
         return 0
-    layer, experts = job.skeleton.layers[task.layer], job.skeleton.layer_experts(task.layer)
-    batched = [fused for fused in experts if takes_rows_by_expert(layer.get_submodule(fused.module))]
-    return sum(sum(task.shapes[path]) for fused in batched for part in fused.parts for path in part)
+    layer = job.skeleton.layers[task.index]
+    batched = [fused for fused in task.experts if takes_rows_by_expert(layer.get_submodule(fused.module))]
+    return sum(sum(task.by_path[path].shape) for fused in batched for part in fused.parts for path in part)
 
 
-def _expert_rows(job: Job, task: LayerTask, num_tokens: int) -> int:
+def _expert_rows(job: Job, task: LayerPlan, num_tokens: int) -> int:
     """Elements of the rows that are kept of all experts: each token goes to a few of them, and of each no more than a cap are kept."""
     widths: dict[str, list[int]] = {}
-    for first, routed in task.routed.items():
-        widths.setdefault(routed.fused, []).append(task.shapes[first][1])
+    for site in task.sites:
+        if site.expert is not None:
+            widths.setdefault(site.expert.fused, []).append(site.num_inputs)
     itemsize = compute_dtype(job.device, job.skeleton.dtype).itemsize
     return sum(
         w[0] * min(routed_tokens(job, num_tokens), len(w) * min(num_tokens, max_rows(len(w), w[0], itemsize)))
@@ -176,48 +160,44 @@ def routed_tokens(job: Job, num_tokens: int) -> int:
     return num_tokens * next((count for count in counts if isinstance(count, int)), 1)
 
 
-def _search_bytes(task: LayerTask, site: tuple[str, ...], alike: Mapping[str, int], batch: int) -> int:
+def _search_bytes(site: Site, alike: Mapping[str, int], batch: int) -> int:
     """The weights stacked, and two matrices of their size: of a site, or of a batch of experts; and a factor of the Gram matrix.
     batch: weights of experts that are searched at a time, or those of one."""
-    values = sum(prod(task.shapes[path]) for path in site if path in task.schemes)
-    if site[0] in task.routed:
-        values = min(alike[task.routed[site[0]].fused] * values, max(values, batch))
-    return 4 * 3 * values + 4 * 2 * task.shapes[site[0]][1] ** 2
+    values = sum(prod(linear.shape) for linear in site.quantized)
+    if site.expert is not None:
+        values = min(alike[site.expert.fused] * values, max(values, batch))
+    return 4 * 3 * values + 4 * 2 * site.num_inputs**2
 
 
-def _rounding_bytes(
-    task: LayerTask, site: tuple[str, ...], alike: Mapping[str, int], residency: Residency, device: str
-) -> int:
+def _rounding_bytes(site: Site, alike: Mapping[str, int], residency: Residency, device: str) -> int:
     """GPTQ's peak: the weights, by input, and what their record takes; the Gram matrix, its factor, and room for inverting. Of what is
     written to the residual stream the errors are kept, and its targets. alike: sites of each fused parameter."""
-    columns = task.shapes[site[0]][1]
-    rows = sum(task.shapes[path][0] for path in site if path in task.schemes)
-    errors = 5 * rows * columns if site[0] in task.writers else 0
-    if site[0] in task.routed:  # side by side: stacks, and what they are made of
-        side_by_side = min(alike[task.routed[site[0]].fused], num_side_by_side(rows, columns, device))
+    columns = site.num_inputs
+    rows = sum(linear.shape[0] for linear in site.quantized)
+    errors = 5 * rows * columns if site.to_residual else 0
+    if site.expert is not None:  # side by side: stacks, and what they are made of
+        side_by_side = min(alike[site.expert.fused], num_side_by_side(rows, columns, device))
         return side_by_side * (errors + 20 * rows * columns + 16 * columns * columns)
     if residency.factors:
         return errors + 17 * rows * columns + 4 * min(columns, _TILE_COLUMNS) * columns
     return errors + max(9 * rows * columns + 10 * columns * columns, 17 * rows * columns + 6 * columns * columns)
 
 
-def _inner(job: Job, task: LayerTask) -> list[str]:
-    """Inner linears that are fitted again once those before them are rounded."""
-    return list(inner_owners(job, task, _num_tokens(job)))
+def _inner(job: Job, task: LayerPlan) -> list[tuple[int, int]]:
+    """Shapes of the inner linears that are fitted again once those before them are rounded."""
+    return [site.linears[0].shape for site in refitted_sites(task, job.recipe, _num_tokens(job))]
 
 
-def _module_rows_bytes(job: Job, task: LayerTask) -> int:
+def _module_rows_bytes(job: Job, task: LayerPlan) -> int:
     """Of the rows that are kept, in host memory, of what the modules of inner linears read."""
-    rows = (num_kept_rows(task.shapes[path][1], _num_tokens(job)) * task.shapes[path][0] for path in _inner(job, task))
+    rows = (num_kept_rows(width, _num_tokens(job)) * height for height, width in _inner(job, task))
     return compute_bytes(job) * sum(rows)
 
 
-def _refitting_bytes(job: Job, task: LayerTask) -> int:
+def _refitting_bytes(job: Job, task: LayerPlan) -> int:
     """The peak of fitting an inner linear: the module's linears as they were and rounded, a Gram matrix and its factor, what is lost and
     what is made up for."""
-    sizes = [prod(task.shapes[path]) for path in _inner(job, task)]
-    widths = [task.shapes[path][1] for path in _inner(job, task)]
-    return max((24 * size + 8 * width**2 for size, width in zip(sizes, widths, strict=True)), default=0)
+    return max((24 * height * width + 8 * width**2 for height, width in _inner(job, task)), default=0)
 
 
 def chunk_tokens(job: Job) -> int:

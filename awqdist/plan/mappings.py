@@ -11,10 +11,11 @@ from rich.console import Console
 from rich.table import Table
 
 from awqdist.checkpoint.hub import resolve_config
-from awqdist.layer.plan import LayerTask, Plan
+from awqdist.layer.plan import LayerPlan
 from awqdist.recipe import Recipe, load_recipe
 from awqdist.run.device import choose_device
 from awqdist.run.job import Job, foresee
+from awqdist.run.layer_plans import Plan
 from awqdist.run.mapping_patterns import mapping_patterns
 from awqdist.settings import RunSettings
 from awqdist.units import pattern_of, show_layers
@@ -52,9 +53,9 @@ def mapping_table(plan: Plan) -> Table:
             note = "(1 + w) norm" if mapping.unit_offset else tied
             balance = ", ".join(dict.fromkeys(map(pattern_of, mapping.balance)))  # experts are named once
             layers = rows.setdefault((pattern_of(mapping.smooth), balance, note), [])
-            layers += [task.layer] if task.layer not in layers[-1:] else []
+            layers += [task.index] if task.index not in layers[-1:] else []
         for skipped in task.skipped:
-            rows.setdefault((skipped.mapping, "", f"skipped: {skipped.reason}"), []).append(task.layer)
+            rows.setdefault((skipped.mapping, "", f"skipped: {skipped.reason}"), []).append(task.index)
     for (smooth, balance, note), layers in rows.items():
         table.add_row(show_layers(layers), smooth, balance, note)
     return table
@@ -75,10 +76,10 @@ def print_left_out(console: Console, job: Job) -> None:
 def plan_json(plan: Plan) -> dict[str, Any]:
     """The plan as `--json` prints it."""
 
-    def layer(task: LayerTask) -> dict[str, Any]:
+    def layer(task: LayerPlan) -> dict[str, Any]:
         return {
-            "layer": task.layer,
-            "quantized": [task.disk_module(path) for path in task.schemes],
+            "layer": task.index,
+            "quantized": [linear.disk_name for linear in task.quantized],
             "mappings": [
                 {
                     "smooth_layer": task.disk_module(m.smooth),

@@ -12,7 +12,6 @@ from rich.console import Console
 from rich.table import Table
 
 from awqdist.checkpoint.hub import resolve_config
-from awqdist.layer.plan import Plan
 from awqdist.plan.estimate import Estimate, Placement, WorkerEstimate, deal, estimate, placement
 from awqdist.plan.machine import MachineProfile
 from awqdist.plan.mappings import mapping_table, plan_json, print_left_out
@@ -21,6 +20,7 @@ from awqdist.plan.simulation import SimulationOptions, forecast, print_forecast,
 from awqdist.recipe import load_recipe
 from awqdist.run.device import choose_device
 from awqdist.run.job import Job, foresee
+from awqdist.run.layer_plans import Plan
 from awqdist.settings import RunSettings
 from awqdist.units import show_bytes, show_layers, show_percent, show_seconds
 
@@ -110,7 +110,7 @@ def _estimate_table(plan: Plan, expected: Estimate) -> Table:
     table = Table("layers", "read", "held at the peak", "written", "linears quantized", title="One worker")
     rows: dict[tuple[int, int, int, int], list[int]] = {}
     for task, layer in zip(plan.tasks, expected.layers, strict=True):
-        key = (layer.read_bytes, layer.device_bytes, layer.written_bytes, len(task.schemes))
+        key = (layer.read_bytes, layer.device_bytes, layer.written_bytes, len(task.quantized))
         rows.setdefault(key, []).append(layer.layer)
     for (read, held, written, count), layers in rows.items():
         table.add_row(show_layers(layers), show_bytes(read), show_bytes(held), show_bytes(written), str(count))

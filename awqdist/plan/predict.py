@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from math import prod
 from typing import Any
 
-from awqdist.layer.plan import LayerTask
+from awqdist.layer.plan import LayerPlan
 from awqdist.plan.estimate_layer import LayerEstimate, chunk_tokens, compute_bytes, token_bytes
 from awqdist.plan.machine import MachineProfile
 from awqdist.plan.simulate import Simulation, StepTimes, simulate
@@ -85,7 +85,7 @@ def predict(
     known: dict[tuple[object, ...], LayerForecast] = {}
     forecasts = []
     for task, layer in zip(job.plan.tasks, layers, strict=True):
-        kind = (task.sites, tuple(task.shapes.items()), tuple(task.schemes.items()), task.mappings, layer.read_bytes)
+        kind = (task.kind, task.linears, task.sites, task.mappings, layer.read_bytes)
         if kind not in known:
             known[kind] = _layer_forecast(job, task, layer, profile, sharing)
         forecasts.append(replace(known[kind], layer=layer.layer))
@@ -103,7 +103,7 @@ def predict(
 
 
 def _layer_forecast(
-    job: Job, task: LayerTask, layer: LayerEstimate, profile: MachineProfile, sharing: int
+    job: Job, task: LayerPlan, layer: LayerEstimate, profile: MachineProfile, sharing: int
 ) -> LayerForecast:
     work = LayerWork(job, task).stages
     seconds: dict[str, float] = {stage: _seconds(work[stage], profile, job) for stage in STAGES}
@@ -112,12 +112,12 @@ def _layer_forecast(
     if profile.host_to_device_bytes_per_s:
         seconds["forward"] += (layer.loaded_bytes + chunks) / profile.host_to_device_bytes_per_s
         seconds["round"] += layer.written_bytes / profile.host_to_device_bytes_per_s
-    packed = sum(prod(e.shape) for e in map(job.index.entries.__getitem__, task.disk_names.values()) if e.packing)
+    packed = sum(prod(e.shape) for e in map(job.index.entries.__getitem__, task.tensors.values()) if e.packing)
     read_s = layer.read_bytes * (sharing / profile.read_bytes_per_s + 1 / profile.checksum_bytes_per_s)
     seconds["read"] = (read_s + packed / profile.dequantized_per_s) / _BESIDE
     write_s = layer.written_bytes * (sharing / profile.write_bytes_per_s + 1 / profile.hash_bytes_per_s)
     seconds["write"] = _FILE_S + write_s
-    return LayerForecast(task.layer, seconds, {stage: work[stage].total_flops for stage in STAGES})
+    return LayerForecast(task.index, seconds, {stage: work[stage].total_flops for stage in STAGES})
 
 
 def _seconds(work: Work, profile: MachineProfile, job: Job) -> float:

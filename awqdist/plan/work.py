@@ -10,14 +10,13 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from math import ceil, prod
 
-from awqdist.layer.mlp_refit import inner_owners, num_kept_rows
-from awqdist.layer.plan import LayerTask
+from awqdist.layer.mlp_refit import num_kept_rows, refitted_sites
+from awqdist.layer.plan import LayerPlan, Linear, Site
 from awqdist.layer.quantize import TRIAL_TOKENS
 from awqdist.plan.estimate_layer import chunk_tokens, compute_bytes, routed_tokens
 from awqdist.plan.work_units import STAGES, Stage, Unit, Work, attention_width
-from awqdist.quant.experts import SKETCHED_ROWS, max_rows
 from awqdist.quant.gptq import SUB_BLOCK, num_side_by_side, output_block_size
-from awqdist.quant.sketch import SKETCH_ROWS, is_sketched
+from awqdist.quant.moments import EXPERT_SKETCH_ROWS, SKETCH_ROWS, is_sketched, max_rows
 from awqdist.recipe import WeightScheme
 from awqdist.run.job import Job
 
@@ -40,36 +39,36 @@ _BLOCK = 256  # columns per block of a Gram matrix, of which those above the dia
 class LayerWork:
     """The work of one layer under a job's recipe and settings, by stage."""
 
-    def __init__(self, job: Job, task: LayerTask) -> None:
+    def __init__(self, job: Job, task: LayerPlan) -> None:
         self._job, self._task = job, task
         settings = job.settings
         self._tokens = settings.num_samples * settings.sequence_length
         self._chunks = ceil(self._tokens / chunk_tokens(job))
-        self._routed = {path for site in task.sites if site[0] in task.routed for path in site}
-        self._experts = max((routed.expert for routed in task.routed.values()), default=-1) + 1
+        self._routed = {linear.path for site in task.sites if site.expert for linear in site.linears}
+        self._experts = max((site.expert.number for site in task.sites if site.expert), default=-1) + 1
         self.stages: dict[Stage, Work] = {stage: Work() for stage in STAGES}
         self._forward(self.stages["forward"])
         self._statistics(self.stages["statistics"])
         for mapping in task.mappings:
-            self._search(self.stages["search"], mapping.balance)
+            self._search(self.stages["search"], task.sites_of(mapping))
         if task.mappings:
             self._check(self.stages["check"])
         for unit in self._units(task.sites):
             self._round(self.stages["round"], unit)
         if job.compensates_outputs:
-            written = tuple((path,) for path in sorted(task.writers & task.schemes.keys()))
-            for unit in self._units(written):
+            for unit in self._units(site for site in task.sites if site.to_residual):
                 self._compensate(self.stages["round"], unit)
-        for path in inner_owners(job, task, self._tokens):
-            self._refit(self.stages["round"], path)
+        for site in refitted_sites(task, job.recipe, self._tokens):
+            self._refit(self.stages["round"], site)
 
-    def _share(self, path: str) -> float:
-        """Share of the tokens that linear `path` is given."""
-        return routed_tokens(self._job, self._tokens) / self._tokens / self._experts if path in self._routed else 1.0
+    def _share(self, linear: Linear) -> float:
+        """Share of the tokens that a linear is given."""
+        is_routed = linear.path in self._routed
+        return routed_tokens(self._job, self._tokens) / self._tokens / self._experts if is_routed else 1.0
 
     def _linear_values(self) -> float:
         """Weights that a token goes through."""
-        return sum(prod(shape) * self._share(path) for path, shape in self._task.shapes.items())
+        return sum(prod(linear.shape) * self._share(linear) for linear in self._task.linears)
 
     def _forward(self, work: Work) -> None:
         length = self._job.settings.sequence_length
@@ -77,10 +76,10 @@ class LayerWork:
         work.add(
             product="attention", flops=self._tokens * length * attention_width(self._job, self._task)
         )  # causal: half of all pairs
-        widths = sum(sum(shape) * self._share(path) for path, shape in self._task.shapes.items())
+        widths = sum(sum(linear.shape) * self._share(linear) for linear in self._task.linears)
         width = compute_bytes(self._job) / 4
         work.add(values=9 * self._tokens * widths * width)
-        weights = sum(prod(shape) for shape in self._task.shapes.values())
+        weights = sum(prod(linear.shape) for linear in self._task.linears)
         work.add(values=3 * weights * width)  # checked, cast, experts fused
         work.add(operations=self._chunks * (60 + 16 * self._experts))
 
@@ -101,32 +100,22 @@ class LayerWork:
         exact = unit.is_expert or self._job.recipe.needs_gram
         return is_sketched(unit.columns, self._tokens, exact=exact)
 
-    def _units(self, sites: Iterable[tuple[str, ...]], *, whole_sites: bool = False) -> Iterator[Unit]:
+    def _units(self, sites: Iterable[Site], *, whole_sites: bool = False) -> Iterator[Unit]:
         """Units of sites; with `whole_sites` also those without a quantized linear. Experts alike are one unit that counts many times."""
         counts: dict[Unit, int] = defaultdict(int)
         for site in sites:
-            quantized = [path for path in site if path in self._task.schemes]
-            if quantized or whole_sites:
-                shapes = [self._task.shapes[path] for path in quantized]
-                is_expert = site[0] in self._routed
-                tokens = round(self._tokens * self._share(site[0]))
-                columns = self._task.shapes[site[0]][1]
-                counts[Unit(sum(o for o, _ in shapes), columns, len(quantized), tokens, is_expert)] += 1
+            if site.quantized or whole_sites:
+                rows = sum(linear.shape[0] for linear in site.quantized)
+                tokens = round(self._tokens * self._share(site.linears[0]))
+                is_expert = site.expert is not None
+                counts[Unit(rows, site.num_inputs, len(site.quantized), tokens, is_expert)] += 1
         for unit, count in counts.items():
             yield Unit(unit.rows, unit.columns, unit.linears, unit.tokens, unit.is_expert, count)
 
-    def _groups(self, balance: tuple[str, ...]) -> Iterator[Unit]:
-        """The units of one mapping: the linears that all tokens go to, and each expert's."""
-        parts: dict[str, list[str]] = defaultdict(list)
-        firsts = {path: site[0] for site in self._task.sites for path in site}
-        for path in balance:
-            parts[firsts.get(path, path)].append(path)
-        yield from self._units(tuple(paths) for paths in parts.values())
-
-    def _search(self, work: Work, balance: tuple[str, ...]) -> None:
+    def _search(self, work: Work, sites: Iterable[Site]) -> None:
         smoothing = self._job.recipe.smoothing
         assert smoothing is not None
-        units = list(self._groups(balance))
+        units = list(self._units(sites))
         num_units = sum(unit.count for unit in units)
         screened = sum(unit.count * unit.rows for unit in units) >= _SCREENED_ROWS
         nearest = self._job.recipe.rounding.method == "nearest"
@@ -165,7 +154,7 @@ class LayerWork:
             work.add(flops=2 * rows * unit.columns * unit.tokens, values=2 * rows * unit.tokens, operations=4 * calls)
         elif rough or is_sketch:
             narrow = is_sketch or (sketched and unit.columns >= 2 * SKETCH_ROWS)
-            width = SKETCHED_ROWS if unit.is_expert else SKETCH_ROWS if narrow else unit.columns
+            width = EXPERT_SKETCH_ROWS if unit.is_expert else SKETCH_ROWS if narrow else unit.columns
             work.add(product="rough", flops=2 * rows * unit.columns * width)
             work.add(values=2 * rows * (unit.columns + width), operations=6 * calls)
         else:
@@ -178,8 +167,8 @@ class LayerWork:
         work.add(values=unit.count * (5 * unit.columns**2 + 2 * kept * unit.columns), operations=10 * unit.count)
 
     def _check(self, work: Work) -> None:
-        values = sum(prod(shape) for shape in self._task.shapes.values())
-        experts = sum(prod(shape) for path, shape in self._task.shapes.items() if path in self._routed)
+        values = sum(prod(linear.shape) for linear in self._task.linears)
+        experts = sum(prod(linear.shape) for linear in self._task.linears if linear.path in self._routed)
         length = min(self._job.settings.sequence_length, TRIAL_TOKENS)
         work.add(flops=2 * 2 * length * self._linear_values(), values=2 * (2 * values + 2 * experts))
         work.add(operations=2 * (60 + 6 * self._experts))
@@ -195,7 +184,7 @@ class LayerWork:
                 work.add(flops=2 * unit.tokens * columns**2)
         work.add(values=12 * weights, operations=_LINEAR_OPERATIONS * unit.count * (1 + unit.linears))
         if recipe.clip:
-            group = _group_size(next(iter(self._task.schemes.values())), columns)
+            group = _group_size(next(linear.scheme for linear in self._task.quantized if linear.scheme), columns)
             work.add(flops=_SHRINKS * 2 * group * weights, values=_SHRINKS * 14 * weights, operations=_SHRINKS * 20)
         if recipe.rounding.method == "gptq":
             work.add(flops=weights * columns)
@@ -217,12 +206,12 @@ class LayerWork:
         steps = unit.count * blocks * ceil(unit.columns / block)
         work.add(operations=_COLUMN_OPERATIONS * (steps + blocks * block))
 
-    def _refit(self, work: Work, path: str) -> None:
-        """Fits inner linear `path` to what its module's rounded linears give: two passes of rows through the module."""
-        rows, columns = self._task.shapes[path]
+    def _refit(self, work: Work, site: Site) -> None:
+        """Fits an inner linear to what its module's rounded linears give: two passes of rows through the module."""
+        rows, columns = site.linears[0].shape
         tokens = num_kept_rows(columns, self._tokens)
-        owner = self._task.inner[path]
-        weights = sum(prod(shape) for name, shape in self._task.shapes.items() if name.rpartition(".")[0] == owner)
+        own = [linear for linear in self._task.linears if linear.path.rpartition(".")[0] == site.refit_in]
+        weights = sum(prod(linear.shape) for linear in own)
         work.add(product="layer", flops=2 * 2 * tokens * weights, values=2 * 9 * tokens * 3 * columns)
         work.add(product="statistics", flops=tokens * columns * (columns + _BLOCK + 2 * rows))
         work.add(product="factor", flops=columns**3 / 3 * (1 + _FACTOR_COLUMNS / columns))

@@ -6,7 +6,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Literal
 
-from awqdist.layer.plan import LayerTask
+from awqdist.layer.plan import LayerPlan
 from awqdist.run.job import Job
 
 Product = Literal[
@@ -48,10 +48,10 @@ class Unit:
     count: int = 1
 
 
-def attention_width(job: Job, task: LayerTask) -> int:
+def attention_width(job: Job, task: LayerPlan) -> int:
     """Values of queries and of outputs that a token has over all heads of its layer."""
     config = job.skeleton.model.config.get_text_config(decoder=True)
-    if task.layer >= job.skeleton.num_layers:
+    if task.kind == "head":
         return 0
     heads = int(getattr(config, "num_attention_heads", 0) or 0)
     each = int(getattr(config, "head_dim", 0) or config.hidden_size // max(heads, 1))

@@ -1,5 +1,9 @@
-"""The scales that the search tries: the identity and s = mean_abs^r / (w_mean^(1-r) + 1e-4) over a grid of ratios r, normalised by
-s /= sqrt(max·min). All functions take leading dimensions: K mappings at a time."""
+"""Makes the scales that the search tries: the identity, and a grid of ratios r between activations and weights.
+
+    s = mean_abs^r / (w_mean^(1-r) + 1e-4)      s /= sqrt(max·min)
+
+All functions take leading dimensions: K mappings at a time.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ from awqdist.recipe import Smoothing, WeightScheme
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """scales: (K, I) float32; ratio None: the identity."""
+    """One try for each of K mappings. scales: (K, I) float32; ratio: None for the identity."""
 
     scales: Tensor
     ratio: float | None
@@ -23,7 +27,7 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class ScaleChoice:
-    """The outcome of a search. scales: (I,) float32, tied over the channels of one smooth-layer output."""
+    """The outcome of a search. scales: (I,) float32, equal for the inputs that come from one output of the smooth layer."""
 
     scales: Tensor
     ratio: float | None  # None: the identity
@@ -34,9 +38,14 @@ class ScaleChoice:
 
 
 def sums_and_peaks(weight: Tensor, scheme: WeightScheme) -> tuple[Tensor, Tensor]:
-    """Sums over the rows of |W| / (max |W| of its group + 1e-6), (..., I), and these maxima, (..., O, G); both float32.
+    """Sums |W| / (max |W| of its group + 1e-6) over the rows. On a CPU they are worked through in blocks that stay in the cache.
 
-    weight: (..., O, I), any float dtype. On a CPU its rows are worked through in blocks that stay in the cache.
+    Args:
+        weight: (..., O, I), any float dtype.
+        scheme: Says what a group is.
+
+    Returns:
+        The sums, (..., I), and the maxima, (..., O, G); both float32.
     """
     sums = weight.new_zeros(*weight.shape[:-2], weight.shape[-1], dtype=torch.float32)
     peaks = []
@@ -49,12 +58,19 @@ def sums_and_peaks(weight: Tensor, scheme: WeightScheme) -> tuple[Tensor, Tensor
     return sums, torch.cat(peaks, -2)
 
 
-def candidates(w_mean: Tensor, mean_abs: Tensor, source: Tensor, settings: Smoothing) -> list[Candidate]:
-    """The identity first, then the grid of DESIGN: n_grid candidates in all (with duo "both": half of them each way).
+def candidates(
+    w_mean: Tensor, mean_abs: Tensor, source: Tensor, num_sources: int, settings: Smoothing
+) -> list[Candidate]:
+    """Returns the identity, then the grid: n_grid candidates in all (with duo "both" half of them each way).
 
-    w_mean, mean_abs: (K, I); source: (I,), inputs of one source share a scale.
+    Args:
+        w_mean: (K, I) float32.
+        mean_abs: (K, I) float32.
+        source: (I,) int64, the channel that each input comes from; inputs of one channel share a scale.
+        num_sources: How many channels there are.
+        settings: Which grid.
     """
-    x_mean, w_mean = _tie(mean_abs, source), _tie(w_mean, source)
+    x_mean, w_mean = _tie(mean_abs, source, num_sources), _tie(w_mean, source, num_sources)
     num = settings.n_grid
     if settings.duo_scaling == "both":
         half = max(num // 2, 2)
@@ -74,9 +90,8 @@ def _scales(x_mean: Tensor, w_mean: Tensor, ratio: float, duo_scaling: bool) -> 
     return torch.where(torch.isfinite(scales), scales, torch.ones_like(scales))
 
 
-def _tie(per_input: Tensor, source: Tensor) -> Tensor:
+def _tie(per_input: Tensor, source: Tensor, num_sources: int) -> Tensor:
     """Mean over the inputs that share a source channel, spread back over them: (..., I) -> (..., I)."""
-    num_sources = int(source.max()) + 1
     sums = per_input.new_zeros(*per_input.shape[:-1], num_sources).index_add_(-1, source, per_input)
     counts = per_input.new_zeros(num_sources).index_add_(0, source, per_input.new_ones(source.shape))
     return (sums / counts.clamp(min=1))[..., source]

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import resource
 import sys
-from pathlib import Path
 
 import torch
 
 from awqdist.errors import AwqdistError
+from awqdist.layer.residency import resident_bytes
 from awqdist.quant.precision import has_fast_bfloat16
 from awqdist.run.events import WorkerStatus
 
 _SLURM_NAMES = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
-_IDLE_BYTES = 64 << 20  # by which resident memory grows before freed memory is given back
 
 
 def choose_device(name: str) -> torch.device:
@@ -47,28 +45,6 @@ def compute_dtype(device: torch.device, checkpoint: torch.dtype) -> torch.dtype:
     return checkpoint if checkpoint == torch.bfloat16 and has_fast_bfloat16(device) else torch.float32
 
 
-class _Heap:
-    """Freed memory is given back once there may be much of it: pages that go and come again cost more than the arithmetic of a small
-    model."""
-
-    def __init__(self) -> None:
-        self._trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-        self._before = 0
-
-    def release(self) -> None:
-        if self._trim is not None and _resident_bytes() > self._before + _IDLE_BYTES:
-            self._trim(0)
-            self._before = _resident_bytes()
-
-
-_heap = _Heap()
-
-
-def release_host_memory() -> None:
-    """Gives freed memory back to the system: glibc keeps blocks below 32 MB for itself, which over many layers adds up."""
-    _heap.release()
-
-
 def peak_memory_bytes(device: torch.device) -> int:
     """Most memory held so far: of the GPU, or resident memory of the process."""
     if device.type == "cuda":
@@ -77,15 +53,9 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _resident_bytes() -> int:
-    """Of this process; 0 where the system does not tell."""
-    statm = Path("/proc/self/statm")
-    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
-
-
 def worker_status(device: torch.device) -> WorkerStatus:
     """What this process and its GPU hold now, and how busy the GPU is where the driver can be asked."""
-    resident = _resident_bytes()
+    resident = resident_bytes()
     if device.type != "cuda":
         return WorkerStatus(resident, 0, None)
     try:

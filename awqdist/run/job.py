@@ -18,13 +18,13 @@ from awqdist.checkpoint.reader import sample_checksum
 from awqdist.checkpoint.sources import read_source
 from awqdist.errors import AwqdistError, CheckpointError, OutputError
 from awqdist.export.formats import Format, output_format
-from awqdist.layer.plan import Plan, make_plan
 from awqdist.layer.records import LayerRecord
 from awqdist.model.skeleton import Skeleton, build_skeleton, read_config
 from awqdist.plan.bare_config import index_of_config
 from awqdist.recipe import Recipe
 from awqdist.run.device import choose_device, compute_dtype
 from awqdist.run.journal import read_journal
+from awqdist.run.layer_plans import Plan, make_plan
 from awqdist.settings import RunSettings
 
 _COMPUTED = ("BF16", "F16", "F32")
@@ -46,7 +46,7 @@ class Job:
     @property
     def compensates_outputs(self) -> bool:
         """Whether GPTQ rounds something that is written to the residual stream, whose directions lm_head weighs."""
-        is_written = any(task.writers & task.schemes.keys() for task in self.plan.layers)
+        is_written = any(site.to_residual and site.quantized for task in self.plan.layers for site in task.sites)
         return self.recipe.rounding.method == "gptq" and is_written
 
     def head_names(self) -> dict[str, str]:
@@ -101,7 +101,7 @@ def _planned(
 ) -> Job:
     layout = output_format(settings.format)
     plan = make_plan(skeleton, index, recipe)
-    layout.check_linears({task.disk_module(path): task.shapes[path] for task in plan.tasks for path in task.schemes})
+    layout.check_linears({q.disk_name: q.shape for task in plan.tasks for q in task.quantized})
     return Job(plan, skeleton, index, recipe, settings, layout, device)
 
 
@@ -117,7 +117,6 @@ def fingerprint(job: Job, samples: Tensor) -> dict[str, str]:
         "chunk tokens": str(job.settings.chunk_tokens),
         "mappings": _hash(repr([task.mappings for task in job.plan.tasks]).encode()),
         "device": f"{job.device.type} {compute_dtype(job.device, job.skeleton.dtype)}",
-        **({"all experts": "calibrated on all tokens"} if job.settings.all_experts else {}),
         **({"threads": str(job.settings.threads or torch.get_num_threads())} if job.device.type == "cpu" else {}),
         "versions": json.dumps({name: version(name) for name in _LIBRARIES}),
     }
@@ -140,8 +139,8 @@ def token_chunks(settings: RunSettings, samples: Tensor) -> list[Tensor]:
 def check_sources(job: Job, finished: Mapping[int, LayerRecord]) -> None:
     """Raises OutputError if a finished layer was made from other weights than the source holds now, as far as samples of them tell."""
     for task in job.plan.tasks:
-        if task.layer in finished and finished[task.layer].source_sample != job.source_sample(task.disk_names.values()):
-            raise other_weights(job, task.layer)
+        if task.index in finished and finished[task.index].source_sample != job.source_sample(task.tensors.values()):
+            raise other_weights(job, task.index)
 
 
 def other_weights(job: Job, layer: int) -> OutputError:

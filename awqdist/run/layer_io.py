@@ -11,7 +11,7 @@ from torch import Tensor
 from awqdist.checkpoint.index import TensorEntry
 from awqdist.checkpoint.reader import Reading, check_finite, read_tensors
 from awqdist.checkpoint.writer import write_safetensors
-from awqdist.layer.plan import LayerTask
+from awqdist.layer.plan import LayerPlan
 from awqdist.layer.quantize import LayerResult
 from awqdist.layer.records import LayerRecord
 from awqdist.model.forward import with_buffers
@@ -32,7 +32,7 @@ class SourceChecksums:
 class LoadedLayer:
     """A layer's tensors, not yet changed, in host memory, by their names in the layer."""
 
-    task: LayerTask
+    task: LayerPlan
     watch: Stopwatch
     parameters: dict[str, Tensor]
     source: SourceChecksums
@@ -42,7 +42,7 @@ class LoadedLayer:
 class SearchedLayer:
     """What is to be written of a layer, in host memory, by on-disk names; and what was found about it."""
 
-    task: LayerTask
+    task: LayerPlan
     watch: Stopwatch
     tensors: dict[str, Tensor]
     result: LayerResult
@@ -50,12 +50,12 @@ class SearchedLayer:
     peak_memory_bytes: int
 
 
-def read_layer(job: Job, task: LayerTask, emit: Emit, check: Callable[[], None]) -> LoadedLayer:
+def read_layer(job: Job, task: LayerPlan, emit: Emit, check: Callable[[], None]) -> LoadedLayer:
     """Reads the tensors of a layer. `check` is called before each of them, and ends the reading by raising. Raises CheckpointError."""
-    watch = Stopwatch(task.layer, job.device, emit)
+    watch = Stopwatch(task.index, job.device, emit)
     with watch.stage("read"):
-        parameters, reading = read_named(job, task.disk_names, check)
-    emit(SourceRead(task.layer, reading.num_bytes))
+        parameters, reading = read_named(job, task.tensors, check)
+    emit(SourceRead(task.index, reading.num_bytes))
     return LoadedLayer(task, watch, parameters, SourceChecksums(reading.crc32, reading.sample_checksum()))
 
 
@@ -63,9 +63,9 @@ def write_layer(job: Job, searched: SearchedLayer, emit: Emit) -> None:
     """Writes the file of a layer durably and tells so, which is when the leader may journal it. Raises OutputError."""
     task, result, watch = searched.task, searched.result, searched.watch
     with watch.stage("write"):
-        written = write_safetensors(job.settings.output / layer_file(task.layer), searched.tensors)
+        written = write_safetensors(job.settings.output / layer_file(task.index), searched.tensors)
     record = LayerRecord(
-        layer=task.layer,
+        layer=task.index,
         file=written.name,
         num_bytes=written.num_bytes,
         sha256=written.sha256,
@@ -79,7 +79,7 @@ def write_layer(job: Job, searched: SearchedLayer, emit: Emit) -> None:
         peak_memory_bytes=searched.peak_memory_bytes,
         source_sample=searched.source.sample,
     )
-    emit(LayerFinished(task.layer, record))
+    emit(LayerFinished(task.index, record))
 
 
 def layer_file(layer: int) -> str:

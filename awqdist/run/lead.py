@@ -140,4 +140,4 @@ class Lead:
         return summary
 
     def _unfinished(self) -> list[int]:
-        return [task.layer for task in self._job.plan.tasks if task.layer not in self._journal.entries.layers]
+        return [task.index for task in self._job.plan.tasks if task.index not in self._journal.entries.layers]

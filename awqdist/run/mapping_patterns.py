@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import re
 
-from awqdist.layer.plan import LayerTask, Plan
+from awqdist.layer.plan import LayerPlan
 from awqdist.recipe import MappingPattern
+from awqdist.run.layer_plans import Plan
 
 _NUMBER = r"\d+"
 
@@ -26,8 +27,8 @@ def mapping_patterns(plan: Plan) -> tuple[MappingPattern, ...]:
             if key not in having:
                 order.insert(place, key)
             place = order.index(key) + 1
-            having.setdefault(key, []).append(task.layer)
-    modules = {task.layer: _modules(task) for task in plan.layers}
+            having.setdefault(key, []).append(task.index)
+    modules = {task.index: _modules(task) for task in plan.layers}
     start = re.escape(_start(plan.layers[0]))
     patterns = []
     for smooth, balance in order:
@@ -39,7 +40,7 @@ def mapping_patterns(plan: Plan) -> tuple[MappingPattern, ...]:
     return tuple(patterns)
 
 
-def _keys(task: LayerTask) -> dict[Key, None]:
+def _keys(task: LayerPlan) -> dict[Key, None]:
     """The mappings of a layer in their order, those of experts once."""
     keys: dict[Key, None] = {}
     for mapping in task.mappings:
@@ -48,20 +49,20 @@ def _keys(task: LayerTask) -> dict[Key, None]:
     return keys
 
 
-def _modules(task: LayerTask) -> set[str]:
-    return {_pattern(task, name.removesuffix(".weight")) for name in task.disk_names if name.endswith(".weight")}
+def _modules(task: LayerPlan) -> set[str]:
+    return {_pattern(task, name.removesuffix(".weight")) for name in task.tensors if name.endswith(".weight")}
 
 
-def _start(task: LayerTask) -> str:
+def _start(task: LayerPlan) -> str:
     """What on-disk names of the layer begin with, up to its number."""
-    path = next(name.removesuffix(".weight") for name in task.disk_names if name.endswith(".weight"))
-    return task.disk_module(path).partition(f".{task.layer}.")[0] + "."
+    path = next(name.removesuffix(".weight") for name in task.tensors if name.endswith(".weight"))
+    return task.disk_module(path).partition(f".{task.index}.")[0] + "."
 
 
-def _pattern(task: LayerTask, path: str) -> str:
+def _pattern(task: LayerPlan, path: str) -> str:
     """A pattern of the on-disk name within the layer, which leaves open what number an expert has."""
-    name = task.disk_module(path).partition(f".{task.layer}.")[2]
-    blocks = {routed.fused.rpartition(".")[0] for routed in task.routed.values()}
+    name = task.disk_module(path).partition(f".{task.index}.")[2]
+    blocks = {fused.module for fused in task.experts}
     block = next((block for block in blocks if path.startswith(f"{block}.")), None)
     if block is None:
         return re.escape(name)

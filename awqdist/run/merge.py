@@ -14,10 +14,10 @@ from awqdist.checkpoint.index import INDEX_FILE, TensorEntry, read_header
 from awqdist.checkpoint.reader import check_finite, read_tensors
 from awqdist.checkpoint.writer import LazyTensor, copy_file, remove_temporary_files, stream_safetensors, write_json
 from awqdist.errors import OutputError
-from awqdist.layer.plan import Plan
 from awqdist.run.events import Emit, OutsideCopied
 from awqdist.run.job import Job
 from awqdist.run.journal import Journal, JournalEntries
+from awqdist.run.layer_plans import Plan
 from awqdist.run.shared_folder import remove_token
 from awqdist.run.snapshots import remove_snapshots
 
@@ -53,9 +53,9 @@ def merge(job: Job, journal: Journal, emit: Emit, count: Callable[[int], None]) 
 def check_layers(output: Path, plan: Plan, entries: JournalEntries) -> None:
     """Raises OutputError unless every layer of the plan has a journal line and a file of the size that it gives."""
     for task in plan.tasks:
-        record = entries.layers.get(task.layer)
+        record = entries.layers.get(task.index)
         if record is None:
-            raise OutputError(f"{output}: layer {task.layer} is missing; run the same command again")
+            raise OutputError(f"{output}: layer {task.index} is missing; run the same command again")
         file = output / record.file
         if not file.is_file() or file.stat().st_size != record.num_bytes:
             raise OutputError(

@@ -46,8 +46,6 @@ def warnings_of(job: Job, layers: tuple[LayerRecord, ...]) -> tuple[str, ...]:
             f"{job.plan.architecture} is not in the registry: its mappings were inferred from its structure and verified;"
             " `awqdist mappings MODEL --as-recipe` prints them as a recipe to keep"
         )
-    if job.settings.all_experts and not job.skeleton.fused:
-        found.append("all experts were asked for, and the model has none")
     found += _source_warnings(job)
     nonfinite = sum(mapping.num_nonfinite_candidates for record in layers for mapping in record.mappings)
     if nonfinite:

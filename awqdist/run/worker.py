@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 
 from awqdist.errors import NumericalError
-from awqdist.layer.calibrate import Gathering
-from awqdist.layer.mlp_refit import inner_owners
-from awqdist.layer.plan import LayerTask
+from awqdist.layer.calibrate import Calibration
+from awqdist.layer.plan import LayerPlan
 from awqdist.layer.quantize import TRIAL_TOKENS, LayerResult, Method, Trial, quantize_layer
-from awqdist.layer.residency import Bench
+from awqdist.layer.residency import Bench, release_host_memory
 from awqdist.model.experts import FusedParameter, fuse_experts, made_experts
 from awqdist.model.forward import (
     LayerCall,
@@ -31,7 +30,7 @@ from awqdist.model.forward import (
 )
 from awqdist.plan.estimate_layer import estimate_layer
 from awqdist.quant.lending import LentTensors
-from awqdist.run.device import compute_dtype, peak_memory_bytes, release_host_memory
+from awqdist.run.device import compute_dtype, peak_memory_bytes
 from awqdist.run.events import ChunkForwarded, Emit, MappingSearched, StageStarted
 from awqdist.run.job import Job, token_chunks
 from awqdist.run.layer_io import LoadedLayer, SearchedLayer, SourceChecksums, check_named, read_outside
@@ -44,13 +43,13 @@ class _Layer:
     """The layer under way. parameters: in the checkpoint's dtype, on the device or lent to it; working: what it is run with, without
     experts that are lent."""
 
-    task: LayerTask
+    task: LayerPlan
     watch: Stopwatch
     on: Bench
     parameters: LentTensors
     source: SourceChecksums
     working: dict[str, Tensor]
-    gathering: Gathering | None  # None: the layer is only forwarded
+    calibration: Calibration | None  # None: the layer is only forwarded
     trial: Trial | None = None
 
 
@@ -92,15 +91,14 @@ class Worker:
         """Takes up a layer that was read. With `forward_only` no statistics are gathered, and it cannot be searched."""
         release_host_memory()
         task, job = loaded.task, self._job
-        self._emit(StageStarted(task.layer, "forward"))
+        self._emit(StageStarted(task.index, "forward"))
         with loaded.watch.piece("forward"):
-            is_head = task.layer == job.skeleton.num_layers
-            check_named(loaded.parameters, task.disk_names, "lm_head" if is_head else f"layer {task.layer}")
+            check_named(loaded.parameters, task.tensors, task.label)
             on = Bench(job.device, self._dtype, estimate_layer(job, task).residency)
-            parameters = _placed(loaded.parameters, self._experts(task), on)
-            working = self._final if is_head else self._working(task, parameters, on)
-        gathering = None if forward_only else self._gathering(task, on)
-        self._layer = _Layer(task, loaded.watch, on, parameters, loaded.source, working, gathering)
+            parameters = _placed(loaded.parameters, task.experts, on)
+            working = self._final if task.kind == "head" else self._working(task, parameters, on)
+        calibration = None if forward_only else self._calibration(task, on)
+        self._layer = _Layer(task, loaded.watch, on, parameters, loaded.source, working, calibration)
 
     def forward(self, index: int, chunk: Tensor) -> Tensor:
         """Takes chunk number `index`, (B, L, H), through the layer. Returns its output on the CPU, in the checkpoint's dtype."""
@@ -108,46 +106,44 @@ class Worker:
         before = layer.watch.seconds["forward"] if index else 0.0  # the first chunk answers for `begin` as well
         with layer.watch.piece("forward"):
             hidden = chunk.to(job.device, self._dtype)
-            watches = layer.gathering.watches() if layer.gathering else {}
-            if layer.task.layer == job.skeleton.num_layers:
+            watches = layer.calibration.watches() if layer.calibration else {}
+            if layer.task.kind == "head":
                 tokens = self._token_chunks[index].to(job.device)
-                watches[layer.task.sites[0][0]](head_inputs(job.skeleton, layer.working, tokens, hidden))
+                watches[layer.task.sites[0].path](head_inputs(job.skeleton, layer.working, tokens, hidden))
                 output = hidden
             else:
-                module, call = job.skeleton.layers[layer.task.layer], self._calls[index][layer.task.layer]
+                module, call = job.skeleton.layers[layer.task.index], self._calls[index][layer.task.index]
                 if layer.trial is None:
                     first = chunk[:1, :TRIAL_TOKENS].to(job.device)
-                    layer.trial = Trial(module, self._experts(layer.task), first, self._trial_calls[layer.task.layer])
-                routed = layer.gathering.expert_watches() if layer.gathering else {}
+                    layer.trial = Trial(module, first, self._trial_calls[layer.task.index])
+                routed = layer.calibration.expert_watches() if layer.calibration else {}
                 call = call.cast(job.device, self._dtype)
                 with self._complete(layer) as working:
                     output = forward_layer(module, working, hidden, call, watches, routed)
-                    if layer.gathering:
-                        layer.gathering.end_chunk(module, working)
             output = output.to("cpu", job.skeleton.dtype)
         seconds, num_tokens = layer.watch.seconds["forward"] - before, chunk[..., 0].numel()
-        self._emit(ChunkForwarded(layer.task.layer, index, len(self._token_chunks), num_tokens, seconds))
+        self._emit(ChunkForwarded(layer.task.index, index, len(self._token_chunks), num_tokens, seconds))
         return output
 
     def search(self) -> SearchedLayer:
         """Quantizes the layer, after all chunks. Raises NumericalError."""
         layer = self._under_way()
-        assert layer.gathering is not None, "a layer that was only forwarded has no statistics"
-        statistics = layer.gathering.statistics
-        for site, found in statistics.items():
+        assert layer.calibration is not None, "a layer that was only forwarded has no statistics"
+        moments = layer.calibration.moments
+        for site, found in moments.items():
             if not found.is_finite():
                 raise NumericalError(
-                    f"layer {layer.task.layer}: the input of {site} is not finite on the calibration text; check the weights, or"
+                    f"{layer.task.label}: the input of {site.path} is not finite on the calibration text; check the weights, or"
                     " convert the model to a wider dtype; the layers before it are kept"
                 )
-        if layer.task.routed:
+        if layer.task.experts:
             with self._complete(layer) as working:
-                layer.gathering.finish(self._job.skeleton.layers[layer.task.layer], working)
+                layer.calibration.finish(self._job.skeleton.layers[layer.task.index], working)
         layer.working = {}
         release_host_memory()
-        result = quantize_layer(layer.task, layer.parameters, statistics, self._method, layer.trial, layer.watch)
+        result = quantize_layer(layer.task, layer.parameters, moments, self._method, layer.trial, layer.watch.stage)
         for mapping in result.mappings:
-            self._emit(MappingSearched(layer.task.layer, mapping))
+            self._emit(MappingSearched(layer.task.index, mapping))
         with layer.watch.stage("round"):
             tensors = self._packed(layer.task, result)
         self._layer = None
@@ -160,33 +156,28 @@ class Worker:
         self._layer = None
         return checksum
 
-    def _packed(self, task: LayerTask, result: LayerResult) -> dict[str, Tensor]:
-        tensors = {task.disk_names[name]: tensor for name, tensor in result.parameters.items()}
+    def _packed(self, task: LayerPlan, result: LayerResult) -> dict[str, Tensor]:
+        tensors = {task.tensors[name]: tensor for name, tensor in result.parameters.items()}
         for path, weight in result.weights.items():
             for kind, tensor in self._job.format.pack(weight.to(self._job.device)).items():
                 tensors[f"{task.disk_module(path)}.{kind}"] = tensor
         return {name: tensor.cpu() for name, tensor in tensors.items()}
 
-    def _gathering(self, task: LayerTask, on: Bench) -> Gathering:
+    def _calibration(self, task: LayerPlan, on: Bench) -> Calibration:
         num_tokens = sum(tokens.numel() for tokens in self._token_chunks)
-        owners, all_experts = inner_owners(self._job, task, num_tokens), self._job.settings.all_experts
-        fitted, experts = self._job.recipe.needs_gram, self._experts(task)
-        return Gathering(task, experts, self._token_chunks, on, all_experts=all_experts, fitted=fitted, owners=owners)
+        module = self._job.skeleton.layers[task.index] if task.kind == "decoder" else None
+        return Calibration(task, module, self._job.recipe, num_tokens, on)
 
-    def _experts(self, task: LayerTask) -> tuple[FusedParameter, ...]:
-        skeleton = self._job.skeleton
-        return skeleton.layer_experts(task.layer) if task.layer < skeleton.num_layers else ()
-
-    def _working(self, task: LayerTask, parameters: LentTensors, on: Bench) -> dict[str, Tensor]:
+    def _working(self, task: LayerPlan, parameters: LentTensors, on: Bench) -> dict[str, Tensor]:
         """Parameters in the dtype that they are computed with, experts fused, and buffers; without experts that are lent."""
-        skeleton, prefix = self._job.skeleton, f"{self._job.skeleton.prefix}.{task.layer}."
+        skeleton, prefix = self._job.skeleton, f"{self._job.skeleton.prefix}.{task.index}."
         converted = {
             name: parameters[name].to(torch.float32 if prefix + name in skeleton.float32 else self._dtype)
             for name in parameters
             if parameters.lend_of(name) is None
         }
-        fused = fuse_experts(() if on.residency.experts else self._experts(task), converted)
-        return with_buffers(skeleton.layers[task.layer], fused, self._job.device)
+        fused = fuse_experts(() if on.residency.experts else task.experts, converted)
+        return with_buffers(skeleton.layers[task.index], fused, self._job.device)
 
     @contextmanager
     def _complete(self, layer: _Layer) -> Iterator[dict[str, Tensor]]:
@@ -199,7 +190,7 @@ class Worker:
             parts = [layer.parameters[f"{path}.weight"] for path in fused.parts[expert]]
             return torch.cat(parts).to(self._dtype)  # (R, I)
 
-        with made_experts(self._experts(layer.task), make, self._job.device) as stand_ins:
+        with made_experts(layer.task.experts, make, self._job.device) as stand_ins:
             yield {**layer.working, **stand_ins}
 
     def _under_way(self) -> _Layer:

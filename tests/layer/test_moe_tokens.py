@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.family_oracles import dequantized_checkpoint, distance, load, logits, open_job, recipe, token_ids
+from support.quant_oracles import row_errors
 from support.tiny_models import tiny_checkpoint
 from torch import Tensor
 
@@ -19,8 +20,7 @@ from awqdist.checkpoint.index import INDEX_FILE
 from awqdist.errors import AwqdistError
 from awqdist.layer.calibrate import SAMPLED_ROWS
 from awqdist.layer.records import RunSummary
-from awqdist.quant.experts import PRIOR_TOKENS, ExpertStatistics
-from awqdist.quant.stats import InputStatistics
+from awqdist.quant.moments import PRIOR_TOKENS, Moments
 
 SAMPLES = token_ids(8)
 PROBE = token_ids(2, seed=1)
@@ -118,10 +118,10 @@ def _nearest(weight: Tensor) -> Tensor:
 def test_the_gram_of_an_expert_is_its_own_and_a_number_of_average_tokens() -> None:
     generator = torch.Generator().manual_seed(0)
     everything, own = torch.randn(200, 16, generator=generator), torch.randn(7, 16, generator=generator)
-    prior = InputStatistics(16, 200, CPU)
+    prior = Moments(16, 200, CPU)
     prior.add(everything)
-    statistics = ExpertStatistics(16, 100, prior, CPU)
-    empty = ExpertStatistics(16, 100, prior, CPU)
+    statistics = Moments(16, 200, CPU, prior=prior, most_rows=100)
+    empty = Moments(16, 200, CPU, prior=prior, most_rows=100)
     statistics.add(own[:3])
     statistics.add(own[3:])
 
@@ -132,15 +132,14 @@ def test_the_gram_of_an_expert_is_its_own_and_a_number_of_average_tokens() -> No
     torch.testing.assert_close(statistics.mean_abs, mean)
     difference = torch.randn(5, 16, generator=generator)
     expected = ((difference @ statistics.gram()) * difference).sum(1).double()
-    with statistics.hold():
-        torch.testing.assert_close(statistics.row_errors(difference), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(row_errors(statistics, difference), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_rows_beyond_the_cap_are_counted_and_the_kept_ones_stand_for_them() -> None:
     rows = torch.randn(50, 16, generator=torch.Generator().manual_seed(0))
-    prior = InputStatistics(16, 50, CPU)
+    prior = Moments(16, 50, CPU)
     prior.add(rows)
-    statistics = ExpertStatistics(16, 20, prior, CPU)
+    statistics = Moments(16, 50, CPU, prior=prior, most_rows=20)
     for chunk in rows.split(15):
         statistics.add(chunk)
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,16 +23,12 @@ from torch import Tensor
 
 from awqdist.errors import NumericalError
 from awqdist.export.formats import output_format
-from awqdist.layer.plan import LayerTask
+from awqdist.layer.plan import LayerPlan
 from awqdist.layer.quantize import LayerResult, Method, quantize_layer
-from awqdist.quant.compensated import CompensatedStatistics
 from awqdist.quant.grid import scheme_args
-from awqdist.quant.search import search_scales
-from awqdist.quant.stacks import BalanceWeight
-from awqdist.quant.stats import InputStatistics, Statistics
+from awqdist.quant.search import BalanceWeight, Problem, SearchGroup, choose_scales
 from awqdist.recipe import Recipe, WeightScheme, load_recipe
 from awqdist.run.job import prepare
-from awqdist.run.stopwatch import Stopwatch
 from awqdist.settings import RunSettings
 
 GROUPED = WeightScheme(4, False, 32)
@@ -56,32 +55,28 @@ def recipe(rounding: str = "nearest", clip: bool = False, ignore: str = "lm_head
 class Layer:
     """One layer of a tiny Llama with grouped queries, and activations that its linears are said to read."""
 
-    task: LayerTask
+    task: LayerPlan
     parameters: dict[str, Tensor]
-    inputs: dict[str, Tensor]  # by the first linear of the site
+    inputs: dict[str, Tensor]  # by the path of the site
     recipe: Recipe
 
     def quantize(self, layout: str = "compressed-tensors", **changes: Any) -> LayerResult:
         task = replace(self.task, **changes)
-        statistics = {path: statistics_of(x.split(60)) for path, x in self.inputs.items()}
-        watch = Stopwatch(0, torch.device("cpu"), lambda event: None)
+        statistics = {s: statistics_of(self.inputs[s.path].split(60)) for s in self.task.sites}
         method = Method(self.recipe, output_format(layout))
-        return quantize_layer(task, dict(self.parameters), statistics, method, None, watch)
+        return quantize_layer(task, dict(self.parameters), statistics, method, None, lambda stage: nullcontext())
 
     def scales_of(self, first: str, layout: str = "compressed-tensors") -> Tensor:
         """What the search chooses for the site of linear `first`; the search has tests of its own."""
         assert self.recipe.smoothing is not None
         mapping = next(m for m in self.task.mappings if m.balance[0] == first)
         balance = [BalanceWeight(self.parameters[f"{p}.weight"].float(), GROUPED) for p in mapping.balance]
-        source = mapping.source_channels(self.inputs[first].shape[1])
+        num_inputs = self.inputs[first].shape[1]
+        source, num_sources = mapping.source_channels(num_inputs), mapping.num_channels(num_inputs)
         grid_dtype = output_format(layout).grid_dtype(self.parameters[f"{first}.weight"].dtype)
-        statistics: Statistics = self.statistics(first)
-        if self.recipe.rounding.method == "gptq":
-            statistics = CompensatedStatistics(self.statistics(first), self.recipe.rounding)
-        return search_scales(balance, statistics, source, self.recipe.smoothing, grid_dtype).scales
-
-    def statistics(self, first: str) -> InputStatistics:
-        return statistics_of(self.inputs[first].split(60))
+        group = SearchGroup(balance, statistics_of(self.inputs[first].split(60)), self.recipe.rounding)
+        problem = Problem([group], group.moments.mean_abs, source, num_sources, grid_dtype)
+        return choose_scales([problem], self.recipe.smoothing)[0].scales
 
 
 @pytest.fixture(scope="module")
@@ -95,10 +90,8 @@ def layer_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Layer]:
         job = prepare(plan, RunSettings(folders[dtype], folders[dtype].with_name("output"), device="cpu"))
         task = job.plan.layers[0]
         tensors = load_file(folders[dtype] / "model.safetensors")
-        parameters = {name: tensors[disk] for name, disk in task.disk_names.items()}
-        inputs = {
-            site[0]: activations(240, task.shapes[site[0]][1], seed).to(dtype) for seed, site in enumerate(task.sites)
-        }
+        parameters = {name: tensors[disk] for name, disk in task.tensors.items()}
+        inputs = {site.path: activations(240, site.num_inputs, seed).to(dtype) for seed, site in enumerate(task.sites)}
         return Layer(task, parameters, inputs, plan)
 
     return make
@@ -111,7 +104,7 @@ INPUT_NORM, POST_NORM = "input_layernorm.weight", "post_attention_layernorm.weig
 
 def smoothed_weights(layer: Layer, result: LayerResult, layout: str = "compressed-tensors") -> dict[str, Array]:
     """The weights before rounding, float32: columns times the scales of their input, rows divided by those of their output."""
-    weights = {path: layer.parameters[f"{path}.weight"].float().numpy() for path in layer.task.shapes}
+    weights = {path: layer.parameters[f"{path}.weight"].float().numpy() for path in layer.task.by_path}
     for norm, readers in ((INPUT_NORM, (Q, K, V)), (POST_NORM, (GATE, UP))):
         applied = (layer.parameters[norm].float() / result.parameters[norm].float()).numpy()
         for path in readers:
@@ -237,10 +230,10 @@ def test_errors_of_linears_are_those_of_running_the_tokens_through(
     smoothed = smoothed_weights(layer, result)
     records = {record.name: record for record in result.linears}
     for site in layer.task.sites:
-        for path in site:
+        for path in (linear.path for linear in site.linears):
             original = layer.parameters[f"{path}.weight"].float().numpy()
             columns = (smoothed[path] / original)[0]  # the scales of the input, but for one factor of the row
-            x = layer.inputs[site[0]].float().numpy() / columns
+            x = layer.inputs[site.path].float().numpy() / columns
             signal = output_error(x, smoothed[path])
             record = records[layer.task.disk_module(path)]
             written = result.weights[path].dequantize().numpy() - smoothed[path]
@@ -249,7 +242,7 @@ def test_errors_of_linears_are_those_of_running_the_tokens_through(
             assert record.shape == original.shape
             if path not in (V, UP):  # whose rows smoothing weighs differently
                 nearest = fake_quantized(original, GROUPED, dtype) - original
-                tokens = layer.inputs[site[0]].float().numpy()
+                tokens = layer.inputs[site.path].float().numpy()
                 expected = output_error(tokens, nearest) / output_error(tokens, original)
                 assert record.relative_error_nearest == pytest.approx(expected, rel=2e-3)
 
@@ -287,7 +280,7 @@ def test_inputs_that_are_never_active_are_counted(layer_of: Callable[..., Layer]
     layer = layer_of(plan=recipe("gptq"))
     layer.inputs[DOWN][:, [3, 5]] = 0
     dead = {record.name: record.num_dead_inputs for record in layer.quantize().linears}
-    assert dead == {layer.task.disk_module(path): 2 if path == DOWN else 0 for path in layer.task.shapes}
+    assert dead == {layer.task.disk_module(path): 2 if path == DOWN else 0 for path in layer.task.by_path}
 
 
 def test_weights_that_give_no_finite_error_are_an_error_that_names_the_mapping(layer_of: Callable[..., Layer]) -> None:
@@ -297,3 +290,10 @@ def test_weights_that_give_no_finite_error_are_an_error_that_names_the_mapping(l
         NumericalError, match=r"layer 0, mapping post_attention_layernorm -> mlp.gate_proj, mlp.up_proj"
     ):
         layer.quantize()
+
+
+def test_a_layer_is_quantized_without_the_run() -> None:
+    code = "import awqdist.layer.quantize, sys; print(*(m for m in sys.modules if m.startswith('awqdist.')))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "awqdist.layer.quantize" in loaded
+    assert not [name for name in loaded if name.startswith(("awqdist.run", "awqdist.backends", "awqdist.plan"))]

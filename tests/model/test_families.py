@@ -29,11 +29,11 @@ from support.tiny_models import families, tiny_checkpoint
 from torch import Tensor
 
 from awqdist import oneshot
-from awqdist.layer.plan import LayerTask
+from awqdist.layer.plan import LayerPlan
 from awqdist.layer.records import RunSummary
 from awqdist.model.mapping import ResolvedMapping
-from awqdist.quant.search import BalanceWeight, search_scales
-from awqdist.quant.stats import InputStatistics
+from awqdist.quant.moments import Moments
+from awqdist.quant.search import BalanceWeight, Problem, SearchGroup, choose_scales
 from awqdist.run.job import Job
 
 SAMPLES = token_ids(8)
@@ -74,8 +74,8 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def test_smoothing_with_random_scales_keeps_the_logits_of_the_whole_model(case: Case, tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(7)
 
-    def between_a_quarter_and_four(task: LayerTask, mapping: ResolvedMapping, weights: dict[str, Tensor]) -> Tensor:
-        source = mapping.source_channels(task.shapes[mapping.balance[0]][1])
+    def between_a_quarter_and_four(task: LayerPlan, mapping: ResolvedMapping, weights: dict[str, Tensor]) -> Tensor:
+        source = mapping.source_channels(task.by_path[mapping.balance[0]].shape[1])
         return torch.exp2(4 * torch.rand(int(source.max()) + 1, generator=generator) - 2)[source]
 
     job = open_job(case.source, recipe())
@@ -101,20 +101,24 @@ def _searched(
     job: Job,
     inputs: dict[tuple[int, str], list[Tensor]],
     errors: dict[tuple[int, str], float],
-    task: LayerTask,
+    task: LayerPlan,
     mapping: ResolvedMapping,
     weights: dict[str, Tensor],
 ) -> Tensor:
     """The scales of awqdist's search, on inputs that transformers' own forward gave."""
     first = mapping.balance[0]
-    statistics = InputStatistics(task.shapes[first][1], SAMPLES.numel(), torch.device("cpu"))
-    for activations in inputs[task.layer, first]:
+    statistics = Moments(task.by_path[first].shape[1], SAMPLES.numel(), torch.device("cpu"))
+    for activations in inputs[task.index, first]:
         statistics.add(activations)
-    balance = [BalanceWeight(weights[f"{path}.weight"], task.schemes.get(path)) for path in mapping.balance]
+    balance = [BalanceWeight(weights[f"{path}.weight"], task.by_path[path].scheme) for path in mapping.balance]
     assert job.recipe.smoothing is not None
-    source = mapping.source_channels(task.shapes[first][1])
-    choice = search_scales(balance, statistics, source, job.recipe.smoothing, torch.float32)
-    errors[task.layer, task.disk_module(first)] = choice.error_after
+    num_inputs = task.by_path[first].shape[1]
+    source, num_sources = mapping.source_channels(num_inputs), mapping.num_channels(num_inputs)
+    group = SearchGroup(balance, statistics)
+    (choice,) = choose_scales(
+        [Problem([group], statistics.mean_abs, source, num_sources, torch.float32)], job.recipe.smoothing
+    )
+    errors[task.index, task.disk_module(first)] = choice.error_after
     return choice.scales
 
 
@@ -143,10 +147,10 @@ def test_every_source_tensor_is_packed_or_passed_through(case: Case) -> None:
     expected = {name for name in source if name.removesuffix(".weight") not in packed}
     expected |= {f"{module}.{kind}" for module in packed for kind in KINDS}
     assert set(output) == expected
-    linears = {task.disk_module(path) for task in job.plan.layers for path in task.shapes}
+    linears = {linear.disk_name for task in job.plan.layers for linear in task.linears}
     full_precision = FULL_PRECISION.get(case.family, "none")
     assert packed == {name for name in linears if not re.search(f"{full_precision}$", name)}
-    for name in set(source) - {name for task in job.plan.layers for name in task.disk_names.values()}:
+    for name in set(source) - {name for task in job.plan.layers for name in task.tensors.values()}:
         assert torch.equal(output[name], source[name]), name
 
 

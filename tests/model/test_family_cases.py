@@ -281,7 +281,7 @@ def test_settings_that_change_a_layer_change_its_mappings(
     generator = torch.Generator().manual_seed(3)
 
     def random(task: Any, mapping: Any, weights: dict[str, Tensor]) -> Tensor:
-        channels = mapping.source_channels(task.shapes[mapping.balance[0]][1])
+        channels = mapping.source_channels(task.by_path[mapping.balance[0]].shape[1])
         return torch.exp2(2 * torch.rand(int(channels.max()) + 1, generator=generator) - 1)[channels]
 
     smoothed = smoothed_checkpoint(job, tmp_path / "smoothed", random)

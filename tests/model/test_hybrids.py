@@ -35,7 +35,7 @@ from transformers.models.lfm2 import modeling_lfm2
 
 from awqdist import oneshot
 from awqdist.errors import CalibrationError, ModelError
-from awqdist.layer.plan import LayerTask
+from awqdist.layer.plan import LayerPlan
 from awqdist.layer.records import RunSummary
 from awqdist.model.mapping import ResolvedMapping, SmoothedParameters
 from awqdist.recipe import Recipe
@@ -96,12 +96,12 @@ def test_linears_that_a_family_keeps_are_quantized_where_targets_name_them(tmp_p
     source = tiny_checkpoint("jamba", tmp_path / "source")
     targets = ("Linear", r"re:.*mamba\.(in|out)_proj")
     job = open_job(source, recipe(targets=targets))
-    assert [path for path in job.plan.layers[0].schemes if "mamba" in path] == ["mamba.in_proj", "mamba.out_proj"]
+    assert [q.path for q in job.plan.layers[0].quantized if "mamba" in q.path] == ["mamba.in_proj", "mamba.out_proj"]
 
     generator = torch.Generator().manual_seed(3)
 
-    def random(task: LayerTask, mapping: ResolvedMapping, weights: dict[str, Tensor]) -> Tensor:
-        source = mapping.source_channels(task.shapes[mapping.balance[0]][1])
+    def random(task: LayerPlan, mapping: ResolvedMapping, weights: dict[str, Tensor]) -> Tensor:
+        source = mapping.source_channels(task.by_path[mapping.balance[0]].shape[1])
         return torch.exp2(4 * torch.rand(int(source.max()) + 1, generator=generator) - 2)[source]
 
     smoothed = smoothed_checkpoint(job, tmp_path / "smoothed", random)
@@ -148,7 +148,7 @@ def test_a_class_with_the_layers_of_another_is_planned_alike(family: str, tmp_pa
 
     assert len(plans[0]) == len(plans[1]) == 2
     for ours, theirs in zip(*plans, strict=True):
-        assert (ours.schemes, ours.mappings, ours.routed) == (theirs.schemes, theirs.mappings, theirs.routed)
+        assert (ours.quantized, ours.mappings, ours.sites) == (theirs.quantized, theirs.mappings, theirs.sites)
 
 
 def test_experts_of_one_tensor_give_the_bytes_of_experts_apart(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def quantized(source: Path, output: Path, *mappings: AWQMapping, bits: int = 8) 
 
 
 def random_scales(task: Any, mapping: Any, weights: dict[str, Tensor], generator: torch.Generator) -> Tensor:
-    channels = mapping.source_channels(task.shapes[mapping.balance[0]][1])
+    channels = mapping.source_channels(task.by_path[mapping.balance[0]].shape[1])
     return torch.exp2(2 * torch.rand(int(channels.max()) + 1, generator=generator) - 1)[channels]
 
 

@@ -33,7 +33,7 @@ from transformers import AutoConfig
 from awqdist import oneshot
 from awqdist.eval.evaluate import evaluate
 from awqdist.eval.weights import load_dequantized
-from awqdist.layer.plan import LayerTask
+from awqdist.layer.plan import LayerPlan
 from awqdist.layer.quantize import LayerResult, quantize_layer
 from awqdist.layer.records import RunSummary
 from awqdist.model.mapping import ResolvedMapping
@@ -75,9 +75,9 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     source = tiny_checkpoint(request.param, folder / "source")
     results: dict[int, LayerResult] = {}
 
-    def recorded(task: LayerTask, *args: Any) -> LayerResult:
-        results[task.layer] = quantize_layer(task, *args)
-        return results[task.layer]
+    def recorded(task: LayerPlan, *args: Any) -> LayerResult:
+        results[task.index] = quantize_layer(task, *args)
+        return results[task.index]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(worker, "quantize_layer", recorded)
@@ -88,8 +88,8 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def test_smoothing_with_random_scales_keeps_logits_and_routing_of_the_whole_model(case: Case, tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(7)
 
-    def between_a_quarter_and_four(task: LayerTask, mapping: ResolvedMapping, weights: dict[str, Tensor]) -> Tensor:
-        source = mapping.source_channels(task.shapes[mapping.balance[0]][1])
+    def between_a_quarter_and_four(task: LayerPlan, mapping: ResolvedMapping, weights: dict[str, Tensor]) -> Tensor:
+        source = mapping.source_channels(task.by_path[mapping.balance[0]].shape[1])
         return torch.exp2(4 * torch.rand(int(source.max()) + 1, generator=generator) - 2)[source]
 
     smoothed = smoothed_checkpoint(open_job(case.source, recipe()), tmp_path / "smoothed", between_a_quarter_and_four)
@@ -104,12 +104,12 @@ def test_every_linear_but_routers_and_gates_is_smoothed_and_packed(case: Case) -
     gates = r"(^|\.)(gate|shared_expert_gate|router|wg)$"
     full_precision = f"{gates}|{FULL_PRECISION.get(case.family, gates)}$"
     for task in open_job(case.source, recipe()).plan.layers:
-        assert {p for p in task.shapes if p not in task.schemes} == {
-            p for p in task.shapes if re.search(full_precision, p)
+        assert {q.path for q in task.linears if q.scheme is None} == {
+            p for p in task.by_path if re.search(full_precision, p)
         }
         balanced = {path for mapping in task.mappings for path in mapping.balance}
-        assert {p for p in task.shapes if p not in balanced} == {
-            p for p in task.shapes if re.search(UNSMOOTHED.get(case.family, "^none$"), p)
+        assert {p for p in task.by_path if p not in balanced} == {
+            p for p in task.by_path if re.search(UNSMOOTHED.get(case.family, "^none$"), p)
         }
 
 
@@ -121,12 +121,12 @@ def test_every_source_tensor_is_packed_or_passed_through(case: Case) -> None:
     expected = {name for name in source if name.removesuffix(".weight") not in packed}
     expected |= {f"{module}.{kind}" for module in packed for kind in KINDS}
     assert set(output) == expected
-    assert packed == {task.disk_module(path) for task in job.plan.layers for path in task.schemes}
+    assert packed == {q.disk_name for task in job.plan.layers for q in task.quantized}
     assert any(".experts.7." in name for name in packed)
     for name, tensor in source.items():
         if name.removesuffix(".weight") not in packed:
             assert output[name].dtype == tensor.dtype, name
-    for name in set(source) - {name for task in job.plan.layers for name in task.disk_names.values()}:
+    for name in set(source) - {name for task in job.plan.layers for name in task.tensors.values()}:
         assert torch.equal(output[name], source[name]), name
 
 
@@ -134,8 +134,8 @@ def test_an_independent_reader_gets_the_logits_of_the_weights_in_memory(case: Ca
     plain = dequantized_checkpoint(case.output, tmp_path / "plain")
     tensors = read_all(case.source)
     for task in open_job(case.source, recipe()).plan.layers:
-        result = case.in_memory[task.layer]
-        tensors |= {task.disk_names[name]: tensor for name, tensor in result.parameters.items()}
+        result = case.in_memory[task.index]
+        tensors |= {task.tensors[name]: tensor for name, tensor in result.parameters.items()}
         tensors |= {f"{task.disk_module(path)}.weight": w.dequantize() for path, w in result.weights.items()}
     in_memory = write_all(tmp_path / "memory", case.source, tensors)
 
@@ -206,7 +206,7 @@ def test_tokens_per_expert_are_recorded_and_add_up(case: Case) -> None:
     for task, record in zip(job.plan.layers, case.summary.layers, strict=True):
         tokens = {site.linears[0]: site.num_tokens for site in record.sites}
         for inner in (False, True):
-            routed = [task.disk_module(first) for first, site in task.routed.items() if site.inner == inner]
+            routed = [s.linears[0].disk_name for s in task.sites if s.expert and s.expert.is_inner == inner]
             assert sum(tokens[name] for name in routed) == (top_k * SAMPLES.numel() if routed else 0)
-        num_blocks += bool(task.routed)
+        num_blocks += any(site.expert for site in task.sites)
     assert num_blocks

@@ -18,7 +18,7 @@ from transformers import Dots1ForCausalLM, PretrainedConfig
 from awqdist import oneshot
 from awqdist.checkpoint.sources import read_source
 from awqdist.errors import ModelError
-from awqdist.layer.plan import LayerTask
+from awqdist.layer.plan import LayerPlan
 from awqdist.model.families import registered_mappings
 from awqdist.model.inference import infer_mappings
 from awqdist.model.mapping import ResolvedMapping
@@ -38,7 +38,7 @@ DOTS: dict[str, Any] = {
 }
 
 
-def kinds(task: LayerTask) -> dict[str, set[str]]:
+def kinds(task: LayerPlan) -> dict[str, set[str]]:
     """The mappings of a layer without the numbers of experts."""
     found: dict[str, set[str]] = {}
     for mapping in task.mappings:
@@ -62,8 +62,8 @@ def test_an_unknown_mixture_of_experts_is_mapped_and_keeps_function_and_routing(
     assert kinds(job.plan.layers[1]) == attention | {"post_attention_layernorm": block} | experts
     generator = torch.Generator().manual_seed(5)
 
-    def between_a_half_and_two(task: LayerTask, mapping: ResolvedMapping, weights: dict[str, Tensor]) -> Tensor:
-        channels = mapping.source_channels(task.shapes[mapping.balance[0]][1])
+    def between_a_half_and_two(task: LayerPlan, mapping: ResolvedMapping, weights: dict[str, Tensor]) -> Tensor:
+        channels = mapping.source_channels(task.by_path[mapping.balance[0]].shape[1])
         return torch.exp2(2 * torch.rand(int(channels.max()) + 1, generator=generator) - 1)[channels]
 
     smoothed = smoothed_checkpoint(job, tmp_path / "smoothed", between_a_half_and_two)

@@ -6,20 +6,26 @@ import numpy as np
 import pytest
 import torch
 from support.quant_oracles import activations, output_error, random_weight, statistics_of
+from torch import Tensor
 
-from awqdist.quant.compensated import CompensatedStatistics, stacked_row_errors
 from awqdist.quant.gptq import gptq
 from awqdist.quant.grid import group_range, make_grid, rounding_difference
+from awqdist.quant.moments import Diagonal, Moments
+from awqdist.quant.search import SearchGroup
 from awqdist.recipe import Rounding, WeightScheme
 
 SCHEME = WeightScheme(4, symmetric=False, group_size=32)
 BARELY_DAMPED = Rounding("gptq", 1e-7)
 
 
+def variances(moments: Moments, rounding: Rounding) -> Tensor:
+    return SearchGroup([], moments, rounding).variances
+
+
 @pytest.mark.parametrize("actorder", [True, False])
 def test_a_variance_is_what_the_inputs_rounded_later_do_not_tell_of_an_input(actorder: bool) -> None:
     x = activations(200, 12, outlier=3)
-    found = CompensatedStatistics(statistics_of(x), Rounding("gptq", 1e-7, actorder)).variances
+    found = variances(statistics_of(x), Rounding("gptq", 1e-7, actorder))
 
     rows = x.double().numpy()
     order = np.argsort(-(rows**2).sum(0)) if actorder else np.arange(12)
@@ -35,7 +41,7 @@ def test_the_error_after_gptq_is_foretold(num_tokens: int) -> None:
     statistics, rounding = statistics_of(x), Rounding("gptq", 0.01)
     nearest = rounding_difference(weight, torch.ones(96), SCHEME, torch.float32)
 
-    foretold = float(CompensatedStatistics(statistics, rounding).row_errors(nearest).sum())
+    foretold = float(Diagonal(variances(statistics, rounding).unsqueeze(0)).errors(nearest.unsqueeze(0)).sum())
 
     grid = make_grid(*group_range(weight, SCHEME), SCHEME)
     rounded = gptq([weight], [statistics.gram()], [grid], rounding)[0].dequantize() - weight
@@ -45,10 +51,10 @@ def test_the_error_after_gptq_is_foretold(num_tokens: int) -> None:
 
 
 def test_many_sites_are_judged_as_each_alone() -> None:
-    sites = [CompensatedStatistics(statistics_of(activations(50, 16, seed)), BARELY_DAMPED) for seed in range(3)]
+    sites = [variances(statistics_of(activations(50, 16, seed)), BARELY_DAMPED) for seed in range(3)]
     differences = torch.stack([random_weight(5, 16, seed) for seed in range(3)])
 
-    found = stacked_row_errors(sites, differences)
+    found = Diagonal(torch.stack(sites)).errors(differences)
 
-    alone = [site.row_errors(difference) for site, difference in zip(sites, differences, strict=True)]
+    alone = [Diagonal(site.unsqueeze(0)).errors(d.unsqueeze(0))[0] for site, d in zip(sites, differences, strict=True)]
     torch.testing.assert_close(found, torch.stack(alone))

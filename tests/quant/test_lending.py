@@ -15,6 +15,7 @@ import pytest
 import torch
 from support.command_line import awqdist
 from support.family_oracles import token_ids
+from support.quant_oracles import row_errors
 from support.tiny_llama import RECIPE
 from support.tiny_models import tiny_checkpoint
 from torch import Tensor
@@ -26,8 +27,8 @@ from awqdist.layer.residency import LEVELS, Residency
 from awqdist.plan import estimate_layer
 from awqdist.plan.estimate import estimate
 from awqdist.quant.lending import HostMemory
-from awqdist.quant.stacks import BATCH_BYTES
-from awqdist.quant.stats import InputStatistics
+from awqdist.quant.moments import Moments
+from awqdist.quant.search import BATCH_BYTES
 from awqdist.recipe import load_recipe
 from awqdist.run.events import Event
 from awqdist.run.job import Job, prepare
@@ -60,8 +61,8 @@ class CountingDevice:
         self.bytes_alive -= size
 
 
-def statistics_of(chunks: list[Tensor], host: HostMemory | None) -> InputStatistics:
-    statistics = InputStatistics(WIDTH, sum(c.shape[0] for c in chunks), CPU, host)
+def statistics_of(chunks: list[Tensor], host: HostMemory | None) -> Moments:
+    statistics = Moments(WIDTH, sum(c.shape[0] for c in chunks), CPU, host)
     for chunk in chunks:
         statistics.add(chunk)
     return statistics
@@ -76,7 +77,7 @@ def test_statistics_in_host_memory_are_the_same_in_every_bit(num_tokens: int, dt
     device = CountingDevice()
     whole, tiled = statistics_of(chunks, None), statistics_of(chunks, HostMemory(device, whole_matrices=False))
 
-    assert torch.equal(whole.row_errors(difference), tiled.row_errors(difference))
+    assert torch.equal(row_errors(whole, difference), row_errors(tiled, difference))
     assert torch.equal(whole.gram(), tiled.gram())
     assert torch.equal(whole.mean_abs, tiled.mean_abs)
     smoothed = [s.take_smoothed_gram(torch.linspace(0.5, 2, WIDTH)) for s in (whole, tiled)]
@@ -165,7 +166,8 @@ def test_experts_come_to_the_device_a_few_at_a_time_when_the_budget_says_so(
 
     sizes = [entry.num_bytes for name, entry in job.index.entries.items() if "layers.1.mlp.experts." in name]
     assert len(sizes) == 24
-    assert device.most <= 4 * max(sizes)  # the parts of one expert, and its rows
+    rows = 4 * SAMPLES.numel() * 64  # float32, where bfloat16 is not fast
+    assert device.most <= max(4 * max(sizes), rows)  # the parts of one expert, or its rows
 
 
 def test_a_budget_that_is_too_small_for_one_layer_is_refused_with_the_figure(folder: Path) -> None:

@@ -8,7 +8,8 @@ from support.quant_oracles import random_weight
 from torch import Tensor
 
 from awqdist.quant.grid import rounding_difference
-from awqdist.quant.samples import WeightSample, sample_rows, total_error
+from awqdist.quant.moments import Diagonal
+from awqdist.quant.search import WeightSample, sample_rows, total_error
 from awqdist.recipe import WeightScheme
 
 SCHEME = WeightScheme(4, symmetric=False, group_size=16)
@@ -39,7 +40,7 @@ def test_candidates_at_once_have_the_errors_that_each_has_alone(num_sets: int) -
     scales = torch.rand(num_tried, num_sets, WIDTH, generator=torch.Generator().manual_seed(0)) + 0.5
     moments = torch.rand(3, WIDTH, 1, generator=torch.Generator().manual_seed(1))
     counts = torch.arange(128, dtype=torch.float64)
-    sample = WeightSample(weight, counts, SCHEME, lambda d: (d.square() @ moments).squeeze(2).double())
+    sample = WeightSample(weight, counts, SCHEME, Diagonal(moments.squeeze(2)))
 
     found = sample.errors(scales, torch.bfloat16)
     for tried in range(num_tried):

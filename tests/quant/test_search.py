@@ -23,8 +23,7 @@ from support.quant_oracles import (
 from torch import Tensor
 
 from awqdist.quant.candidates import ScaleChoice, sums_and_peaks
-from awqdist.quant.search import search_scales
-from awqdist.quant.stacks import BalanceWeight
+from awqdist.quant.search import BalanceWeight, Problem, SearchGroup, choose_scales
 from awqdist.recipe import Smoothing, WeightScheme
 
 BF16 = torch.bfloat16
@@ -115,7 +114,8 @@ def search(
     dtype: torch.dtype = BF16,
 ) -> ScaleChoice:
     source = torch.arange(x.shape[1]) if source is None else source
-    return search_scales(balance, statistics_of(x), source, settings, dtype)
+    group = SearchGroup(balance, statistics_of(x))
+    return choose_scales([Problem([group], group.moments.mean_abs, source, int(source.max()) + 1, dtype)], settings)[0]
 
 
 def linears(*num_outputs: int, scheme: WeightScheme | None = ASYMMETRIC_4, seed: int = 0) -> list[BalanceWeight]:

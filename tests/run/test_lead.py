@@ -70,7 +70,7 @@ def finished_layer(job: Job, layer: int) -> LayerFinished:
         num_bytes=written.num_bytes,
         sha256=written.sha256,
         source_crc32=100 + layer,
-        source_sample=job.source_sample(task.disk_names.values()),
+        source_sample=job.source_sample(task.tensors.values()),
     )
     return LayerFinished(layer, record)
 

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from awqdist import AWQModifier, QuantizationArgs, QuantizationModifier, QuantizationScheme, load_recipe
 from awqdist.checkpoint.reader import read_tensors
 from awqdist.checkpoint.sources import read_source
-from awqdist.layer.plan import LayerTask
+from awqdist.layer.plan import LayerPlan
 from awqdist.model.experts import fuse_experts
 from awqdist.model.forward import forward_layer, head_inputs, record_calls, with_buffers
 from awqdist.model.mapping import ResolvedMapping, SmoothedParameters
@@ -30,7 +30,7 @@ from support.fused_oracles import apart, together
 from support.tiny_models import GROUP_SIZE, VOCABULARY
 
 KINDS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
-Choose = Callable[[LayerTask, ResolvedMapping, dict[str, Tensor]], Tensor]
+Choose = Callable[[LayerPlan, ResolvedMapping, dict[str, Tensor]], Tensor]
 
 
 def recipe(
@@ -104,11 +104,11 @@ def smoothed_checkpoint(job: Job, folder: Path, choose: Choose) -> Path:
     source = job.settings.model
     tensors = read_all(source)
     for task in job.plan.layers:
-        original = {name: tensors[disk] for name, disk in task.disk_names.items()}
+        original = {name: tensors[disk] for name, disk in task.tensors.items()}
         smoothed = SmoothedParameters(original)
         for mapping in task.mappings:
             smoothed.apply(mapping, choose(task, mapping, original))
-        tensors.update({task.disk_names[name]: tensor for name, tensor in smoothed.items()})
+        tensors.update({task.tensors[name]: tensor for name, tensor in smoothed.items()})
     return write_all(folder, source, tensors)
 
 
@@ -117,9 +117,9 @@ def site_inputs(job: Job, model: PreTrainedModel, samples: Tensor) -> dict[tuple
     inputs: dict[tuple[int, str], list[Tensor]] = {}
     handles = []
     for task in job.plan.layers:
-        for path in task.shapes:
-            seen = inputs[task.layer, path] = []
-            module = model.get_submodule(f"{job.skeleton.prefix}.{task.layer}.{path}")
+        for path in task.by_path:
+            seen = inputs[task.index, path] = []
+            module = model.get_submodule(f"{job.skeleton.prefix}.{task.index}.{path}")
             handles.append(module.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args[0])))
     logits(model, samples)
     for handle in handles:

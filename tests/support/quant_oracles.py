@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from awqdist.quant.stats import InputStatistics
+from awqdist.quant.moments import Moments
 from awqdist.recipe import WeightScheme
 
 Array = NDArray[Any]
@@ -78,11 +78,16 @@ def random_weight(num_outputs: int, num_inputs: int, seed: int = 0) -> Tensor:
     return weight * torch.exp(0.7 * torch.randn(num_outputs, 1, generator=generator))
 
 
-def statistics_of(chunks: Tensor | Sequence[Tensor]) -> InputStatistics:
+def statistics_of(chunks: Tensor | Sequence[Tensor]) -> Moments:
     """Statistics of chunks (..., I), told their number of tokens beforehand as a run does."""
     chunks = [chunks] if isinstance(chunks, Tensor) else chunks
     num_inputs = chunks[0].shape[-1]
-    statistics = InputStatistics(num_inputs, sum(c.numel() // num_inputs for c in chunks), torch.device("cpu"))
+    statistics = Moments(num_inputs, sum(c.numel() // num_inputs for c in chunks), torch.device("cpu"))
     for chunk in chunks:
         statistics.add(chunk)
     return statistics
+
+
+def row_errors(moments: Moments, difference: Tensor, *, rough: bool = False) -> Tensor:
+    """The output error of every row of difference (O, I): (O,) float64."""
+    return moments.form(rough=rough).errors(difference.unsqueeze(0))[0]
