@@ -20,7 +20,6 @@ from awqdist.recipe.modifiers import (
     AWQModifier,
     GPTQModifier,
     Modifier,
-    QuantizationFields,
     QuantizationModifier,
     first_mistake,
     refuse_unknown_keys,
@@ -42,7 +41,7 @@ def build_recipe(modifiers: Sequence[Modifier]) -> Recipe:
         RecipeError: If they contradict each other, or a value cannot be honoured.
     """
     awq, quantizer = _split(modifiers)
-    owner: QuantizationFields | None = quantizer or awq
+    owner: Modifier | None = quantizer or awq
     assert owner is not None, "_split refuses a recipe without modifiers"
     rounding = _rounding(awq, quantizer)
     groups = _groups(owner, awq)
@@ -107,7 +106,7 @@ def _rounding(awq: AWQModifier | None, quantizer: QuantizationModifier | None) -
     return Rounding("gptq", dampening, quantizer.actorder is not None, quantizer.block_size)
 
 
-def _groups(owner: QuantizationFields, awq: AWQModifier | None) -> tuple[SchemeGroup, ...]:
+def _groups(owner: Modifier, awq: AWQModifier | None) -> tuple[SchemeGroup, ...]:
     """Returns the groups of `owner`. Where it has no scheme, AWQModifier's bits, symmetric and group_size are one."""
     where = type(owner).__name__
     if owner.scheme is not None and owner.config_groups is not None:
@@ -135,7 +134,7 @@ def _groups(owner: QuantizationFields, awq: AWQModifier | None) -> tuple[SchemeG
     return groups
 
 
-def _schemes(owner: QuantizationFields, given: dict[str, Any], is_awq: bool) -> dict[str, QuantizationScheme]:
+def _schemes(owner: Modifier, given: dict[str, Any], is_awq: bool) -> dict[str, QuantizationScheme]:
     """Returns compressed-tensors' schemes by group name.
 
     Args:
@@ -194,7 +193,7 @@ def _scheme(scheme: Any, where: str) -> QuantizationScheme:
         raise RecipeError(f"{where}: a value has the wrong type ({error}); correct the scheme") from error
 
 
-def _weight_observer(fields: QuantizationFields) -> str | None:
+def _weight_observer(fields: Modifier) -> str | None:
     """Returns the observer of weights named at the modifier, in lower case, or None.
 
     Raises:

@@ -80,18 +80,6 @@ class AWQMapping(_Strict):
 
 
 class Modifier(_Strict):
-    """The fields that all modifiers share. They order llm-compressor's own sessions and change nothing here."""
-
-    requires_calibration_data: bool | None = None
-    index: int | None = None
-    group: str | None = None
-    start: float | None = None
-    end: float | None = None
-    update: float | None = None
-    sequential_targets: str | list[str] | None = None
-
-
-class QuantizationFields(Modifier):
     """Which modules are quantized, and how: `scheme` (with `targets`) or `config_groups`, and `ignore`.
 
     `scheme` is the name of a preset such as W4A16_ASYM, or a dict of preset name -> targets. `config_groups` holds
@@ -107,7 +95,15 @@ class QuantizationFields(Modifier):
     input_observer: str | None = None
     output_observer: str | None = None
     observer: dict[str, str] | None = None
+    # read and without effect: these order llm-compressor's own sessions
     bypass_divisibility_checks: bool = False
+    requires_calibration_data: bool | None = None
+    index: int | None = None
+    group: str | None = None
+    start: float | None = None
+    end: float | None = None
+    update: float | None = None
+    sequential_targets: str | list[str] | None = None
 
     @field_validator("targets", "ignore", mode="before")
     @classmethod
@@ -134,7 +130,7 @@ class QuantizationFields(Modifier):
         return self.has_scheme() or self.targets != ["Linear"] or bool(self.ignore) or given
 
 
-class AWQModifier(QuantizationFields):
+class AWQModifier(Modifier):
     """Activation-aware smoothing before rounding.
 
     As in older recipes of llm-compressor, it may carry the quantization fields itself.
@@ -175,7 +171,7 @@ class AWQModifier(QuantizationFields):
         return value
 
 
-class QuantizationModifier(QuantizationFields):
+class QuantizationModifier(Modifier):
     """Rounds each weight to the nearest code, unless AWQModifier's `rounding` says otherwise."""
 
 

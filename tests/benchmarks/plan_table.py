@@ -1,4 +1,4 @@
-"""The README's table of large models: what a run of the published configurations would take on nodes of 8 H200.
+"""The table of large models in awqdist/plan/README.md: what a run of the published configurations would take on nodes of 8 H200.
 
     python tests/benchmarks/plan_table.py
 
