@@ -224,7 +224,7 @@ def _interrupt(number: int, frame: Any) -> None:
 
 
 def main() -> None:
-    """Entry point of the `awqdist` command."""
+    """Runs the command line and exits with its status."""
     gc.disable()  # imports make no garbage, and collecting during them costs a second
     try:
         with _clear_errors():

@@ -27,16 +27,16 @@ class Pace:
     is_under_way: bool = False
 
     def start(self, layers: set[int], time: float) -> None:
-        """The worker will do these layers."""
+        """Takes in which layers the worker will do."""
         self.layers_left, self.layer_began, self.is_under_way = layers, time, False
 
     def first_chunk(self, time: float) -> None:
-        """The worker begins to forward a layer."""
+        """Takes in that the worker begins to forward a layer."""
         self.layer_began = self.layer_began if self.is_under_way else time
         self.is_under_way = True
 
     def finish(self, layer: int, time: float, *, is_new: bool) -> None:
-        """A layer is done. One that an earlier run had finished costs little and does not count for the pace."""
+        """Takes in that a layer is done. One that an earlier run had finished costs little and does not count for the pace."""
         if self.layers_left is not None:
             self.layers_left.discard(layer)
         if is_new:
@@ -47,7 +47,13 @@ class Pace:
         self.layer_began = time
 
     def remaining_seconds(self, now: float, share: int, seconds_per_layer: float) -> float:
-        """share: layers left where they are unknown; seconds_per_layer: used until the worker has finished a layer."""
+        """Returns the time left at this pace.
+
+        Args:
+            now: The present, in seconds since 1970.
+            share: How many layers are left, where the worker did not tell.
+            seconds_per_layer: Used until the worker has finished a layer.
+        """
         num_left = share if self.layers_left is None else len(self.layers_left)
         own = self.finished_seconds / self.num_finished if self.num_finished else seconds_per_layer
         return max(0.0, num_left * own - (now - self.layer_began)) if num_left else 0.0
@@ -76,11 +82,11 @@ class WorkerState:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Of the layer that it forwarded last, without the time in which it waited for chunks."""
+        """Returns the speed in the layer that it forwarded last, without the time in which it waited for chunks."""
         return self.num_tokens / self.forward_seconds if self.forward_seconds > 0 else None
 
     def turn_to(self, stage: str, time: float, layer: int | None = None) -> None:
-        """The worker enters a stage."""
+        """Sets the stage, and when it began."""
         self.stage, self.since, self.layer = stage, time, layer
 
     def observe(self, event: ev.Event, time: float) -> None:
@@ -160,12 +166,15 @@ class RunState:
 
     @property
     def num_layers(self) -> int:
+        """Returns the number of layers of the model; 0 before a run."""
         return self.started.num_layers if self.started else 0
 
     def by_number(self) -> list[WorkerState]:
+        """Returns the workers in the order of their numbers."""
         return sorted(self.workers.values(), key=lambda worker: worker.number)
 
     def elapsed_seconds(self, now: float) -> float:
+        """Returns the time since the run began, until its end if it has finished."""
         return max(0.0, (self.time if self.finished else now) - self.began) if self.started else 0.0
 
     def silent_seconds(self, now: float) -> float:

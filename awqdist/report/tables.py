@@ -36,7 +36,7 @@ class MappingRow:
 
     @property
     def reduction(self) -> float | None:
-        """Share of the error that smoothing removed."""
+        """Returns the share of the error that smoothing removed."""
         if self.error_before > 0 and math.isfinite(self.error_before) and math.isfinite(self.error_after):
             return 1 - self.error_after / self.error_before
         return None

@@ -41,11 +41,12 @@ class WorkerTimes:
 
     @property
     def idle_seconds(self) -> float:
+        """Returns the time in which it did not compute."""
         return max(0.0, self.wall_seconds - self.busy_seconds)
 
     @property
     def busy_share(self) -> float:
-        """Share of the wall time in which it computed, 0 to 1."""
+        """Returns the share of the wall time in which it computed, 0 to 1."""
         return min(1.0, self.busy_seconds / self.wall_seconds) if self.wall_seconds > 0 else 0.0
 
 

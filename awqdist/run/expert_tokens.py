@@ -21,19 +21,22 @@ class BlockTokens:
 
     @property
     def fewest(self) -> int:
+        """Returns the tokens of the least used expert."""
         return min(self.tokens.values())
 
     @property
     def median(self) -> float:
+        """Returns the median over the experts."""
         return median(self.tokens.values())
 
     @property
     def most(self) -> int:
+        """Returns the tokens of the most used expert."""
         return max(self.tokens.values())
 
     @property
     def few_token_experts(self) -> dict[int, int]:
-        """Experts with fewer than FEW_TOKENS, and their tokens. They are mostly fitted to the tokens of the whole layer."""
+        """Returns the experts with fewer than FEW_TOKENS, and their tokens. They are mostly fitted to the tokens of the whole layer."""
         return {expert: count for expert, count in sorted(self.tokens.items()) if count < FEW_TOKENS}
 
     def named_few(self, at_most: int) -> str:
