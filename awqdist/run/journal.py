@@ -184,7 +184,7 @@ def _read_old(file: Path) -> JournalEntries:
         "snapshot": TypeAdapter(SnapshotSaved),
         "outside": TypeAdapter(OutsideCopied),
     }
-    with suppress(FileNotFoundError, ValueError, KeyError, TypeError):
+    with suppress(FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
         for line in file.read_bytes().splitlines():
             data = json.loads(line)
             if data["kind"] == "layer":
