@@ -1,5 +1,7 @@
-"""The boundary chunks of a worker: the inputs of its layers, on their way from one layer to the next. They lie in a store, in memory as far
-as the budget goes and below it beyond, but for those that come from a neighbour or go to one: they pass through."""
+"""The chunks of a worker: inputs of its layers.
+
+Chunks stay in memory up to the budget and spill to disk; chunks received from or sent to another worker are not stored.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +23,12 @@ _OFFLOAD_FOLDER = "offload"
 
 
 def offload_folder(job: Job) -> Path:
-    """In which workers make folders for what they offload."""
+    """Returns the folder in which workers make folders for what they offload."""
     return job.settings.offload_dir or job.settings.output / STATE_FOLDER / _OFFLOAD_FOLDER
 
 
 def sweep_offload(job: Job) -> None:
-    """Removes what workers that are gone left in the offload folder, as far as this machine sees it; and the folder if it is the run's."""
+    """Removes what dead workers of this machine left in the offload folder, and the folder itself if it lies in OUTPUT."""
     sweep(offload_folder(job))
     if job.settings.offload_dir is None:
         with suppress(OSError):  # a worker lives
@@ -49,28 +51,27 @@ def open_chunk_store(job: Job, num_workers: int, warn: Callable[[str], None] = l
 
 
 class Chunks:
-    """Chunks by layer and number. A chunk is forgotten when it is taken, unless a snapshot is to be made of it."""
+    """Keeps chunks by layer and number. Taking a chunk drops it, unless a snapshot is to be made of it."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._passing: dict[
-            str, Tensor
-        ] = {}  # received and not yet forwarded, or forwarded and not yet sent: one at a time
+        self._passing: dict[str, Tensor] = {}  # at most one: received and not forwarded, or forwarded and not sent
 
     def put(self, layer: int, index: int, hidden: Tensor) -> None:
-        """hidden: an input of `layer`, (B, L, H) on the CPU; waits for its turn."""
+        """Stores an input of `layer`, (B, L, H) on the CPU."""
         self._store.put(_key(layer, index), hidden)
 
     def put_passing(self, layer: int, index: int, hidden: Tensor) -> None:
-        """hidden: an input of `layer` that is taken at once."""
+        """Holds an input of `layer`, (B, L, H) on the CPU, that is taken next."""
         self._passing[_key(layer, index)] = hidden
 
     def take(self, layer: int, index: int) -> Tensor:
+        """Returns a chunk and drops it."""
         hidden = self._passing.pop(_key(layer, index), None)
         return self._take_stored(_key(layer, index)) if hidden is None else hidden
 
     def take_and_keep(self, layer: int, index: int) -> tuple[Tensor, LazyTensor]:
-        """The chunk; and what it is for a snapshot, from which it is taken a second time and then forgotten."""
+        """Returns a chunk, and a lazy tensor for a snapshot; loading that drops the chunk."""
         key = _key(layer, index)
         hidden = self._passing.pop(key, None)
         if hidden is None:
@@ -80,10 +81,11 @@ class Chunks:
         return hidden, lazy_tensor(chunk_name(index), hidden, self._taking(key))
 
     def expect(self, layer: int, index: int) -> None:
-        """Begins to fetch a chunk that is taken next, if it is here."""
+        """Begins to fetch the chunk that is taken next, if it is stored here."""
         self._store.prefetch(_key(layer, index))
 
     def close(self) -> None:
+        """Drops all chunks."""
         self._store.close()
 
     def _taking(self, key: str) -> Callable[[], Tensor]:

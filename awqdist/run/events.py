@@ -25,6 +25,8 @@ class LogBegun:
 
 @dataclass(frozen=True, slots=True)
 class RunStarted:
+    """A run begins, or goes on where an earlier one was interrupted."""
+
     model: str
     output: str
     device: str
@@ -37,7 +39,7 @@ class RunStarted:
 
 @dataclass(frozen=True, slots=True)
 class WorkerStarted:
-    """A worker is ready to begin, or to begin again after another was lost."""
+    """A worker begins, or begins again after another was lost."""
 
     host: str
     device: str
@@ -47,7 +49,7 @@ class WorkerStarted:
 
 @dataclass(frozen=True, slots=True)
 class WorkerStatus:
-    """How a worker is doing; told every few seconds."""
+    """The resources that a worker uses, every few seconds."""
 
     memory_bytes: int  # resident, of its process
     device_memory_bytes: int  # held on its GPU; 0 on a CPU
@@ -56,21 +58,25 @@ class WorkerStatus:
 
 @dataclass(frozen=True, slots=True)
 class WorkerLost:
-    """A worker died. The others finish what they are searching; then the run goes on from the newest usable boundary."""
+    """A worker died. The others finish what they are searching; then the run resumes from the newest usable snapshot."""
 
     reason: str
-    restart: int  # the how manieth
+    restart: int  # number of this restart, from 1
     max_restarts: int
 
 
 @dataclass(frozen=True, slots=True)
 class StageStarted:
+    """A stage of a layer begins."""
+
     layer: int
     stage: str  # one of STAGES; "read" and "write" run in the background of the others
 
 
 @dataclass(frozen=True, slots=True)
 class StageEnded:
+    """A stage of a layer has ended."""
+
     layer: int
     stage: str
     seconds: float
@@ -78,8 +84,9 @@ class StageEnded:
 
 @dataclass(frozen=True, slots=True)
 class SourceRead:
-    """Bytes of the source that were read, as the reader counted them. A worker reads its layers and what is outside of them; the leader
-    reads what is copied. The few bytes by which the journal knows a layer's weights again (at most 32 KiB of a layer) are not counted."""
+    """Bytes of the source were read: by a worker, of its layers and the tensors outside the layers; by the leader, of what is copied.
+
+    Not counted are the bytes by which a resumed run recognises a layer's weights (at most 32 KiB of a layer)."""
 
     layer: int | None  # None: outside the layers
     num_bytes: int
@@ -98,13 +105,15 @@ class ChunkForwarded:
 
 @dataclass(frozen=True, slots=True)
 class MappingSearched:
+    """The scales of a mapping have been chosen."""
+
     layer: int
     mapping: MappingRecord
 
 
 @dataclass(frozen=True, slots=True)
 class LayerForwarded:
-    """A layer that an earlier run had finished: only its outputs were computed again."""
+    """The outputs of a layer that an earlier run had finished were computed again."""
 
     layer: int
 
@@ -137,11 +146,15 @@ class OutsideCopied:
 
 @dataclass(frozen=True, slots=True)
 class Warned:
+    """Something that the user should know, and that does not end the run."""
+
     message: str
 
 
 @dataclass(frozen=True, slots=True)
 class RunFinished:
+    """The output is complete."""
+
     output: str
     seconds: float
     floor_seconds: float
@@ -150,7 +163,7 @@ class RunFinished:
 
 @dataclass(frozen=True, slots=True)
 class RunFailed:
-    """The run ended before its time, and could say so: for those who watch from elsewhere. Its own screen shows the error."""
+    """The run failed or was interrupted; tells those who watch from elsewhere."""
 
     reason: str
 

@@ -1,5 +1,7 @@
-"""The leader of a run: the one process that keeps the journal. It deals the layers, takes every message of every worker, and makes a model
-of the finished layers. There is one, whatever the backend; who the workers are and how their messages come is the backend's business."""
+"""The leader of a run: the one process that writes the log, assigns layers to workers, and completes the output.
+
+Every backend has one leader. How workers are started and how their messages arrive is the backend's business.
+"""
 
 from __future__ import annotations
 
@@ -37,11 +39,16 @@ from awqdist.run.summary import summarize
 
 
 class Lead:
-    """An opened run. `with Lead(...) as lead` holds the lock of the output folder.
+    """Leads a run. `with Lead(...) as lead` holds the lock of the output folder.
 
-    job, samples (N, L): the same as every worker's; listen: is given every message, once it is safe, never two at a time;
-    agreed_fingerprint: of the workers' jobs, where their devices are not this process's.
-    Raises OutputError if the folder is in use or holds something else.
+    Args:
+        job: the same as every worker's, but for the device.
+        samples: the calibration tokens, (N, L) int64, the same as every worker's.
+        listen: is given every message once it is in the log, never two at a time.
+        agreed_fingerprint: that of the workers' jobs, where their devices are not this process's.
+
+    Raises:
+        OutputError: the folder is in use, or holds something else.
     """
 
     def __init__(
@@ -74,7 +81,7 @@ class Lead:
             self._journal.close()
 
     def begin(self, backend: str, num_workers: int) -> None:
-        """Tells that the run begins, or goes on."""
+        """Tells that the run begins or resumes, and what the log warns of."""
         job, entries = self._job, self._journal.entries
         model, output = str(job.settings.model), str(job.settings.output)
         num_tokens, num_layers = self._samples.numel(), len(job.plan.tasks)
@@ -88,7 +95,7 @@ class Lead:
             self.tell(Warned(warning))
 
     def assignments(self, num_workers: int) -> list[Assignment]:
-        """Deals the layers that are left to the workers, from the newest usable boundary on. Empty if none are left."""
+        """Returns an assignment for each worker, from the newest usable snapshot on; none if all layers are finished."""
         with self._lock:
             records = dict(self._journal.entries.layers)
             unfinished = self._unfinished()
@@ -119,11 +126,11 @@ class Lead:
             self._listen(message)
 
     def tell(self, event: Event, worker: int | None = None) -> None:
-        """Takes an event of the leader itself, about a worker or about the run."""
+        """Logs an event of the leader itself, about a worker or about the run, and tells the listener."""
         self.observe(Message(event, worker, time.time()))
 
     def finish(self) -> RunSummary:
-        """Makes the model, once all layers are finished. Raises OutputError if one is not."""
+        """Completes the output and returns the summary. Raises OutputError if a layer is not finished."""
         start = time.perf_counter()
         copied: list[int] = []
         output_bytes = merge(self._job, self._journal, self.tell, copied.append)

@@ -1,7 +1,7 @@
-"""The output folder: whose it is, which process holds it, and what `--overwrite` may remove.
+"""The output folder: whether a run may use it, the lock on it, and what `--overwrite` removes.
 
-Everything is refused before anything is written. A finished model is a folder with an index; an unfinished run is one with the state folder
-and no index; any other folder that is not empty is somebody else's and is never touched.
+All refusals come before anything is written. A folder with an index holds a finished model. A folder with the state folder and no
+index holds an unfinished run. Any other folder that is not empty is never touched.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ _COMPANIONS = (
 
 
 def is_finished(output: Path) -> bool:
-    """Whether the folder holds a model that a loader takes for one."""
+    """Returns whether the folder holds a model that loaders accept."""
     return (output / INDEX_FILE).is_file() or (output / SINGLE_FILE).is_file()
 
 
 def check_output(settings: RunSettings) -> None:
-    """Looks at the output folder and writes nothing. Raises OutputError unless a run may begin or go on there."""
+    """Raises OutputError unless a run may begin or resume in the output folder. Writes nothing."""
     output = settings.output
     if not output.is_absolute() and _RAY_JOB in os.environ:
         raise OutputError(f"give {output} as an absolute path: Ray removes the working directory of a job")
@@ -69,7 +69,10 @@ def check_output(settings: RunSettings) -> None:
 
 
 def lock_output(output: Path) -> int:
-    """The descriptor of a lock on the folder, which is made if need be. It ends with `os.close`, or with the process, however that dies."""
+    """Locks the folder, which is made if need be, and returns the lock's descriptor.
+
+    The lock ends with `os.close`, or with the process, however that dies. Raises OutputError if another process holds it.
+    """
     folder = output / STATE_FOLDER
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -89,14 +92,14 @@ def lock_output(output: Path) -> int:
 
 
 def check_free(output: Path) -> None:
-    """Raises OutputError if another process holds the folder now; for a look before a long preparation."""
+    """Raises OutputError if another process holds the folder now; called before a long preparation."""
     os.close(lock_output(output))
 
 
 def remove_model(output: Path) -> None:
-    """Removes the model or the unfinished run in a folder that is locked, and leaves every other file alone.
+    """Removes the model or the unfinished run in a locked folder, and leaves every other file alone.
 
-    The index goes first: from then on the folder is no model. The journal goes last: until then it is a run that can be resumed.
+    The index goes first, so that no loader accepts the rest.
     """
     weights = [
         INDEX_FILE,
@@ -119,7 +122,7 @@ def remove_model(output: Path) -> None:
 
 
 def _indexed_files(output: Path) -> list[str]:
-    """Names of the tensor files that the folder's index speaks of, as far as they lie in the folder itself."""
+    """Returns the tensor files that the index names, as far as they lie in the folder itself."""
     try:
         names = set(json.loads((output / INDEX_FILE).read_text())["weight_map"].values())
     except (OSError, ValueError, KeyError, AttributeError, TypeError):

@@ -35,14 +35,14 @@ T = TypeVar("T")
 
 
 class RingBroken(Exception):
-    """Another worker is gone, or the run is to stop: no chunk will come any more."""
+    """No chunk will come any more: another worker is gone, or the run is to stop."""
 
 
 class Transport(Protocol):
-    """The way to the neighbours in the ring."""
+    """Carries chunks to and from the neighbours in the ring."""
 
     def send(self, layer: int, chunk: int, hidden: Tensor) -> None:
-        """Hands an input of `layer`, (B, L, H) on the CPU, to its worker. Does not wait until it has arrived."""
+        """Sends an input of `layer`, (B, L, H) on the CPU, to its worker, without waiting for its arrival."""
 
     def receive(self, layer: int, chunk: int) -> Tensor:
         """Waits for an input of `layer`. Raises RingBroken if it will not come."""
@@ -53,31 +53,47 @@ class Transport(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """What one worker is to do. finished: checksums of the weights that finished layers were made from, by layer."""
+    """Tells one worker what to do.
+
+    Attributes:
+        worker: its number.
+        schedule: the same for all workers.
+        finished: checksums of the weights that finished layers were made from, by layer.
+        snapshot: holds the inputs of the schedule's first layer; None: these are the embeddings.
+    """
 
     worker: int
     schedule: Schedule
     finished: dict[int, int]
-    snapshot: SnapshotSaved | None  # holds the inputs of the schedule's first layer; None: they are the embeddings
+    snapshot: SnapshotSaved | None
 
 
 def work(job: Job, samples: Tensor, assignment: Assignment, transport: Transport, emit: Emit) -> None:
-    """Does all steps of one worker. samples: (N, L), the same for all workers.
+    """Takes all steps of one worker. A layer whose search has begun is finished and written even if the ring breaks.
 
-    A layer whose search has begun is finished and written even if the ring breaks meanwhile. Raises RingBroken, AwqdistError.
+    Args:
+        job: what is to be done; equal for all workers but for the device.
+        samples: the calibration tokens, (N, L) int64, the same for all workers.
+        assignment: this worker's part.
+        transport: carries chunks to and from the neighbours.
+        emit: is given every event, from any thread.
+
+    Raises:
+        RingBroken: a neighbour is gone, or the run is to stop.
+        AwqdistError: the source, the output or the arithmetic failed.
     """
     layers = assignment.schedule.layers_of(assignment.worker)
     emit(WorkerStarted(gethostname(), str(job.device), tuple(layers), os.getpid()))
     if not layers:
         return
-    with _status_told(job, emit), _Course(job, assignment, transport, emit) as course:
-        course.prepare(samples)
+    with _status_told(job, emit), _Course(job, assignment, transport, emit) as loop:
+        loop.prepare(samples)
         for step in assignment.schedule.steps(assignment.worker):
-            course.take(step)
+            loop.take(step)
 
 
 class _Course:
-    """A worker on its way through its steps. Leaving it waits for what the background has begun."""
+    """Takes the steps of one worker. Leaving it waits for what was begun in the background."""
 
     def __init__(self, job: Job, assignment: Assignment, transport: Transport, emit: Emit) -> None:
         self._job, self._assignment, self._transport, self._emit = job, assignment, transport, emit
@@ -100,7 +116,7 @@ class _Course:
             self._chunks.close()
 
     def prepare(self, samples: Tensor) -> None:
-        """Embeds the samples, and takes up the inputs of the first layer if it is this worker's."""
+        """Embeds the samples, and stores the inputs of the first layer if that is this worker's."""
         schedule, snapshot = self._assignment.schedule, self._assignment.snapshot
         is_first = schedule.owner(schedule.first) == self._assignment.worker
         for index, hidden in enumerate(self._worker.embed(samples)):
@@ -111,6 +127,7 @@ class _Course:
                 self._chunks.put(schedule.first, index, hidden)
 
     def take(self, step: Step) -> None:
+        """Takes one step; reading and writing are only begun."""
         self._writer.check()
         match step.kind:
             case "load":
@@ -151,7 +168,7 @@ class _Course:
             self._emit(LayerForwarded(layer))
 
     def _input(self, layer: int, index: int) -> Tensor:
-        """A chunk that is forwarded now; the next one is fetched meanwhile."""
+        """Returns the chunk to be forwarded now, and begins to fetch the next one."""
         if self._is_snapshot(layer):
             hidden, kept = self._chunks.take_and_keep(layer, index)
             self._snapshot.append(kept)
@@ -169,7 +186,7 @@ class _Course:
 
 
 class _Background(Generic[T]):
-    """Does one thing at a time behind the worker's back. An error in it comes out at the next call."""
+    """Does one task at a time in a thread of its own. An error is raised by the next call."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1)
@@ -177,29 +194,29 @@ class _Background(Generic[T]):
         self._closed = False
 
     def start(self, job: Callable[[], T]) -> None:
-        """Waits until what was begun before is done, and begins something else."""
+        """Waits for the task before, and begins another."""
         if self._pending is not None:
             self.wait()
         self._pending = self._pool.submit(job)
 
     def wait(self) -> T:
-        """The result of what was begun."""
+        """Waits for the task and returns its result."""
         assert self._pending is not None, "nothing was begun"
         pending, self._pending = self._pending, None
         return pending.result()
 
     def check(self) -> None:
-        """Raises the error of what was begun, if it has failed by now."""
+        """Raises the error of the task, if it has failed by now."""
         if self._pending is not None and self._pending.done():
             self.wait()
 
     def check_open(self) -> None:
-        """For long tasks: raises RingBroken if nobody waits for the result any more."""
+        """Raises RingBroken if nobody waits for the result any more; long tasks call it now and then."""
         if self._closed:
             raise RingBroken
 
     def close(self, *, raising: bool = False) -> None:
-        """Waits for the end of what was begun."""
+        """Waits for the end of the task, and with `raising` raises its error."""
         self._closed = True
         self._pool.shutdown(wait=True)
         if raising and self._pending is not None:

@@ -1,4 +1,4 @@
-"""Proves before the start that every worker sees the output folder of the leader: it writes a token, everyone reads it and answers."""
+"""Checks before the start that all workers share the leader's output folder: it writes a token, each worker reads it and answers."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ _PATIENCE_S = 10.0  # network file systems show new files late
 
 
 def offer_token(output: Path) -> str:
-    """Leader: writes a token that nobody can guess. Raises OutputError."""
+    """Writes a random token, as the leader, and returns it. Raises OutputError."""
     token = uuid.uuid4().hex
     _write(_file(output, token))
     return token
 
 
 def answer_token(output: Path, token: str, worker: int) -> None:
-    """Worker: reads the token and writes an answer. Raises OutputError if the folder is not the leader's."""
+    """Waits for the token, as a worker, and writes an answer. Raises OutputError if the folder is not the leader's."""
     if not _appears(_file(output, token), time.monotonic() + _PATIENCE_S):
         raise OutputError(
-            f"worker {worker} on {gethostname()} does not see what the leader wrote into {output}; the output folder must lie on a file"
-            " system that all workers share, at the same path"
+            f"files written by the leader are not visible to worker {worker} on {gethostname()} in {output}; the"
+            " output folder must lie on a file system that all workers share, at the same path"
         )
     _write(_file(output, token, worker))
 
 
 def check_answers(output: Path, token: str, workers: Sequence[int]) -> None:
-    """Leader: removes the token and its answers. Raises OutputError if an answer is missing."""
+    """Waits for all answers, as the leader, and removes them and the token. Raises OutputError if one is missing."""
     deadline = time.monotonic() + _PATIENCE_S
     deaf = [worker for worker in workers if not _appears(_file(output, token, worker), deadline)]
     remove_token(output, token)
     if deaf:
         raise OutputError(
-            f"what worker {deaf[0]} writes into {output} does not arrive here; the output folder must lie on a file system that all"
-            " workers share, at the same path"
+            f"files written by worker {deaf[0]} are not visible to the leader in {output}; the output"
+            " folder must lie on a file system that all workers share, at the same path"
         )
 
 
@@ -64,7 +64,7 @@ def _write(file: Path) -> None:
 
 
 def _appears(file: Path, deadline: float) -> bool:
-    """Whether the file is there at last, looking once at least."""
+    """Waits for the file until the deadline, looking once at least; returns whether it is there."""
     while True:
         with suppress(OSError):  # no right to look, or a network file system's stale handle
             if file.exists():

@@ -1,7 +1,7 @@
 """Checks a finished output: hashes, index, config, every packed tensor, and, given the source, every dequantized weight.
 
-Smoothing multiplies a linear's columns and divides its rows by factors that are not stored. So a dequantized weight is compared with the
-source up to the best row and column factors: what remains is the quantization error.
+Smoothing scales a linear's columns and rows by factors that are not stored. So a dequantized weight is compared with the source after
+the best row and column factors have been fitted: what remains is the quantization error.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class LinearCheck:
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """The outcome: problems of files, index and config, and one check per linear."""
+    """Holds the problems of files, index and config, and one check per linear."""
 
     problems: tuple[str, ...]
     num_files: int
@@ -53,10 +53,18 @@ class Verification:
 
 
 def verify(output: Path, source: Path | None = None) -> Verification:
-    """Verifies the finished model in `output`. Raises OutputError if it is not an output of awqdist, or not finished."""
+    """Verifies the finished model in `output`.
+
+    Args:
+        output: the folder that `quantize` wrote.
+        source: the checkpoint that it was made from; with it every weight is compared.
+
+    Raises:
+        OutputError: the folder is not an output of awqdist, or is not finished.
+    """
     entries = read_journal(output)
     if not entries.fingerprint:
-        raise OutputError(f"{output} has no journal in {STATE_FOLDER}; it is not an output of awqdist")
+        raise OutputError(f"{output} has no log in {STATE_FOLDER}; it is not an output of awqdist")
     if not (output / INDEX_FILE).is_file():
         raise OutputError(
             f"{output} is not finished ({len(entries.layers)} layers done); run the same quantize command again"
@@ -72,7 +80,7 @@ def verify(output: Path, source: Path | None = None) -> Verification:
     except CheckpointError as error:
         return Verification((*problems, str(error)), len(files), ())
     named = {entry.file.name for entry in index.entries.values()}
-    problems += [f"{name} is in the index but not in the journal" for name in sorted(named - set(files))]
+    problems += [f"{name} is in the index but not in the log" for name in sorted(named - set(files))]
     problems += [f"{name} is stored but not in {INDEX_FILE}" for name in sorted(stored - set(index.entries))]
     layout = output_format(entries.fingerprint["format"])
     records = [linear for record in entries.layers.values() for linear in record.linears]
@@ -84,7 +92,7 @@ def verify(output: Path, source: Path | None = None) -> Verification:
 
 
 def fit_error(quantized: Tensor, source: Tensor) -> float:
-    """‖Q - diag(r)·W·diag(s)‖ / ‖diag(r)·W·diag(s)‖ under the best r and s, found by alternating least squares. Both (O, I) float32."""
+    """Returns ‖Q - diag(r)·W·diag(s)‖ / ‖diag(r)·W·diag(s)‖ for the r and s that alternating least squares finds. Both (O, I) float32."""
     fitted = source
     for _ in range(4):
         for dim in (0, 1):  # columns, then rows
@@ -100,7 +108,7 @@ def _file_problems(output: Path, files: dict[str, tuple[int, str]]) -> Iterator[
         if not (output / name).is_file():
             yield f"{name} is missing"
         elif not is_whole(output / name, num_bytes, sha256):
-            yield f"{name} is not the file that the journal speaks of"
+            yield f"{name} differs from the file that the log records"
 
 
 def _config_problems(output: Path, index: CheckpointIndex, records: list[LinearRecord]) -> Iterator[str]:

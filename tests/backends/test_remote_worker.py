@@ -311,7 +311,7 @@ def test_a_worker_that_sees_another_output_does_not_introduce_itself(
 ) -> None:
     monkeypatch.setattr(shared_folder, "_PATIENCE_S", 0.1)
     worker = Worker(1, worker_spec(job_of(tiny, tmp_path / "other"), ALLOCATION))
-    with pytest.raises(OutputError, match=r"worker 1 on .* does not see"):
+    with pytest.raises(OutputError, match=r"not visible to worker 1 on "):
         worker.introduce(offer_token(output))
 
 

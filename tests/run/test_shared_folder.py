@@ -44,7 +44,7 @@ def test_every_token_is_another(tmp_path: Path) -> None:
 
 def test_a_worker_that_sees_another_folder_is_refused_and_writes_nothing_there(tmp_path: Path) -> None:
     token = offer_token(tmp_path / "leader's")
-    with pytest.raises(OutputError, match=r"worker 2 on .* does not see .*other.*must lie on a file system that all"):
+    with pytest.raises(OutputError, match=r"not visible to worker 2 on .*other.*must lie on a file system that all"):
         answer_token(tmp_path / "other", token, 2)
     assert not (tmp_path / "other").exists()
 
@@ -59,7 +59,7 @@ def test_an_answer_that_does_not_arrive_is_missed_by_the_number_of_its_worker(tm
     token = offer_token(tmp_path)
     answer_token(tmp_path, token, 0)
     answer_token(tmp_path, token, 2)
-    with pytest.raises(OutputError, match=r"what worker 1 writes into .* does not arrive here"):
+    with pytest.raises(OutputError, match=r"files written by worker 1 are not visible to the leader in "):
         check_answers(tmp_path, token, range(3))
     assert state_files(tmp_path) == []
 

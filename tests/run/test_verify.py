@@ -69,7 +69,7 @@ def test_one_flipped_bit_is_found(output: Path, name: str, position: int) -> Non
     (output / name).write_bytes(flip(data, position % len(data)))
     result = verify(output)
     assert not result.ok
-    assert f"{name} is not the file that the journal speaks of" in result.problems
+    assert f"{name} differs from the file that the log records" in result.problems
 
 
 @pytest.mark.parametrize("name", ["model-layer-00002.safetensors", "model-outside.safetensors", "config.json"])
@@ -104,7 +104,7 @@ def test_an_index_that_names_a_foreign_file_is_found(output: Path) -> None:
     index = json.loads((output / "model.safetensors.index.json").read_text())
     index["weight_map"]["extra"] = "extra.safetensors"
     (output / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert "extra.safetensors is in the index but not in the journal" in verify(output).problems
+    assert "extra.safetensors is in the index but not in the log" in verify(output).problems
 
 
 def test_an_index_that_lacks_a_tensor_is_found(output: Path) -> None:
