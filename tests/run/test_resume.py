@@ -27,7 +27,7 @@ from awqdist.run.events import LayerFinished, LogBegun, OutsideCopied, SnapshotS
 from awqdist.run.log import log_file, read_log
 
 SEED = random.SystemRandom().randrange(1 << 32)  # printed by every failing test
-NUM_FILE_OPERATIONS = 63  # of a run that nothing disturbs
+NUM_FILE_OPERATIONS = 57  # of a run that nothing disturbs
 
 
 def run(tiny: Tiny, output: Path, *options: object) -> Outcome:
