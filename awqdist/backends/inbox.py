@@ -8,7 +8,7 @@ from torch import Tensor
 
 from awqdist.errors import AwqdistError
 from awqdist.offload.store import MemoryStore, Store
-from awqdist.run.ring import RingBroken
+from awqdist.run.worker import RingBroken
 
 
 class Inbox:

@@ -11,8 +11,8 @@ from torch import Tensor
 from awqdist.layer.records import RunSummary
 from awqdist.run.events import Event, Listen, Message
 from awqdist.run.job import Job, with_threads
-from awqdist.run.lead import Lead
-from awqdist.run.ring import work
+from awqdist.run.leader import Leader
+from awqdist.run.worker import run_worker
 
 
 class NoTransport:
@@ -39,12 +39,12 @@ def run_local(job: Job, samples: Tensor, listen: Listen) -> RunSummary:
     """
     job = replace(job, settings=with_threads(job.settings, torch.get_num_threads()))
     torch.set_num_threads(job.settings.threads or 1)
-    with Lead(job, samples, listen) as lead:
+    with Leader(job, samples, listen) as lead:
 
         def emit(event: Event) -> None:
             lead.observe(Message(event, 0, time.time()))
 
         lead.begin("local", 1)
         for assignment in lead.assignments(1):
-            work(job, samples, assignment, NoTransport(), emit)
+            run_worker(job, samples, assignment, NoTransport(), emit)
         return lead.finish()

@@ -26,7 +26,7 @@ from awqdist.errors import AwqdistError
 from awqdist.offload.store import Store
 from awqdist.run.device import launcher_value
 from awqdist.run.events import Message
-from awqdist.run.ring import Assignment
+from awqdist.run.worker import Assignment
 
 PATIENCE = timedelta(days=30)  # a neighbor may search for hours; the launcher ends ranks whose neighbor died
 _MESSAGES = "messages"

@@ -33,10 +33,10 @@ from awqdist.errors import AwqdistError
 from awqdist.layer.records import RunSummary
 from awqdist.run.events import ChunkForwarded, Event, LayerFinished, Listen, Message, Warned, WorkerLost, WorkerStatus
 from awqdist.run.job import Job
-from awqdist.run.lead import Lead
+from awqdist.run.leader import Leader
 from awqdist.run.output import check_free
-from awqdist.run.ring import Assignment
 from awqdist.run.shared_folder import check_answers, offer_token, remove_token
+from awqdist.run.worker import Assignment
 from awqdist.settings import Placement
 
 _START_S = 120.0  # for the cluster to place the workers
@@ -61,7 +61,7 @@ def run_ray(job: Job, samples: Tensor, placement: Placement, listen: Listen) -> 
     with (
         joined_cluster(placement.ray_address),
         RayActors(job, samples, placement) as actors,
-        Lead(replace(job, device=torch.device(actors.device)), samples, listen, actors.fingerprint) as lead,
+        Leader(replace(job, device=torch.device(actors.device)), samples, listen, actors.fingerprint) as lead,
     ):
         lead.begin("ray", len(actors.by_number))
         num_attempts = num_restarts = 0
@@ -208,7 +208,7 @@ class RayActors:
 class _Attempt:
     """All actors at work on one set of assignments, until they are done or one of them is lost."""
 
-    def __init__(self, actors: dict[int, Any], attempt: int, lead: Lead) -> None:
+    def __init__(self, actors: dict[int, Any], attempt: int, lead: Leader) -> None:
         self._actors, self._attempt, self._lead = dict(actors), attempt, lead
         self._works: dict[Any, int] = {}  # reference -> number of the worker
         self._polls: dict[Any, int] = {}

@@ -25,8 +25,8 @@ from awqdist.recipe import MappingPattern, Recipe
 from awqdist.run.chunks import open_chunk_store
 from awqdist.run.events import Event, Message
 from awqdist.run.job import Job, fingerprint, prepare, with_threads
-from awqdist.run.ring import Assignment, RingBroken, work
 from awqdist.run.shared_folder import answer_token
+from awqdist.run.worker import Assignment, RingBroken, run_worker
 from awqdist.settings import RunSettings
 
 Deliver = Callable[[int, int, Tensor], None]  # (layer, chunk, hidden); returns when the neighbor has it
@@ -86,7 +86,7 @@ class RemoteWorker:
         inbox = self._inbox(attempt)
         with ThreadPoolExecutor(_MAX_CHUNKS_IN_FLIGHT) as outbox:
             try:
-                work(self._job, self._samples, assignment, _Transport(inbox, outbox, deliver), self.emit)
+                run_worker(self._job, self._samples, assignment, _Transport(inbox, outbox, deliver), self.emit)
             except RingBroken as broken:
                 outbox.shutdown(wait=False, cancel_futures=True)
                 return str(broken)

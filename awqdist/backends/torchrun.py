@@ -27,10 +27,10 @@ from awqdist.run.chunks import open_chunk_store
 from awqdist.run.device import choose_device, launcher_value
 from awqdist.run.events import Event, Listen, Message
 from awqdist.run.job import Job, fingerprint, prepare, token_chunks, with_threads
-from awqdist.run.lead import Lead
+from awqdist.run.leader import Leader
 from awqdist.run.output import check_free
-from awqdist.run.ring import Assignment, RingBroken, work
 from awqdist.run.shared_folder import answer_token, check_answers, offer_token
+from awqdist.run.worker import Assignment, RingBroken, run_worker
 from awqdist.settings import RunSettings
 
 Begin = Callable[[], tuple[Job, Tensor]]
@@ -77,10 +77,10 @@ def _lead(
 ) -> RunSummary:
     with ExitStack() as stack:
 
-        def open_run() -> tuple[Lead, list[Assignment]]:
+        def open_run() -> tuple[Leader, list[Assignment]]:
             check_answers(job.settings.output, token, range(ranks.num_ranks))
             agreed_fingerprint(workers)
-            lead = stack.enter_context(Lead(job, samples, listen))
+            lead = stack.enter_context(Leader(job, samples, listen))
             lead.begin("torchrun", ranks.num_ranks)
             return lead, lead.assignments(ranks.num_ranks)
 
@@ -89,7 +89,7 @@ def _lead(
             with _transport(job, samples, assignments[0]) as transport:
                 receiver = MessageReceiver(ranks, lead.observe, transport.break_off)
                 try:
-                    work(job, samples, assignments[0], transport, lambda event: lead.tell(event, 0))
+                    run_worker(job, samples, assignments[0], transport, lambda event: lead.tell(event, 0))
                     receiver.wait()
                 except RingBroken as broken:
                     receiver.stop()
@@ -107,7 +107,7 @@ def _follow(ranks: RankStore, job: Job, samples: Tensor) -> RunSummary:
 
         try:
             with _transport(job, samples, assignments[ranks.rank]) as transport:
-                work(job, samples, assignments[ranks.rank], transport, emit)
+                run_worker(job, samples, assignments[ranks.rank], transport, emit)
         except RingBroken as broken:
             sender.end(_resumable(broken))
             raise AwqdistError(_resumable(broken)) from None

@@ -1,8 +1,10 @@
-"""What a worker reads and writes: the tensors of a layer, those outside the layers, and the file of a layer. No arithmetic."""
+"""Reads and writes the tensors of a layer, and times its stages. Moves and hashes bytes only."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -13,16 +15,43 @@ from awqdist.checkpoint.reader import Reading, check_finite, read_tensors
 from awqdist.checkpoint.writer import write_safetensors
 from awqdist.layer.plan import LayerPlan
 from awqdist.layer.quantize import LayerResult
-from awqdist.layer.records import LayerRecord
+from awqdist.layer.records import STAGES, LayerRecord
 from awqdist.model.forward import with_buffers
-from awqdist.run.events import Emit, LayerFinished, SourceRead
+from awqdist.run.events import Emit, LayerFinished, SourceRead, StageEnded, StageStarted
 from awqdist.run.job import Job
-from awqdist.run.stopwatch import Stopwatch
+
+
+class Stopwatch:
+    """Times the stages of one layer, in seconds, and tells when they begin and end."""
+
+    def __init__(self, layer: int, device: torch.device, emit: Emit) -> None:
+        self.seconds = dict.fromkeys(STAGES, 0.0)
+        self._layer, self._device, self._emit = layer, device, emit
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Times a whole stage, and emits its begin and end."""
+        self._emit(StageStarted(self._layer, name))
+        before = self.seconds[name]
+        with self.piece(name):
+            yield
+        self._emit(StageEnded(self._layer, name, self.seconds[name] - before))
+
+    @contextmanager
+    def piece(self, name: str) -> Iterator[None]:
+        """Times a piece of a stage, without events."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)
+            self.seconds[name] += time.perf_counter() - start
 
 
 @dataclass(frozen=True, slots=True)
 class SourceChecksums:
-    """Of the bytes on disk that a layer was made from: all of them, and a few of each tensor."""
+    """Checksums of a layer's bytes in the source: of all of them, and of a few of each tensor."""
 
     crc32: int
     sample: int
@@ -30,7 +59,7 @@ class SourceChecksums:
 
 @dataclass(frozen=True, slots=True)
 class LoadedLayer:
-    """A layer's tensors, not yet changed, in host memory, by their names in the layer."""
+    """Holds a layer's tensors as they were read, in host memory, by their names in the layer."""
 
     task: LayerPlan
     watch: Stopwatch
@@ -40,7 +69,7 @@ class LoadedLayer:
 
 @dataclass(frozen=True, slots=True)
 class SearchedLayer:
-    """What is to be written of a layer, in host memory, by on-disk names; and what was found about it."""
+    """Holds a quantized layer: its tensors in host memory, by on-disk names, and the results for its record."""
 
     task: LayerPlan
     watch: Stopwatch
@@ -51,7 +80,7 @@ class SearchedLayer:
 
 
 def read_layer(job: Job, task: LayerPlan, emit: Emit, check: Callable[[], None]) -> LoadedLayer:
-    """Reads the tensors of a layer. `check` is called before each of them, and ends the reading by raising. Raises CheckpointError."""
+    """Reads the tensors of a layer. `check` is called before each of them, and may end the reading by raising."""
     watch = Stopwatch(task.index, job.device, emit)
     with watch.stage("read"):
         parameters, reading = read_named(job, task.tensors, check)
@@ -60,7 +89,7 @@ def read_layer(job: Job, task: LayerPlan, emit: Emit, check: Callable[[], None])
 
 
 def write_layer(job: Job, searched: SearchedLayer, emit: Emit) -> None:
-    """Writes the file of a layer durably and tells so, which is when the leader may journal it. Raises OutputError."""
+    """Writes the file of a layer durably, then emits LayerFinished. Raises OutputError."""
     task, result, watch = searched.task, searched.result, searched.watch
     with watch.stage("write"):
         written = write_safetensors(job.settings.output / layer_file(task.index), searched.tensors)
@@ -83,12 +112,12 @@ def write_layer(job: Job, searched: SearchedLayer, emit: Emit) -> None:
 
 
 def layer_file(layer: int) -> str:
-    """Name of the output file of a layer."""
+    """Returns the name of a layer's file in the output folder."""
     return f"model-layer-{layer:05d}.safetensors"
 
 
 def read_outside(job: Job, dtype: torch.dtype, emit: Emit) -> dict[str, Tensor]:
-    """Parameters and buffers of the decoder that are in no layer, on the device, in `dtype`. Raises CheckpointError."""
+    """Reads the decoder's parameters and buffers that are in no layer, onto the device, in `dtype`. Raises CheckpointError."""
     names = job.skeleton.outside_names()
     tensors, reading = read_named(job, names, lambda: None)
     emit(SourceRead(None, reading.num_bytes))
@@ -98,12 +127,12 @@ def read_outside(job: Job, dtype: torch.dtype, emit: Emit) -> dict[str, Tensor]:
 
 
 def check_named(tensors: dict[str, Tensor], disk_names: dict[str, str], where: str) -> None:
-    """Raises CheckpointError naming the tensor as it is called on disk."""
+    """Raises CheckpointError, with the on-disk name, for a tensor that holds NaN or infinity."""
     check_finite({disk_names[name]: tensor for name, tensor in tensors.items()}, where)
 
 
 def read_named(job: Job, names: dict[str, str], check: Callable[[], None]) -> tuple[dict[str, Tensor], Reading]:
-    """Tensors by their names in the layer, in host memory; and what was read, in the order of the files."""
+    """Returns tensors in host memory by their names in the layer, and what was read. Reads in the order of the files."""
     entries = sorted((job.index.entries[disk] for disk in names.values()), key=lambda e: (e.file.name, e.start))
 
     def checked() -> Iterator[TensorEntry]:

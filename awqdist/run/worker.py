@@ -1,19 +1,27 @@
-"""A worker: holds one layer at a time, takes chunks of activations through it, quantizes it, writes it.
+"""One worker: takes the steps of the schedule one after the other, with reading and writing in the background.
 
-The steps of a layer are `read_layer`, `begin`, `forward` for every chunk in order, `search` and `write_layer`. Who calls them, where the
-chunks come from and where they go is not its business. The first and the last may run in threads of their own: they move bytes and do
-no arithmetic. A worker emits events, never prints, and keeps no journal.
+A worker does not know who launched it. `run_worker` is given an `Assignment`, a `Transport` to the neighbours and a function for
+events. It is the same in one process, in a Ray actor and in a rank of torchrun. `WorkerLoop` moves chunks and begins what runs in
+the background; `LayerSteps` does the arithmetic of a layer. Background threads move and hash bytes only. All arithmetic is done in
+one thread, so that the bytes do not depend on what happens at the same time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from socket import gethostname
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from awqdist.checkpoint.writer import LazyTensor
 from awqdist.errors import NumericalError
 from awqdist.layer.calibrate import Calibration
 from awqdist.layer.plan import LayerPlan
@@ -30,18 +38,250 @@ from awqdist.model.forward import (
 )
 from awqdist.plan.estimate_layer import estimate_layer
 from awqdist.quant.lending import LentTensors
-from awqdist.run.device import compute_dtype, peak_memory_bytes
-from awqdist.run.events import ChunkForwarded, Emit, MappingSearched, StageStarted
-from awqdist.run.job import Job, token_chunks
-from awqdist.run.layer_io import LoadedLayer, SearchedLayer, SourceChecksums, check_named, read_outside
+from awqdist.run.chunks import Chunks, open_chunk_store
+from awqdist.run.device import compute_dtype, peak_memory_bytes, worker_status
+from awqdist.run.events import (
+    ChunkForwarded,
+    Emit,
+    LayerForwarded,
+    MappingSearched,
+    SnapshotSaved,
+    StageStarted,
+    Warned,
+    WorkerStarted,
+)
+from awqdist.run.job import Job, other_weights, token_chunks
+from awqdist.run.layer_io import (
+    LoadedLayer,
+    SearchedLayer,
+    SourceChecksums,
+    Stopwatch,
+    check_named,
+    read_layer,
+    read_outside,
+    write_layer,
+)
+from awqdist.run.log import STATE_FOLDER
 from awqdist.run.logit_weighting import output_order
-from awqdist.run.stopwatch import Stopwatch
+from awqdist.run.schedule import Schedule, Step
+from awqdist.run.snapshots import load_snapshot, save_snapshot
+
+_STATUS_EVERY_S = 2.0
+T = TypeVar("T")
+
+
+class RingBroken(Exception):
+    """No chunk will come any more: another worker is gone, or the run is to stop."""
+
+
+class Transport(Protocol):
+    """Carries chunks to and from the neighbours in the ring."""
+
+    def send(self, layer: int, chunk: int, hidden: Tensor) -> None:
+        """Sends an input of `layer`, (B, L, H) on the CPU, to its worker, without waiting for its arrival."""
+
+    def receive(self, layer: int, chunk: int) -> Tensor:
+        """Waits for an input of `layer`. Raises RingBroken if it will not come."""
+
+    def check(self) -> None:
+        """Raises RingBroken if the ring is broken."""
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """Tells one worker what to do.
+
+    Attributes:
+        worker: its number.
+        schedule: the same for all workers.
+        finished: checksums of the weights that finished layers were made from, by layer.
+        snapshot: holds the inputs of the schedule's first layer; None: these are the embeddings.
+    """
+
+    worker: int
+    schedule: Schedule
+    finished: dict[int, int]
+    snapshot: SnapshotSaved | None
+
+
+def run_worker(job: Job, samples: Tensor, assignment: Assignment, transport: Transport, emit: Emit) -> None:
+    """Takes all steps of one worker. A layer whose search has begun is finished and written even if the ring breaks.
+
+    Args:
+        job: what is to be done; equal for all workers but for the device.
+        samples: the calibration tokens, (N, L) int64, the same for all workers.
+        assignment: this worker's part.
+        transport: carries chunks to and from the neighbours.
+        emit: is given every event, from any thread.
+
+    Raises:
+        RingBroken: a neighbour is gone, or the run is to stop.
+        AwqdistError: the source, the output or the arithmetic failed.
+    """
+    layers = assignment.schedule.layers_of(assignment.worker)
+    emit(WorkerStarted(gethostname(), str(job.device), tuple(layers), os.getpid()))
+    if not layers:
+        return
+    with _status_told(job, emit), WorkerLoop(job, assignment, transport, emit) as loop:
+        loop.prepare(samples)
+        for step in assignment.schedule.steps(assignment.worker):
+            loop.take(step)
+
+
+class WorkerLoop:
+    """Takes the steps of one worker. Leaving it waits for what was begun in the background."""
+
+    def __init__(self, job: Job, assignment: Assignment, transport: Transport, emit: Emit) -> None:
+        self._job, self._assignment, self._transport, self._emit = job, assignment, transport, emit
+        self._steps = LayerSteps(job, emit)
+        self._reader: _Background[LoadedLayer] = _Background()
+        self._writer: _Background[None] = _Background()
+        self._snapshot: list[LazyTensor] = []  # of the inputs of the layer under way
+        self._searched: SearchedLayer | None = None
+        num_workers = assignment.schedule.num_workers
+        self._chunks = Chunks(open_chunk_store(job, num_workers, lambda message: emit(Warned(message))))
+
+    def __enter__(self) -> WorkerLoop:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self._reader.close()
+        try:
+            self._writer.close(raising=error is None)
+        finally:
+            self._chunks.close()
+
+    def prepare(self, samples: Tensor) -> None:
+        """Embeds the samples, and stores the inputs of the first layer if that is this worker's."""
+        schedule, snapshot = self._assignment.schedule, self._assignment.snapshot
+        is_first = schedule.owner(schedule.first) == self._assignment.worker
+        for index, hidden in enumerate(self._steps.embed(samples)):
+            if is_first and snapshot is None:
+                self._chunks.put(schedule.first, index, hidden)
+        if is_first and snapshot is not None:
+            for index, hidden in enumerate(load_snapshot(self._state_folder, snapshot)):
+                self._chunks.put(schedule.first, index, hidden)
+
+    def take(self, step: Step) -> None:
+        """Takes one step; reading and writing are only begun."""
+        self._writer.check()
+        match step.kind:
+            case "load":
+                task = self._job.plan.tasks[step.layer]
+                self._reader.start(lambda: read_layer(self._job, task, self._emit, self._reader.check_open))
+            case "receive":
+                self._chunks.put_passing(step.layer, step.chunk, self._transport.receive(step.layer, step.chunk))
+            case "forward":
+                self._forward(step.layer, step.chunk)
+            case "send":
+                self._transport.send(step.layer + 1, step.chunk, self._chunks.take(step.layer + 1, step.chunk))
+            case "search":
+                self._searched = self._steps.search()
+            case "write":
+                searched, self._searched = self._searched, None
+                assert searched is not None, "a layer is searched before it is written"
+                self._writer.start(lambda: write_layer(self._job, searched, self._emit))
+
+    def _forward(self, layer: int, index: int) -> None:
+        self._transport.check()
+        schedule, is_finished = self._assignment.schedule, layer in self._assignment.finished
+        if index == 0:
+            self._steps.begin(self._reader.wait(), forward_only=is_finished)
+        output = self._steps.forward(index, self._input(layer, index))
+        if schedule.is_sent(layer):
+            self._chunks.put_passing(layer + 1, index, output)
+        elif layer + 1 < schedule.stop:
+            self._chunks.put(layer + 1, index, output)
+        if index + 1 < schedule.num_chunks:
+            return
+        self._chunks.expect(layer + 1, 0)
+        if self._snapshot:
+            chunks, self._snapshot = self._snapshot, []
+            self._writer.start(lambda: self._emit(save_snapshot(self._state_folder, layer, chunks)))
+        if is_finished:
+            if self._steps.leave() != self._assignment.finished[layer]:
+                raise other_weights(self._job, layer)
+            self._emit(LayerForwarded(layer))
+
+    def _input(self, layer: int, index: int) -> Tensor:
+        """Returns the chunk to be forwarded now, and begins to fetch the next one."""
+        if self._is_snapshot(layer):
+            hidden, kept = self._chunks.take_and_keep(layer, index)
+            self._snapshot.append(kept)
+        else:
+            hidden = self._chunks.take(layer, index)
+        self._chunks.expect(layer, index + 1)
+        return hidden
+
+    def _is_snapshot(self, layer: int) -> bool:
+        return layer > self._assignment.schedule.first and layer % self._job.settings.snapshot_every == 0
+
+    @property
+    def _state_folder(self) -> Path:
+        return self._job.settings.output / STATE_FOLDER
+
+
+class _Background(Generic[T]):
+    """Does one task at a time in a thread of its own. An error is raised by the next call."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1)
+        self._pending: Future[T] | None = None
+        self._closed = False
+
+    def start(self, job: Callable[[], T]) -> None:
+        """Waits for the task before, and begins another."""
+        if self._pending is not None:
+            self.wait()
+        self._pending = self._pool.submit(job)
+
+    def wait(self) -> T:
+        """Waits for the task and returns its result."""
+        assert self._pending is not None, "nothing was begun"
+        pending, self._pending = self._pending, None
+        return pending.result()
+
+    def check(self) -> None:
+        """Raises the error of the task, if it has failed by now."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
+
+    def check_open(self) -> None:
+        """Raises RingBroken if nobody waits for the result any more; long tasks call it now and then."""
+        if self._closed:
+            raise RingBroken
+
+    def close(self, *, raising: bool = False) -> None:
+        """Waits for the end of the task, and with `raising` raises its error."""
+        self._closed = True
+        self._pool.shutdown(wait=True)
+        if raising and self._pending is not None:
+            self.wait()
+
+
+@contextmanager
+def _status_told(job: Job, emit: Emit) -> Iterator[None]:
+    """Emits a WorkerStatus every few seconds."""
+    over = threading.Event()
+
+    def tell() -> None:
+        emit(worker_status(job.device))
+        while not over.wait(_STATUS_EVERY_S):
+            emit(worker_status(job.device))
+
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 @dataclass(slots=True)
 class _Layer:
-    """The layer under way. parameters: in the checkpoint's dtype, on the device or lent to it; working: what it is run with, without
-    experts that are lent."""
+    """The current layer. parameters: in the checkpoint's dtype, on the device or offloaded; working: those it is run with, without
+    offloaded experts."""
 
     task: LayerPlan
     watch: Stopwatch
@@ -53,8 +293,8 @@ class _Layer:
     trial: Trial | None = None
 
 
-class Worker:
-    """Does the layers that it is given, on the device of its job."""
+class LayerSteps:
+    """Forwards and quantizes one layer after the other, on the device of its job."""
 
     def __init__(self, job: Job, emit: Emit) -> None:
         self._job = job
@@ -68,8 +308,11 @@ class Worker:
         self._layer: _Layer | None = None
 
     def embed(self, samples: Tensor) -> Iterator[Tensor]:
-        """Takes in the calibration samples (N, L) int64. Gives the inputs of the first layer, chunks of (B, L, H) on the CPU, one after
-        the other; to be gone through to its end."""
+        """Yields the inputs of the first layer, chunks of (B, L, H) on the CPU. Must be exhausted before the first layer begins.
+
+        Args:
+            samples: the calibration tokens, (N, L) int64.
+        """
         outside = read_outside(self._job, self._dtype, self._emit)
         outputs = output_order(self._job, samples, outside, self._emit)
         self._method = Method(self._job.recipe, self._job.format, outputs)
@@ -88,7 +331,7 @@ class Worker:
             self._final = without_embeddings(self._job.skeleton, outside)
 
     def begin(self, loaded: LoadedLayer, *, forward_only: bool = False) -> None:
-        """Takes up a layer that was read. With `forward_only` no statistics are gathered, and it cannot be searched."""
+        """Puts a layer that was read onto the device. With `forward_only` no statistics are gathered, and it cannot be searched."""
         release_host_memory()
         task, job = loaded.task, self._job
         self._emit(StageStarted(task.index, "forward"))
@@ -101,7 +344,7 @@ class Worker:
         self._layer = _Layer(task, loaded.watch, on, parameters, loaded.source, working, calibration)
 
     def forward(self, index: int, chunk: Tensor) -> Tensor:
-        """Takes chunk number `index`, (B, L, H), through the layer. Returns its output on the CPU, in the checkpoint's dtype."""
+        """Runs the layer on chunk number `index`, (B, L, H). Returns its output on the CPU, in the checkpoint's dtype."""
         layer, job = self._under_way(), self._job
         before = layer.watch.seconds["forward"] if index else 0.0  # the first chunk answers for `begin` as well
         with layer.watch.piece("forward"):
@@ -126,7 +369,7 @@ class Worker:
         return output
 
     def search(self) -> SearchedLayer:
-        """Quantizes the layer, after all chunks. Raises NumericalError."""
+        """Quantizes the layer after all chunks. Raises NumericalError if an input is not finite."""
         layer = self._under_way()
         assert layer.calibration is not None, "a layer that was only forwarded has no statistics"
         moments = layer.calibration.moments
@@ -151,7 +394,7 @@ class Worker:
         return SearchedLayer(layer.task, layer.watch, tensors, result, layer.source, peak)
 
     def leave(self) -> int:
-        """Ends a layer that was only forwarded. Returns the checksum of the weights that it was run with."""
+        """Drops a layer that was only forwarded, and returns the checksum of its weights."""
         checksum = self._under_way().source.crc32
         self._layer = None
         return checksum
@@ -169,7 +412,7 @@ class Worker:
         return Calibration(task, module, self._job.recipe, num_tokens, on)
 
     def _working(self, task: LayerPlan, parameters: LentTensors, on: Bench) -> dict[str, Tensor]:
-        """Parameters in the dtype that they are computed with, experts fused, and buffers; without experts that are lent."""
+        """Returns parameters in the dtype of the computation, with fused experts and buffers, without offloaded experts."""
         skeleton, prefix = self._job.skeleton, f"{self._job.skeleton.prefix}.{task.index}."
         converted = {
             name: parameters[name].to(torch.float32 if prefix + name in skeleton.float32 else self._dtype)
@@ -181,7 +424,7 @@ class Worker:
 
     @contextmanager
     def _complete(self, layer: _Layer) -> Iterator[dict[str, Tensor]]:
-        """What the layer is run with. Experts that are lent come to the device when tokens come to them."""
+        """Gives the parameters to run the layer with. Offloaded experts are copied to the device when tokens reach them."""
         if not layer.on.residency.experts:
             yield layer.working
             return
@@ -199,7 +442,7 @@ class Worker:
 
 
 def _placed(loaded: Mapping[str, Tensor], experts: Sequence[FusedParameter], on: Bench) -> LentTensors:
-    """Tensors of a layer on the device, but for those of experts that are to lie in host memory."""
+    """Moves the tensors of a layer to the device, but for experts that are to stay in host memory."""
     of_experts = {f"{path}.weight" for fused in experts for parts in fused.parts for path in parts}
     resting = of_experts if on.residency.experts else set()
     placed = {name: tensor if name in resting else tensor.to(on.device) for name, tensor in loaded.items()}

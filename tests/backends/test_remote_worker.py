@@ -24,10 +24,10 @@ from awqdist.recipe import MappingPattern, load_recipe
 from awqdist.run import shared_folder
 from awqdist.run.events import ChunkForwarded, Event, LayerFinished, Message, StageStarted
 from awqdist.run.job import Job, fingerprint, prepare
-from awqdist.run.lead import Lead
-from awqdist.run.ring import Assignment, RingBroken
+from awqdist.run.leader import Leader
 from awqdist.run.schedule import Schedule
 from awqdist.run.shared_folder import check_answers, offer_token
+from awqdist.run.worker import Assignment, RingBroken
 from awqdist.settings import RunSettings
 
 NUM_CHUNKS = 2
@@ -130,7 +130,7 @@ def test_workers_wired_to_a_ring_write_the_bytes_of_one_worker(
 ) -> None:
     job = job_of(tiny, tmp_path / "output")
     workers = [introduced(number, worker_spec(job, ALLOCATION)) for number in range(num_workers)]
-    with Lead(job, SAMPLES, lambda message: None) as lead, ThreadPoolExecutor(num_workers) as pool:
+    with Leader(job, SAMPLES, lambda message: None) as lead, ThreadPoolExecutor(num_workers) as pool:
         lead.begin("threads", num_workers)
         works = [
             pool.submit(worker.work_and_deliver, 1, assigned, deliver_to(workers[(place + 1) % num_workers], 1))

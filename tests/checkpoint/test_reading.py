@@ -19,8 +19,8 @@ from awqdist.plan.estimate import deal, estimate
 from awqdist.recipe import load_recipe
 from awqdist.run.events import Event, SourceRead
 from awqdist.run.job import prepare
-from awqdist.run.ring import Assignment, work
 from awqdist.run.schedule import Schedule
+from awqdist.run.worker import Assignment, run_worker
 from awqdist.settings import RunSettings
 
 SAMPLES = torch.randint(0, 128, (8, 32), generator=torch.Generator().manual_seed(0))
@@ -85,7 +85,7 @@ def test_a_worker_of_a_ring_reads_its_layers_once_and_what_is_in_no_layer_once(
             if isinstance(event, SourceRead):
                 told[worker] += event.num_bytes
 
-        work(jobs[worker], SAMPLES, Assignment(worker, schedule, {}, None), channel, emit)
+        run_worker(jobs[worker], SAMPLES, Assignment(worker, schedule, {}, None), channel, emit)
 
     with ThreadPoolExecutor(NUM_WORKERS) as pool:
         list(pool.map(one, range(NUM_WORKERS)))

@@ -32,8 +32,8 @@ from awqdist.quant.search import BATCH_BYTES
 from awqdist.recipe import load_recipe
 from awqdist.run.events import Event
 from awqdist.run.job import Job, prepare
-from awqdist.run.ring import Assignment, work
 from awqdist.run.schedule import Schedule
+from awqdist.run.worker import Assignment, run_worker
 from awqdist.settings import RunSettings
 
 CPU = torch.device("cpu")
@@ -118,7 +118,9 @@ def quantized(job: Job) -> dict[str, bytes]:
         pass
 
     num_chunks = -(-job.settings.num_samples // max(1, job.settings.chunk_tokens // job.settings.sequence_length))
-    work(job, SAMPLES, Assignment(0, Schedule(0, len(job.plan.tasks), 1, num_chunks), {}, None), NoTransport(), ignore)
+    run_worker(
+        job, SAMPLES, Assignment(0, Schedule(0, len(job.plan.tasks), 1, num_chunks), {}, None), NoTransport(), ignore
+    )
     return {file.name: file.read_bytes() for file in job.settings.output.glob("*.safetensors")}
 
 

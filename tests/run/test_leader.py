@@ -34,10 +34,10 @@ from awqdist.run.events import (
 )
 from awqdist.run.job import Job, prepare
 from awqdist.run.journal import read_journal
-from awqdist.run.lead import Lead
+from awqdist.run.leader import Leader
 from awqdist.run.log import encode, log_file, read_log, seconds_of_runs
-from awqdist.run.ring import Assignment
 from awqdist.run.snapshots import chunk_name, load_snapshot, save_snapshot
+from awqdist.run.worker import Assignment
 from awqdist.settings import RunSettings
 
 SAMPLES = torch.randint(0, 128, (8, 32), generator=torch.Generator().manual_seed(0))
@@ -54,8 +54,8 @@ def job(tiny: Tiny, tmp_path: Path) -> Job:
     return job_of(tiny, tmp_path / "output")
 
 
-def opened(job: Job, heard: list[Message] | None = None) -> Lead:
-    return Lead(job, SAMPLES, (lambda message: None) if heard is None else heard.append)
+def opened(job: Job, heard: list[Message] | None = None) -> Leader:
+    return Leader(job, SAMPLES, (lambda message: None) if heard is None else heard.append)
 
 
 def finished_layer(job: Job, layer: int) -> LayerFinished:
@@ -221,7 +221,7 @@ def test_a_layer_is_journaled_before_anybody_hears_of_it(job: Job) -> None:
         if isinstance(message.event, LayerFinished):
             safe.append(message.event.layer in read_journal(job.settings.output).layers)
 
-    with Lead(job, SAMPLES, listen) as lead:
+    with Leader(job, SAMPLES, listen) as lead:
         for layer in range(2):
             lead.tell(finished_layer(job, layer), 0)
     assert safe == [True, True]
@@ -273,7 +273,7 @@ def test_messages_are_heard_one_after_the_other_whoever_tells_them(job: Job) -> 
         heard.append(message)
         inside.release()
 
-    with Lead(job, SAMPLES, listen) as lead:
+    with Leader(job, SAMPLES, listen) as lead:
 
         def tell(worker: int) -> None:
             for layer in range(10):
@@ -360,9 +360,9 @@ def test_a_run_on_other_weights_than_those_of_the_finished_layers_is_refused(job
 
 def test_a_run_with_workers_on_another_device_compares_with_theirs(job: Job) -> None:
     theirs = {"device": "cuda torch.bfloat16"}
-    with Lead(job, SAMPLES, lambda message: None, theirs) as lead:
+    with Leader(job, SAMPLES, lambda message: None, theirs) as lead:
         lead.tell(finished_layer(job, 0), 0)
-    with Lead(job, SAMPLES, lambda message: None, theirs):
+    with Leader(job, SAMPLES, lambda message: None, theirs):
         pass
     with pytest.raises(OutputError, match=r"device: cuda torch.bfloat16 then, cpu"):
         opened(job)

@@ -32,14 +32,14 @@ from awqdist.run.journal import open_journal
 from awqdist.run.log import bytes_read, seconds_of_runs
 from awqdist.run.merge import merge
 from awqdist.run.output import check_output
-from awqdist.run.ring import Assignment
 from awqdist.run.schedule import Schedule
 from awqdist.run.snapshots import newest_usable, remove_old_snapshots
 from awqdist.run.summary import summarize
+from awqdist.run.worker import Assignment
 
 
-class Lead:
-    """Leads a run. `with Lead(...) as lead` holds the lock of the output folder.
+class Leader:
+    """Leads a run. `with Leader(...) as lead` holds the lock of the output folder.
 
     Args:
         job: the same as every worker's, but for the device.
@@ -70,7 +70,7 @@ class Lead:
         self._earlier_s = seconds_of_runs(self._journal.earlier)
         self._bytes_read = Counter(bytes_read(self._journal.earlier))
 
-    def __enter__(self) -> Lead:
+    def __enter__(self) -> Leader:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:

@@ -30,8 +30,8 @@ from awqdist.run.events import (
     WorkerStatus,
 )
 from awqdist.run.job import Job, prepare
-from awqdist.run.ring import Assignment, RingBroken, work
 from awqdist.run.schedule import Schedule
+from awqdist.run.worker import Assignment, RingBroken, run_worker
 from awqdist.settings import RunSettings
 
 NUM_CHUNKS = 2
@@ -129,7 +129,7 @@ def assignment(
 
 
 def alone(job: Job, told: Told, **what: object) -> None:
-    work(job, SAMPLES, assignment(0, 1, **what), Neighbours(), told)  # type: ignore[arg-type]
+    run_worker(job, SAMPLES, assignment(0, 1, **what), Neighbours(), told)  # type: ignore[arg-type]
 
 
 def layer_files(output: Path) -> list[str]:
@@ -152,7 +152,7 @@ def test_a_worker_does_the_layers_of_its_turn_and_sends_what_the_model_computes(
     tiny: Tiny, output: Path, inputs: list[list[Tensor]], worker: int
 ) -> None:
     told, neighbours = Told(), Neighbours(inputs)
-    work(job_of(tiny, output), SAMPLES, assignment(worker, 2), neighbours, told)
+    run_worker(job_of(tiny, output), SAMPLES, assignment(worker, 2), neighbours, told)
     mine = [worker, worker + 2]
     started = told.events[0]
     assert isinstance(started, WorkerStarted)
@@ -167,7 +167,7 @@ def test_a_worker_does_the_layers_of_its_turn_and_sends_what_the_model_computes(
 
 def test_a_worker_without_layers_only_says_that_it_is_there(tiny: Tiny, output: Path) -> None:
     told = Told()
-    work(job_of(tiny, output), SAMPLES, assignment(2, 3, layers=[0]), Neighbours(), told)
+    run_worker(job_of(tiny, output), SAMPLES, assignment(2, 3, layers=[0]), Neighbours(), told)
     assert [type(event) for event in told.events] == [WorkerStarted]
     assert layer_files(output) == []
 
@@ -285,7 +285,7 @@ def test_a_ring_that_breaks_while_a_layer_is_searched_leaves_it_written(
 
     told = Told(break_off)
     with pytest.raises(RingBroken):
-        work(job_of(tiny, output), SAMPLES, assignment(1, 2), neighbours, told)
+        run_worker(job_of(tiny, output), SAMPLES, assignment(1, 2), neighbours, told)
     assert told.layers(LayerFinished) == [1]
     assert layer_files(output) == [name_of(1)]
     assert not any(isinstance(event, ChunkForwarded) and event.layer == 3 for event in told.events)
@@ -299,7 +299,7 @@ def test_a_ring_that_breaks_before_a_search_begins_no_more_of_it(tiny: Tiny, out
 
     told = Told(break_off)
     with pytest.raises(RingBroken):
-        work(job_of(tiny, output), SAMPLES, assignment(0, 2), neighbours, told)
+        run_worker(job_of(tiny, output), SAMPLES, assignment(0, 2), neighbours, told)
     assert layer_files(output) == []
     assert [event.chunk for event in told.events if isinstance(event, ChunkForwarded)] == [0]
 
@@ -308,7 +308,7 @@ def test_no_thread_outlives_the_work(tiny: Tiny, output: Path) -> None:
     before = set(threading.enumerate())
     neighbours = Neighbours(broken=True)
     with pytest.raises(RingBroken):
-        work(job_of(tiny, output), SAMPLES, assignment(0, 2), neighbours, Told())
+        run_worker(job_of(tiny, output), SAMPLES, assignment(0, 2), neighbours, Told())
     alone(job_of(tiny, output), Told(), layers=[0])
     assert set(threading.enumerate()) <= before
 
