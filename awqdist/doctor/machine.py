@@ -15,7 +15,7 @@ import torch
 
 from awqdist.checkpoint.sources import dequantize_fp8
 from awqdist.plan.machine import MachineProfile
-from awqdist.quant.precision import exact_for
+from awqdist.quant.precision import low_precision_if_exact
 
 _FILE_BYTES = 1 << 28
 _LEAST_FILE_BYTES = 1 << 24
@@ -89,7 +89,7 @@ def _matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def _reduced_matmul_rate(device: torch.device) -> float:
-    with exact_for(torch.bfloat16):
+    with low_precision_if_exact(torch.bfloat16):
         return _matmul_rate(device, torch.float32)
 
 

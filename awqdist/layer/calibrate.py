@@ -13,10 +13,9 @@ from functools import partial
 from torch import Tensor, nn
 
 from awqdist.errors import ModelError
-from awqdist.layer.mlp_refit import InnerStatistics, Owner, refitted_sites
+from awqdist.layer.mlp_refit import RefitModule, RefitMoments, RowSample, refitted_sites
 from awqdist.layer.plan import LayerPlan, Site
 from awqdist.layer.residency import Bench
-from awqdist.layer.row_sample import RowSample
 from awqdist.model.experts import ExpertWatch, run_all_experts
 from awqdist.model.forward import Watch
 from awqdist.quant.moments import Moments, max_rows
@@ -41,7 +40,7 @@ class Calibration:
         matrices, of_experts = on.residency.for_matrices(on.lend), on.residency.for_experts(on.lend)
         self._plan, fitted = plan, recipe.needs_gram
         num_sampled = SAMPLED_ROWS if fitted else _FEW_ROWS
-        self._refitted: list[InnerStatistics] = []
+        self._refitted: list[RefitMoments] = []
         self._samples: dict[Site, RowSample] = {}  # of the blocks' inputs
         self._priors: dict[Site, Moments] = {}  # of inner sites of experts
         blocks: dict[Site, Moments] = {}
@@ -49,7 +48,7 @@ class Calibration:
         for site in (site for site in plan.sites if site.expert is None):
             shape = site.num_inputs, num_tokens
             if module is not None and site in refitted:
-                self._refitted.append(InnerStatistics(shape, on.device, matrices, Owner.of(site, module)))
+                self._refitted.append(RefitMoments(shape, on.device, matrices, RefitModule.of(site, module)))
                 blocks[site] = self._refitted[-1]
             else:
                 blocks[site] = Moments(*shape, on.device, matrices, exact=fitted)
@@ -74,7 +73,7 @@ class Calibration:
             if site.expert is None:
                 sample = self._samples.get(site)
                 found[site.path] = moments.add if sample is None else _both(moments.add, sample.add)
-        return found | {refitted.owner.path: refitted.module_rows.add for refitted in self._refitted}
+        return found | {refitted.module.path: refitted.module_rows.add for refitted in self._refitted}
 
     def expert_watches(self) -> dict[str, ExpertWatch]:
         """What `forward_layer` calls with the rows of experts, by fused parameters."""

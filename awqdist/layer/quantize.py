@@ -15,7 +15,7 @@ from awqdist.errors import NumericalError
 from awqdist.export.formats import Format
 from awqdist.layer.plan import LayerPlan, Site
 from awqdist.layer.records import LinearRecord, MappingRecord, SiteRecord
-from awqdist.layer.round_sites import SmoothedSites, round_sites
+from awqdist.layer.rounding import SmoothedLayer, round_layer
 from awqdist.model.forward import LayerCall
 from awqdist.model.mapping import TOLERANCE, ResolvedMapping, SmoothedParameters, change_of_output
 from awqdist.quant.candidates import ScaleChoice
@@ -99,8 +99,8 @@ def quantize_layer(
     with tell("round"):
         grid_dtypes = {q.path: method.layout.grid_dtype(tensors.resting[q.weight].dtype) for q in plan.quantized}
         homes = {q.path: tensors.resting[q.weight].device for q in plan.quantized}
-        sites = SmoothedSites(moments, scales, grid_dtypes, homes, method.outputs)
-        quantized, linears = round_sites(plan, smoothed, sites, method.recipe)
+        layer = SmoothedLayer(smoothed, moments, scales, grid_dtypes, homes)
+        quantized, linears = round_layer(plan, layer, method.recipe, method.outputs)
     return LayerResult(
         weights=quantized,
         parameters={

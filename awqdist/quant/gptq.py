@@ -254,18 +254,23 @@ def round_block(work: Tensor, factor: Tensor, scales: Tensor, zeros: Tensor, lim
     Returns:
         The codes (B, k, O) uint8, and the errors (B, k, O) float32 to push onto later inputs.
     """
-    codes, errors = torch.empty_like(work), torch.empty_like(work)
+    codes, errors = torch.empty_like(work, dtype=torch.uint8), torch.empty_like(work)
     pivots = factor.diagonal(dim1=1, dim2=2).unsqueeze(-1)  # (B, k, 1)
     for start in range(0, work.shape[1], SUB_BLOCK):
         stop = min(start + SUB_BLOCK, work.shape[1])
+        own = factor[
+            :, start:stop, start:stop
+        ].mT.contiguous()  # its rows lie together: products of many problems take half the time
         for i in range(start, stop):
-            column, code, error = work[:, i], codes[:, i], errors[:, i]  # (B, O)
+            column, scale, zero = work[:, i], scales[:, i], zeros[:, i]  # (B, O)
             if i > start:
-                column = column - torch.bmm(factor[:, start:i, i].unsqueeze(1), errors[:, start:i]).squeeze(1)
-            torch.addcdiv(zeros[:, i], column, scales[:, i], out=code).round_().clamp_(0, limit)
-            torch.sub(column, (code - zeros[:, i]).mul_(scales[:, i]), out=error).div_(pivots[:, i])
+                before = own[:, i - start : i - start + 1, : i - start]  # (B, 1, i - start)
+                column = column - torch.bmm(before, errors[:, start:i]).squeeze(1)
+            code = torch.addcdiv(zero, column, scale).round_().clamp_(0, limit)
+            codes[:, i] = code
+            torch.sub(column, code.sub_(zero).mul_(scale), out=errors[:, i]).div_(pivots[:, i])
         work[:, stop:].baddbmm_(factor[:, start:stop, stop:].mT, errors[:, start:stop], alpha=-1)
-    return codes.to(torch.uint8), errors
+    return codes, errors
 
 
 @round_block.register_fake

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from awqdist.quant.lending import HOST, HostMemory, Lend
-from awqdist.quant.precision import exact_for, has_fast_bfloat16
+from awqdist.quant.precision import has_fast_bfloat16, low_precision_if_exact
 
 PRIOR_TOKENS = 32.0
 SKETCH_ROWS = 256
@@ -217,7 +217,7 @@ class Moments:
         if self._rows:
             rows = self._lent(torch.cat(self._rows))
             wide = rows.float()
-            with exact_for(rows.dtype):
+            with low_precision_if_exact(rows.dtype):
                 gram.addmm_(wide.T, wide, alpha=self.num_tokens / self._num_kept)
         return gram
 
@@ -240,7 +240,7 @@ class Moments:
     def _add_product(self, gram: Tensor, rows: Tensor) -> None:
         """Adds rows.T @ rows of rows (T, I) float32 to the blocks of `gram` (I, I) on and below its diagonal."""
         self._symmetric = False
-        with exact_for(self._dtype):
+        with low_precision_if_exact(self._dtype):
             for start in range(0, self.num_inputs, _BLOCK):
                 tile = gram[start:, start : start + _BLOCK]
                 lent = self._lent(tile)

@@ -18,6 +18,12 @@ def read_value(tensor: Tensor, assumed: float) -> float:
     return assumed if tensor.is_meta or isinstance(tensor, FakeTensor) else tensor.item()
 
 
+def read_values(tensor: Tensor, assumed: float) -> list[float]:
+    """Returns the values of a tensor (n,) as `read_value` does."""
+    is_empty = tensor.is_meta or isinstance(tensor, FakeTensor)
+    return [assumed] * tensor.shape[0] if is_empty else tensor.tolist()
+
+
 @cache
 def has_fast_bfloat16(device: torch.device) -> bool:
     """Returns whether the hardware multiplies bfloat16. CPUs that do not emulate it, slower than float32."""
@@ -26,7 +32,7 @@ def has_fast_bfloat16(device: torch.device) -> bool:
 
 
 @contextmanager
-def exact_for(dtype: torch.dtype) -> Iterator[None]:
+def low_precision_if_exact(dtype: torch.dtype) -> Iterator[None]:
     """Lets float32 products of values that came in `dtype` run on reduced-precision units where that loses nothing.
 
     bfloat16 values have 8 significant bits: a bfloat16 (CPU) or TF32 (CUDA) multiplier takes them unrounded, and the sums are

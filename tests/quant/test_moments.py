@@ -10,7 +10,7 @@ from torch import Tensor
 
 from awqdist.quant.grid import rounding_difference
 from awqdist.quant.moments import Moments, quadratic_form
-from awqdist.quant.precision import exact_for
+from awqdist.quant.precision import low_precision_if_exact
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 NUM_INPUTS = 48
@@ -141,7 +141,7 @@ def precisions() -> tuple[str, str]:
 def test_the_precision_of_products_is_what_it_was_afterwards(dtype: torch.dtype, fails: bool) -> None:
     before = precisions()
     try:
-        with exact_for(dtype):
+        with low_precision_if_exact(dtype):
             inside = precisions()
             if fails:
                 raise KeyError
@@ -161,9 +161,9 @@ def test_the_precision_of_products_is_what_it_was_afterwards(dtype: torch.dtype,
 
 def test_precisions_nest() -> None:
     before = precisions()
-    with exact_for(torch.float16):
+    with low_precision_if_exact(torch.float16):
         outer = precisions()
-        with exact_for(torch.bfloat16):
+        with low_precision_if_exact(torch.bfloat16):
             assert precisions() != outer
         assert precisions() == outer
     assert precisions() == before
@@ -171,7 +171,7 @@ def test_precisions_nest() -> None:
 
 def test_overlapping_threads_leave_the_precision_as_they_found_it() -> None:
     before = precisions()
-    first, second = exact_for(torch.bfloat16), exact_for(torch.bfloat16)
+    first, second = low_precision_if_exact(torch.bfloat16), low_precision_if_exact(torch.bfloat16)
     first.__enter__()
     second.__enter__()  # as another thread would, before the first one is out
     first.__exit__(None, None, None)

@@ -11,7 +11,7 @@ import torch
 from support.quant_oracles import Array, activations, random_weight
 from torch import Tensor, nn
 
-from awqdist.layer.mlp_refit import InnerStatistics, Owner, Refitting, num_kept_rows
+from awqdist.layer.mlp_refit import Refit, RefitModule, RefitMoments, num_kept_rows
 from awqdist.quant.factor import refit_correction
 from awqdist.quant.grid import rounding_difference
 from awqdist.recipe import WeightScheme
@@ -39,7 +39,7 @@ class Problem:
     scales: Tensor  # (H,), that the rows are divided by
     before: dict[str, Tensor]
     after: dict[str, Tensor]
-    found: Refitting
+    found: Refit
 
     def inner(self, parameters: dict[str, Tensor]) -> Array:
         """What `down` reads, (T, I)."""
@@ -62,18 +62,18 @@ def problem(dtype: torch.dtype = torch.float32) -> Problem:
     after = dict(before)
     for name in ("gate.weight", "up.weight"):
         after[name] = before[name] + rounding_difference(before[name], torch.ones(WIDTH), SCHEME, torch.float32)
-    owner = Owner(Gated(), "mlp", "down")
-    statistics = InnerStatistics((INNER, NUM_TOKENS), torch.device("cpu"), None, owner)
+    module = RefitModule(Gated(), "mlp", "down")
+    moments = RefitMoments((INNER, NUM_TOKENS), torch.device("cpu"), None, module)
     for chunk in rows.split(250):
-        statistics.module_rows.add(chunk)
-    return Problem(rows.float(), scales, before, after, statistics.refitting(before, after, scales))
+        moments.module_rows.add(chunk)
+    return Problem(rows.float(), scales, before, after, moments.refit(before, after, scales))
 
 
 def test_the_gram_matrix_is_of_the_input_as_it_comes_from_rounded_linears() -> None:
     p = problem()
     inputs = p.inner(p.after)
-    assert p.found.statistics.num_tokens == NUM_TOKENS
-    np.testing.assert_allclose(p.found.statistics.gram().numpy(), inputs.T @ inputs, rtol=1e-3, atol=1e-2)
+    assert p.found.moments.num_tokens == NUM_TOKENS
+    np.testing.assert_allclose(p.found.moments.gram().numpy(), inputs.T @ inputs, rtol=1e-3, atol=1e-2)
 
 
 def test_what_is_lost_is_the_difference_of_the_outputs_times_the_input() -> None:
@@ -88,7 +88,7 @@ def test_the_correction_is_that_of_ridge_regression_and_makes_up_for_most_of_the
     moment = inputs.T @ inputs
     ridge = DAMPENING * moment.diagonal().mean() * np.eye(INNER)
     expected = np.linalg.solve(moment + ridge, inputs.T @ (exact - inputs @ p.weight.T)).T
-    found = refit_correction(p.found.statistics.gram(), p.found.lost, DAMPENING).double().numpy()
+    found = refit_correction(p.found.moments.gram(), p.found.lost, DAMPENING).double().numpy()
     np.testing.assert_allclose(found, expected, atol=2e-2 * np.abs(expected).max())
 
     def error(weight: Array) -> float:
@@ -99,12 +99,12 @@ def test_the_correction_is_that_of_ridge_regression_and_makes_up_for_most_of_the
 
 def test_in_bfloat16_it_is_about_the_same() -> None:
     exact, p = problem(), problem(torch.bfloat16)
-    corrections = [refit_correction(x.found.statistics.gram(), x.found.lost, DAMPENING) for x in (exact, p)]
+    corrections = [refit_correction(x.found.moments.gram(), x.found.lost, DAMPENING) for x in (exact, p)]
     assert (corrections[1] - corrections[0]).norm() < 0.2 * corrections[0].norm()
 
 
 def test_inputs_that_were_never_active_are_left_alone() -> None:
-    gram, lost = problem().found.statistics.gram().clone(), problem().found.lost.clone()
+    gram, lost = problem().found.moments.gram().clone(), problem().found.lost.clone()
     gram[3], gram[:, 3], lost[3] = 0, 0, 0
     assert not refit_correction(gram, lost, DAMPENING)[:, 3].any()
 
