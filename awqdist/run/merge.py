@@ -1,5 +1,7 @@
-"""From finished layers to a model: copies what is not quantized, checks that nothing is missing, and writes the index last. Before that
-no loader takes the folder for a model."""
+"""Completes the output once all layers are finished: copies what is not quantized, checks the layers, and writes the index last.
+
+Before the index is there, no loader takes the folder for a model.
+"""
 
 from __future__ import annotations
 
@@ -27,10 +29,14 @@ _NOT_COPIED = {"config.json", INDEX_FILE, "pytorch_model.bin.index.json"}
 
 
 def merge(job: Job, journal: Journal, emit: Emit, count: Callable[[int], None]) -> int:
-    """Finishes the output folder of a job whose layers are all in the journal. Returns the bytes of the model's tensors.
+    """Completes the output folder of a job whose layers are all in the log. Returns the bytes of the model's tensors.
 
-    count: is told the bytes that were read of every tensor that is copied.
-    Raises OutputError if a layer is missing or its file is not what the journal says.
+    Args:
+        emit: is told once the tensors outside the layers are copied.
+        count: is given the bytes read of every tensor that is copied.
+
+    Raises:
+        OutputError: a layer is missing, or its file differs from what the log says.
     """
     output = job.settings.output
     check_layers(output, job.plan, journal.entries)
@@ -51,20 +57,18 @@ def merge(job: Job, journal: Journal, emit: Emit, count: Callable[[int], None]) 
 
 
 def check_layers(output: Path, plan: Plan, entries: JournalEntries) -> None:
-    """Raises OutputError unless every layer of the plan has a journal line and a file of the size that it gives."""
+    """Raises OutputError unless every layer of the plan has a record and a file of the recorded size."""
     for task in plan.tasks:
         record = entries.layers.get(task.index)
         if record is None:
             raise OutputError(f"{output}: layer {task.index} is missing; run the same command again")
         file = output / record.file
         if not file.is_file() or file.stat().st_size != record.num_bytes:
-            raise OutputError(
-                f"{file} is missing or has another size than the journal says; run the same command again"
-            )
+            raise OutputError(f"{file} is missing or has another size than the log says; run the same command again")
 
 
 def build_index(output: Path, files: list[str]) -> dict[str, Any]:
-    """The contents of model.safetensors.index.json for `files`."""
+    """Returns the contents of model.safetensors.index.json for `files`."""
     weight_map: dict[str, str] = {}
     total = 0
     for file in files:
