@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Quantizes on a Ray cluster that runs already, and shows the log until the job ends:
+# Quantizes on a running Ray cluster, and shows the log until the job ends:
 #
 #     export RAY_ADDRESS=http://HEAD:8265
 #     launch/ray-job.sh MODEL OUTPUT [OPTIONS OF awqdist quantize]

@@ -1,4 +1,4 @@
-"""Prints what `awqdist doctor` finds: the checks of the environment, and the measured throughput of the machine."""
+"""`awqdist doctor`: checks the environment and measures its throughput."""
 
 from __future__ import annotations
 
@@ -9,12 +9,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from awqdist.backends.ray import describe_cluster
-from awqdist.doctor.folder_health import check_folder
-from awqdist.doctor.health import Check, check_machine
-from awqdist.doctor.machine import measure_machine
-from awqdist.errors import AwqdistError, OffloadError
-from awqdist.offload.nvme import BUILD_COMMAND, build_operator
+from awqdist.doctor.health import Check, build_nvme, check_folder, check_machine, check_ray
+from awqdist.doctor.profile import measure_machine
+from awqdist.errors import AwqdistError
 from awqdist.plan.machine import MachineProfile
 from awqdist.run.device import choose_device
 
@@ -22,31 +19,33 @@ _COLORS = {"ok": "green", "warn": "yellow", "fail": "red"}
 _console = Console()
 
 
-def examine(
-    folder: Path, *, build_nvme: bool, profile: Path | None, ray_address: str | None, as_json: bool = False
-) -> None:
-    """Prints every check and the throughput of the machine; exit status 1 if any check failed.
+def examine(folder: Path, *, build: bool, profile: Path | None, ray_address: str | None, as_json: bool = False) -> None:
+    """Shows every check and the rates of the machine.
 
     Args:
-        folder: The output folder, or a folder on the disk in question.
-        build_nvme: Compile DeepNVMe's operator first.
-        profile: File to write the throughput to.
-        ray_address: Address of the Ray cluster.
-        as_json: Print one JSON object.
+        folder: OUTPUT, or a folder on the disk in question.
+        build: compile DeepNVMe's operator first.
+        profile: file for the measured rates.
+        ray_address: of the cluster to join.
+        as_json: print JSON instead of lines.
+
+    Raises:
+        SystemExit: status 1 if any check failed.
     """
     checks: list[Check] = []
 
-    def show(found: list[Check]) -> None:
+    def show(*found: Check) -> None:
         checks.extend(found)
-        if not as_json:
-            for check in found:
-                _print(check)
+        for check in found if not as_json else ():
+            remedy = f" → {check.remedy}" if check.remedy else ""
+            color = _COLORS[check.state]
+            _print(f"[{color}]{check.state:4}[/{color}] {check.name}: {escape(check.found + remedy)}")
 
-    if build_nvme:
-        show([_built(quiet=as_json)])
-    show(check_machine())
-    show(check_folder(folder))
-    show([_ray(ray_address)])
+    if build:
+        show(build_nvme(lambda line: None if as_json else _print(f"     {escape(line)}")))
+    show(*check_machine())
+    show(*check_folder(folder))
+    show(check_ray(ray_address))
     rates = None
     if all(check.state != "fail" for check in checks if check.name in ("folder", "free space")):
         rates = _measured(folder)
@@ -60,24 +59,6 @@ def examine(
         raise SystemExit(1)
 
 
-def _built(*, quiet: bool) -> Check:
-    """Compiles DeepNVMe's operator. With `--build-nvme` it is a failure if that does not succeed."""
-    try:
-        build_operator(lambda message: None if quiet else _console.print(f"     {escape(message)}", soft_wrap=True))
-    except OffloadError as error:
-        reason, _, remedy = str(error).rpartition("; ")
-        return Check("build", "fail", reason, f"{remedy}, then `{BUILD_COMMAND}` again")
-    return Check("build", "ok", "DeepNVMe's operator is compiled and loads")
-
-
-def _ray(address: str | None) -> Check:
-    try:
-        return Check("Ray", "ok", describe_cluster(address))
-    except AwqdistError as error:
-        reason, _, remedy = str(error).rpartition("; ")
-        return Check("Ray", "fail", reason, remedy)
-
-
 def _measured(folder: Path) -> MachineProfile:
     place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
     try:
@@ -86,25 +67,17 @@ def _measured(folder: Path) -> MachineProfile:
         raise AwqdistError(f"cannot measure in {place}: {error.strerror or error}; give another folder") from error
 
 
-def _print(check: Check) -> None:
-    remedy = f" → {check.remedy}" if check.remedy else ""
-    color = _COLORS[check.state]
-    _console.print(
-        f"[{color}]{check.state:4}[/{color}] {check.name}: {escape(check.found + remedy)}",
-        soft_wrap=True,
-        highlight=False,
-    )
-
-
 def _print_rates(rates: MachineProfile, profile: Path | None) -> None:
     products = ", ".join(f"{name} {rate / 1e12:.2f}" for name, rate in rates.matmul_flops_per_s.items())
     copies = rates.host_to_device_bytes_per_s
     to_device = f", to the GPU {copies / 1e9:.1f} GB/s" if copies else ""
-    _console.print(
+    _print(
         f"     disk: read {rates.read_bytes_per_s / 1e9:.2f} GB/s, write {rates.write_bytes_per_s / 1e9:.2f} GB/s{to_device};"
-        f" matmul on {rates.device}, TFLOP/s: {products}",
-        soft_wrap=True,
-        highlight=False,
+        f" matmul on {rates.device}, TFLOP/s: {products}"
     )
     if profile is not None:
-        _console.print(f"     written to {escape(str(profile))}", soft_wrap=True, highlight=False)
+        _print(f"     written to {escape(str(profile))}")
+
+
+def _print(line: str) -> None:
+    _console.print(line, soft_wrap=True, highlight=False)

@@ -169,7 +169,7 @@ def doctor(
     """Checks the environment and measures its throughput. Exit status 1 if a check fails."""
     from awqdist.cli.doctor import examine
 
-    examine(folder, build_nvme=build_nvme, profile=profile, ray_address=ray_address, as_json=as_json)
+    examine(folder, build=build_nvme, profile=profile, ray_address=ray_address, as_json=as_json)
 
 
 @app.command(epilog="Example: awqdist demo ./awqdist-demo")

@@ -13,10 +13,9 @@ import pytest
 import torch
 from support.command_line import awqdist, folder_as_it_was
 
-from awqdist.doctor import folder_health, health
-from awqdist.doctor.folder_health import check_folder
-from awqdist.doctor.health import Check, check_machine
-from awqdist.doctor.machine import measure_machine
+from awqdist.doctor import health
+from awqdist.doctor.health import Check, check_folder, check_machine
+from awqdist.doctor.profile import measure_machine
 from awqdist.errors import AwqdistError, OffloadError
 from awqdist.plan.machine import MachineProfile
 
@@ -24,9 +23,9 @@ from awqdist.plan.machine import MachineProfile
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """No Ray of other tests, and a small file to measure with."""
-    monkeypatch.setattr("awqdist.doctor.machine._FILE_BYTES", 1 << 25)
-    monkeypatch.setattr("awqdist.doctor.machine._MATMUL_S", 0.01)
-    monkeypatch.setattr("awqdist.cli.doctor.describe_cluster", lambda address: "a cluster of 3 nodes")
+    monkeypatch.setattr("awqdist.doctor.profile._FILE_BYTES", 1 << 25)
+    monkeypatch.setattr("awqdist.doctor.profile._MEASURE_S", 0.01)
+    monkeypatch.setattr("awqdist.backends.ray.describe_cluster", lambda address: "a cluster of 3 nodes")
 
 
 def states(checks: list[Check]) -> dict[str, str]:
@@ -129,7 +128,7 @@ def test_a_rename_that_lets_a_reader_see_nothing_fails(tmp_path: Path, monkeypat
 
 def test_little_space_is_a_warning_and_none_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for limit, state in (("_LITTLE_BYTES", "warn"), ("_HARDLY_ANY_BYTES", "fail")):
-        monkeypatch.setattr(folder_health, limit, 1 << 60)
+        monkeypatch.setattr(health, limit, 1 << 60)
         assert states(check_folder(tmp_path))["free space"] == state
 
 
@@ -146,7 +145,7 @@ def test_a_cluster_that_cannot_be_joined_fails(tmp_path: Path, monkeypatch: pyte
     def nowhere(address: str | None) -> str:
         raise AwqdistError(f"no Ray cluster can be joined at {address}: refused; give HOST:PORT of its head")
 
-    monkeypatch.setattr("awqdist.cli.doctor.describe_cluster", nowhere)
+    monkeypatch.setattr("awqdist.backends.ray.describe_cluster", nowhere)
     outcome = awqdist("doctor", tmp_path, "--ray-address", "127.0.0.1:1")
     assert outcome.code == 1
     assert (
@@ -162,7 +161,7 @@ def test_an_operator_that_does_not_compile_fails_only_where_it_is_asked_for(
         raise OffloadError("DeepSpeed's async_io operator needs libaio and its headers; install libaio-dev")
 
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
-    monkeypatch.setattr("awqdist.cli.doctor.build_operator", refuse)
+    monkeypatch.setattr("awqdist.doctor.health.build_operator", refuse)
     plain = awqdist("doctor", tmp_path)
     assert plain.code == 0
     assert "warn DeepNVMe: DeepSpeed's pin_memory operator is not compiled" in plain.stdout

@@ -1,4 +1,4 @@
-"""What a machine can do: bandwidths and rates, measured in a few seconds, and kept as a profile that `awqdist plan` can read."""
+"""Measures the bandwidths and rates of a machine in a few seconds, as a profile from which `awqdist plan` predicts run times."""
 
 from __future__ import annotations
 
@@ -23,26 +23,39 @@ _BLOCK_BYTES = 1 << 24
 _COPY_BYTES = 1 << 28
 _DIGEST_BYTES = 1 << 24
 _NUM_OPERATIONS = 200
-_MATMUL_S = 0.4  # how long each rate is measured
-_MATMULS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_MEASURE_S = 0.4  # how long each rate is measured
 
 
 def measure_machine(folder: Path, device: torch.device) -> MachineProfile:
-    """Measures for some seconds. folder: on the disk in question, and writable. Raises OSError."""
+    """Measures a machine for some seconds.
+
+    Args:
+        folder: writable, on the disk to be measured.
+        device: whose products and memory are measured.
+
+    Raises:
+        OSError: `folder` cannot be written to.
+    """
     write, read = _disk_rates(folder)
     is_gpu, host = device.type == "cuda", torch.device("cpu")
-    rates = {name: _matmul_rate(device, dtype) for name, dtype in _MATMULS.items()}
+    data, weight = os.urandom(_DIGEST_BYTES), torch.randn(2048, 2048).to(torch.float8_e4m3fn)
+    scales = torch.ones(16, 16)
+    rates = {
+        str(dtype).removeprefix("torch."): _matmul_rate(device, dtype) for dtype in (torch.float32, torch.bfloat16)
+    }
     if is_gpu:
-        rates["tfloat32"] = _reduced_matmul_rate(device)
+        with low_precision_if_exact(torch.bfloat16):
+            rates["tfloat32"] = _matmul_rate(device, torch.float32)
     return MachineProfile(
         host=gethostname(),
         device=torch.cuda.get_device_name(device) if is_gpu else "cpu",
         threads=torch.get_num_threads(),
         read_bytes_per_s=read,
         write_bytes_per_s=write,
-        checksum_bytes_per_s=_digest_rate(zlib.crc32),
-        hash_bytes_per_s=_digest_rate(lambda data: hashlib.sha256(data).digest()),
-        dequantized_per_s=_dequantize_rate(),
+        checksum_bytes_per_s=_DIGEST_BYTES / _seconds(lambda: zlib.crc32(data), host),
+        hash_bytes_per_s=_DIGEST_BYTES / _seconds(lambda: hashlib.sha256(data).digest(), host),
+        dequantized_per_s=weight.numel()
+        / _seconds(lambda: dequantize_fp8(weight, scales, (128, 128), torch.bfloat16), host),
         host_memory_bytes_per_s=_memory_rate(host),
         memory_bytes_per_s=_memory_rate(device),
         operation_s=_operation_s(device),
@@ -53,7 +66,7 @@ def measure_machine(folder: Path, device: torch.device) -> MachineProfile:
 
 
 def _disk_rates(folder: Path) -> tuple[float, float]:
-    """Bytes per second of writing one file, synced, and of reading it again from the disk itself as far as the system allows."""
+    """Returns bytes per second of writing and syncing one file, and of reading it back from the disk as far as the system allows."""
     size = min(_FILE_BYTES, max(_LEAST_FILE_BYTES, shutil.disk_usage(folder).free // 10))
     block = memoryview(os.urandom(_BLOCK_BYTES))
     file = folder / f"awqdist-doctor-{os.getpid()}.tmp"
@@ -79,51 +92,34 @@ def _disk_rates(folder: Path) -> tuple[float, float]:
 def _copy_rate(device: torch.device) -> float:
     source = torch.empty(_COPY_BYTES, dtype=torch.uint8, pin_memory=True)
     target = torch.empty_like(source, device=device)
-    return _COPY_BYTES / _seconds_of(lambda: target.copy_(source), device)
+    return _COPY_BYTES / _seconds(lambda: target.copy_(source), device)
 
 
 def _matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     size = 8192 if device.type == "cuda" else 1024
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    return float(2 * size**3 / _seconds_of(lambda: left @ right, device))
-
-
-def _reduced_matmul_rate(device: torch.device) -> float:
-    with low_precision_if_exact(torch.bfloat16):
-        return _matmul_rate(device, torch.float32)
+    return float(2 * size**3 / _seconds(lambda: left @ right, device))
 
 
 def _memory_rate(device: torch.device) -> float:
     source = torch.ones(_COPY_BYTES // 4, device=device)
     target = torch.empty_like(source)
-    return 2 * _COPY_BYTES / _seconds_of(lambda: torch.neg(source, out=target), device)
+    return 2 * _COPY_BYTES / _seconds(lambda: torch.neg(source, out=target), device)
 
 
 def _operation_s(device: torch.device) -> float:
-    """Of one of many small operations that follow each other, each on a row of matrices."""
+    """Returns the seconds of one small operation in a sequence of many, each on a row of matrices."""
     left, right, result = (torch.ones(_NUM_OPERATIONS, 64, device=device) for _ in range(3))
 
     def many() -> None:
         for i in range(_NUM_OPERATIONS):
             torch.sub(left[i], right[i], out=result[i])
 
-    return _seconds_of(many, device) / _NUM_OPERATIONS
+    return _seconds(many, device) / _NUM_OPERATIONS
 
 
-def _digest_rate(digest: Callable[[bytes], object]) -> float:
-    data = os.urandom(_DIGEST_BYTES)
-    return _DIGEST_BYTES / _seconds_of(lambda: digest(data), torch.device("cpu"))
-
-
-def _dequantize_rate() -> float:
-    weight = torch.randn(2048, 2048).to(torch.float8_e4m3fn)
-    scale = torch.ones(16, 16)
-    seconds = _seconds_of(lambda: dequantize_fp8(weight, scale, (128, 128), torch.bfloat16), torch.device("cpu"))
-    return weight.numel() / seconds
-
-
-def _seconds_of(work: Callable[[], object], device: torch.device) -> float:
-    """The least time that a piece of work took, of as many as go into the measuring time."""
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Returns the least time that `work` took, of as many repetitions as fit into the measuring time."""
 
     def once() -> float:
         start = time.perf_counter()
@@ -133,7 +129,7 @@ def _seconds_of(work: Callable[[], object], device: torch.device) -> float:
         return time.perf_counter() - start
 
     once()
-    end, times = time.perf_counter() + _MATMUL_S, [once()]
+    end, times = time.perf_counter() + _MEASURE_S, [once()]
     while time.perf_counter() < end:
         times.append(once())
     return min(times)
