@@ -1,4 +1,4 @@
-"""Holds the chunks that a neighbor has sent until the worker takes them."""
+"""Holds the chunks that a neighbour has sent until the worker takes them."""
 
 from __future__ import annotations
 

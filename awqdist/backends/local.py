@@ -20,11 +20,11 @@ class NoTransport:
 
     def send(self, layer: int, chunk: int, hidden: Tensor) -> None:
         """Is never called."""
-        raise AssertionError("a single worker has no neighbor to send to")
+        raise AssertionError("a single worker has no neighbour to send to")
 
     def receive(self, layer: int, chunk: int) -> Tensor:
         """Is never called."""
-        raise AssertionError("a single worker has no neighbor to receive from")
+        raise AssertionError("a single worker has no neighbour to receive from")
 
     def check(self) -> None:
         """Does nothing: a ring of one cannot break."""

@@ -28,7 +28,7 @@ from awqdist.run.device import launcher_value
 from awqdist.run.events import Message
 from awqdist.run.worker import Assignment
 
-PATIENCE = timedelta(days=30)  # a neighbor may search for hours; the launcher ends ranks whose neighbor died
+PATIENCE = timedelta(days=30)  # a neighbour may search for hours; the launcher ends ranks whose neighbour died
 _MESSAGES = "messages"
 _POLL_S = 0.05
 _LEAVE_S = 10.0  # how long the leader waits for the others to read its last value
@@ -235,7 +235,7 @@ class RankTransport:
             thread.start()
 
     def send(self, layer: int, chunk: int, hidden: Tensor) -> None:
-        """Queues a chunk. Only its bytes are sent: the neighbor's schedule tells it which chunk comes next."""
+        """Queues a chunk. Only its bytes are sent: the neighbour's schedule tells it which chunk comes next."""
         self._outbox.put(hidden)
 
     def close(self) -> None:
@@ -266,4 +266,4 @@ class RankTransport:
                 torch.cuda.set_device(self._device)
             function()
         except Exception as error:  # whatever the process group raises: no more chunks will come
-            self._inbox.break_off(f"a neighbor of rank {self._rank} is gone: {str(error).splitlines()[0]}")
+            self._inbox.break_off(f"a neighbour of rank {self._rank} is gone: {str(error).splitlines()[0]}")

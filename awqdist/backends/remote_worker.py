@@ -1,4 +1,4 @@
-"""A worker that a driver controls from another process: the driver assigns layers and collects messages, a neighbor delivers chunks.
+"""A worker that a driver controls from another process: the driver assigns layers and collects messages, a neighbour delivers chunks.
 
 A run may take several attempts: when a worker is lost, the others are stopped, keep their process, and start again with another assignment.
 Chunks that arrive late from an earlier attempt are discarded. How calls travel is the backend's business; Ray's actors are made of it.
@@ -22,14 +22,14 @@ from awqdist.backends.placement import Allocation
 from awqdist.errors import CheckpointError
 from awqdist.model.families import register_mappings, registered_mappings
 from awqdist.recipe import MappingPattern, Recipe
-from awqdist.run.chunks import open_chunk_store
+from awqdist.run.chunks import open_chunk_store, store_budget
 from awqdist.run.events import Event, Message
 from awqdist.run.job import Job, fingerprint, prepare, with_threads
 from awqdist.run.shared_folder import answer_token
 from awqdist.run.worker import Assignment, RingBroken, run_worker
 from awqdist.settings import RunSettings
 
-Deliver = Callable[[int, int, Tensor], None]  # (layer, chunk, hidden); returns when the neighbor has it
+Deliver = Callable[[int, int, Tensor], None]  # (layer, chunk, hidden); returns when the neighbour has it
 
 _MAX_CHUNKS_IN_FLIGHT = 2  # from one worker to the next
 
@@ -71,6 +71,7 @@ class RemoteWorker:
     def introduce(self, token: str) -> WorkerInfo:
         """Opens the model and answers the leader's token in the output folder. Raises AwqdistError if either is not visible here."""
         self._job: Job = prepare(self._spec.recipe, self._spec.settings)
+        self._budget_bytes = store_budget(self._job, self._spec.num_workers)
         answer_token(self._job.settings.output, token, self._number)
         return WorkerInfo(gethostname(), str(self._job.device), fingerprint(self._job, self._samples))
 
@@ -124,8 +125,7 @@ class RemoteWorker:
             if attempt not in self._inboxes:
                 for old in self._inboxes.values():
                     old.close()
-                store = open_chunk_store(self._job, self._spec.num_workers)
-                self._inboxes = {attempt: Inbox(store)}
+                self._inboxes = {attempt: Inbox(open_chunk_store(self._job, self._budget_bytes))}
             return self._inboxes[attempt]
 
 
@@ -140,7 +140,7 @@ class _Transport:
         def delivered() -> None:
             try:
                 self._deliver(layer, chunk, hidden)
-            except Exception as error:  # of any kind: the neighbor will wait in vain, and so does the ring
+            except Exception as error:  # of any kind: the neighbour will wait in vain, and so does the ring
                 self._inbox.break_off(f"a chunk could not be delivered: {error}")
                 raise
 

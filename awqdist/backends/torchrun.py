@@ -23,7 +23,7 @@ from awqdist.backends.remote_worker import WorkerInfo, agreed_fingerprint
 from awqdist.errors import AwqdistError
 from awqdist.layer.records import RunSummary
 from awqdist.recipe import Recipe
-from awqdist.run.chunks import open_chunk_store
+from awqdist.run.chunks import open_chunk_store, store_budget
 from awqdist.run.device import choose_device, launcher_value
 from awqdist.run.events import Event, Listen, Message
 from awqdist.run.job import Job, fingerprint, prepare, token_chunks, with_threads
@@ -128,7 +128,7 @@ def _transport(job: Job, samples: Tensor, assignment: Assignment) -> Iterator[Ra
     """Opens the transport of an assignment; all ranks call it together. After a failure it is left as it is."""
     width = job.skeleton.model.config.get_text_config(decoder=True).hidden_size
     shapes = [(*tokens.shape, width) for tokens in token_chunks(job.settings, samples)]
-    store = open_chunk_store(job, assignment.schedule.num_workers)
+    store = open_chunk_store(job, store_budget(job, assignment.schedule.num_workers))
     transport = RankTransport(assignment, shapes, job.skeleton.dtype, job.device, store)
     yield transport
     transport.close()

@@ -38,8 +38,9 @@ def measure_machine(folder: Path, device: torch.device) -> MachineProfile:
     """
     write, read = _disk_rates(folder)
     is_gpu, host = device.type == "cuda", torch.device("cpu")
-    data, weight = os.urandom(_DIGEST_BYTES), torch.randn(2048, 2048).to(torch.float8_e4m3fn)
-    scales = torch.ones(16, 16)
+    data = os.urandom(_DIGEST_BYTES)
+    weight, scales = torch.randn(2048, 2048).to(torch.float8_e4m3fn), torch.ones(16, 16)
+    dequantize_s = _seconds(lambda: dequantize_fp8(weight, scales, (128, 128), torch.bfloat16), host)
     rates = {
         str(dtype).removeprefix("torch."): _matmul_rate(device, dtype) for dtype in (torch.float32, torch.bfloat16)
     }
@@ -54,8 +55,7 @@ def measure_machine(folder: Path, device: torch.device) -> MachineProfile:
         write_bytes_per_s=write,
         checksum_bytes_per_s=_DIGEST_BYTES / _seconds(lambda: zlib.crc32(data), host),
         hash_bytes_per_s=_DIGEST_BYTES / _seconds(lambda: hashlib.sha256(data).digest(), host),
-        dequantized_per_s=weight.numel()
-        / _seconds(lambda: dequantize_fp8(weight, scales, (128, 128), torch.bfloat16), host),
+        dequantized_per_s=weight.numel() / dequantize_s,
         host_memory_bytes_per_s=_memory_rate(host),
         memory_bytes_per_s=_memory_rate(device),
         operation_s=_operation_s(device),

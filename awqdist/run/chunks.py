@@ -35,17 +35,22 @@ def sweep_offload(job: Job) -> None:
             offload_folder(job).rmdir()
 
 
-def open_chunk_store(job: Job, num_workers: int, warn: Callable[[str], None] = lambda message: None) -> Store:
-    """Returns an empty store for chunks of one worker, to be closed by the caller.
+def store_budget(job: Job, num_workers: int) -> int | None:
+    """Returns the bytes of host memory for one store of a worker; None for no limit.
 
-    If there are several workers, each has two stores, which share the budget: its own chunks, and chunks from its neighbor.
-
-    Args:
-        warn: called once if plain files have to replace DeepNVMe.
+    If there are several workers, each has two stores, which share its budget: its own chunks, and chunks from its neighbour.
     """
     budget_bytes = chunk_budget(job)
-    if budget_bytes is not None and num_workers > 1:
-        budget_bytes //= 2
+    return budget_bytes if budget_bytes is None or num_workers == 1 else budget_bytes // 2
+
+
+def open_chunk_store(job: Job, budget_bytes: int | None, warn: Callable[[str], None] = lambda message: None) -> Store:
+    """Returns an empty store for chunks of one worker, to be closed by the caller.
+
+    Args:
+        budget_bytes: what `store_budget` returned.
+        warn: called once if plain files have to replace DeepNVMe.
+    """
     pinned = job.device.type == "cuda"
     return open_store(job.settings.offload, offload_folder(job), budget_bytes, warn, pinned=pinned)
 

@@ -38,7 +38,7 @@ from awqdist.model.forward import (
 )
 from awqdist.plan.estimate_layer import estimate_layer
 from awqdist.quant.lending import LentTensors
-from awqdist.run.chunks import Chunks, open_chunk_store
+from awqdist.run.chunks import Chunks, open_chunk_store, store_budget
 from awqdist.run.device import compute_dtype, peak_memory_bytes, worker_status
 from awqdist.run.events import (
     ChunkForwarded,
@@ -138,8 +138,8 @@ class WorkerLoop:
         self._writer: _Background[None] = _Background()
         self._snapshot: list[LazyTensor] = []  # of the inputs of the layer under way
         self._searched: SearchedLayer | None = None
-        num_workers = assignment.schedule.num_workers
-        self._chunks = Chunks(open_chunk_store(job, num_workers, lambda message: emit(Warned(message))))
+        budget_bytes = store_budget(job, assignment.schedule.num_workers)
+        self._chunks = Chunks(open_chunk_store(job, budget_bytes, lambda message: emit(Warned(message))))
 
     def __enter__(self) -> WorkerLoop:
         return self

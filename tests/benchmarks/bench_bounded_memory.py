@@ -1,15 +1,14 @@
-"""A model of several GB quantized under a hard limit of memory that is far below its size, and what `plan` foretold of it.
+"""Quantizes a model of several GB under a hard memory limit far below its size, and compares the run with what `plan` predicted.
 
     python tests/benchmarks/bench_bounded_memory.py --calibration TEXT --limit 1.5GB --offload disk
     python tests/benchmarks/bench_bounded_memory.py --calibration TEXT --config config.json --num-samples 8 --seq-len 64 --verify
 
-Writes a model of random weights in bf16, as its configuration says that it is stored, tensor by tensor and shard by shard: a Llama of 6 GB
-(hidden 2048, 58 layers), or that of `--config`. Plans the run, then runs it and looks at it every second.
+Writes a model with random bf16 weights, tensor by tensor and shard by shard: a Llama of 6 GB (hidden 2048, 58 layers), or that of
+`--config`, stored as its configuration says. Plans the run, then runs it and samples its memory every second.
 
-The limit is RLIMIT_DATA: the kernel refuses private memory beyond it, whether it is touched or not, so that the process dies where it
-would hold more. Pages of files are no part of it: of those the libraries' own code is in the resident memory shown here, and what the
-system caches of the model is shown apart (`fincore`). Where the machine lends memory cgroups, these limit both:
-`systemd-run --scope -p MemoryMax=1.5G python …` around the whole command.
+The limit is RLIMIT_DATA: the kernel refuses private memory beyond it, touched or not, so a process that needs more dies. Pages of files
+do not count: the code of libraries is part of the resident memory shown here, and the cached part of the model is shown separately
+(`fincore`). Where memory cgroups are available, they limit both: `systemd-run --scope -p MemoryMax=1.5G python …` around the command.
 """
 
 import argparse
@@ -53,7 +52,7 @@ LLAMA = {
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Of /proc/PID/status, in bytes. resident: what counts is in memory; data: what the limit is of."""
+    """Figures of /proc/PID/status, in bytes. resident: in physical memory; data: what the limit applies to."""
 
     second: float
     resident: int
@@ -69,8 +68,8 @@ def main() -> int:
         files = sorted(model.glob("*.safetensors"))
         print(f"model: {sum(f.stat().st_size for f in files) / 1e9:.2f} GB in {len(files)} files")
         for level in options.offload:
-            foretold = plan(options, model, level)
-            measure(options, model, scratch / f"output-{level}", level, foretold)
+            predicted = plan(options, model, level)
+            measure(options, model, scratch / f"output-{level}", level, predicted)
             shutil.rmtree(scratch / f"output-{level}", ignore_errors=True)
     return 0
 
@@ -80,16 +79,16 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--calibration", type=Path, required=True, help="text file")
-    parser.add_argument("--model", type=Path, help="a model of your own instead of the random one")
-    parser.add_argument("--limit", type=parse_bytes, default=parse_bytes("1.5GB"), help="bytes, or none: 0")
+    parser.add_argument("--model", type=Path, help="use this model instead of a random one")
+    parser.add_argument("--limit", type=parse_bytes, default=parse_bytes("1.5GB"), help="in bytes; 0 for no limit")
     parser.add_argument("--offload", nargs="+", default=["disk"], choices=("cpu", "disk", "nvme"))
     parser.add_argument("--config", type=Path, help="config.json of the random model")
-    parser.add_argument("--num-layers", type=int, help="another number of layers")
-    parser.add_argument("--verify", action="store_true", help="compare the result with the model")
+    parser.add_argument("--num-layers", type=int, help="override the number of layers")
+    parser.add_argument("--verify", action="store_true", help="verify the result against the model")
     parser.add_argument("--shard", type=parse_bytes, default=parse_bytes("2GB"))
     parser.add_argument("--num-samples", type=int, default=4)
     parser.add_argument("--seq-len", type=int, default=128)
-    parser.add_argument("--scratch", type=Path, help="folder with room for the model and its output")
+    parser.add_argument("--scratch", type=Path, help="folder with enough space for the model and its output")
     parser.add_argument(
         "--further", nargs="*", default=[], help="further options of `quantize`, without dashes: name=value"
     )
@@ -97,7 +96,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def write_model(folder: Path, options: argparse.Namespace) -> Path:
-    """A random model with a tokenizer trained on the text. No more than one tensor is in memory."""
+    """Writes a random model with a tokenizer trained on the text. At most one tensor is in memory."""
     from tokenizers import ByteLevelBPETokenizer
     from transformers import PreTrainedTokenizerFast
 
@@ -123,7 +122,7 @@ def random_tensor(name: str, stored: DiskTensor) -> LazyTensor:
     def values() -> torch.Tensor:
         tensor = torch.empty(stored.shape).normal_()
         if len(stored.shape) > 1:
-            scale = 3.0 if name.endswith("gate.weight") else 1.0  # decided routing
+            scale = 3.0 if name.endswith("gate.weight") else 1.0  # clear routing decisions
             tensor *= 1.0 if "embed" in name else scale * stored.shape[-1] ** -0.5
         else:
             tensor = tensor.mul_(0.1).add_(1.0 if "norm" in name else 0.0)
@@ -156,7 +155,7 @@ def drop_cache(file: Path) -> None:
 
 
 def cached_bytes(files: list[Path]) -> int:
-    """How much of the files the system holds in memory."""
+    """Returns how many bytes of the files are in the page cache."""
     command = ["fincore", "--bytes", "--noheadings", "--output", "RES", *map(str, files)]
     return sum(map(int, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()))
 
@@ -172,8 +171,8 @@ def plan(options: argparse.Namespace, model: Path, level: str) -> dict[str, int]
     return estimate
 
 
-def measure(options: argparse.Namespace, model: Path, output: Path, level: str, foretold: dict[str, int]) -> None:
-    """Runs under the limit and prints what was seen."""
+def measure(options: argparse.Namespace, model: Path, output: Path, level: str, predicted: dict[str, int]) -> None:
+    """Runs under the limit and prints the measurements."""
     command = [sys.executable, "-m", "awqdist", "quantize", str(model), str(output), "--offload", level]
     command += [*calibration(options), "--calibration", str(options.calibration), "--threads", "1"]
     command += ["--progress", "plain"]
@@ -191,17 +190,17 @@ def measure(options: argparse.Namespace, model: Path, output: Path, level: str, 
     print(
         f"\n--offload {level}, limit {options.limit / 1e9:.2f} GB: exit status {child.returncode}, {samples[-1].second:.0f} s"
     )
-    show_course(samples)
+    show_samples(samples)
     print(f"of the model in the system's cache: {cached_bytes(sorted(model.glob('*.safetensors'))) / 1e6:.1f} MB")
     if child.returncode == 0:
-        compare(output, foretold, peak)
+        compare(output, predicted, peak)
         if options.verify:
             verified = [sys.executable, "-m", "awqdist", "verify", str(output), "--source", str(model)]
             print(subprocess.run(verified, check=False, capture_output=True, text=True).stdout)
 
 
 def watch(child: subprocess.Popen[bytes], start: float) -> tuple[list[Sample], int]:
-    """A sample for each second, and the most that was ever resident."""
+    """Returns a sample per second, and the peak of resident memory in bytes."""
     samples, peak = [Sample(0, 0, 0, 0)], 0
     while child.poll() is None:
         try:
@@ -219,7 +218,7 @@ def watch(child: subprocess.Popen[bytes], start: float) -> tuple[list[Sample], i
     return samples[1:], peak
 
 
-def show_course(samples: list[Sample]) -> None:
+def show_samples(samples: list[Sample]) -> None:
     print(f"{'part of the run':>16}{'resident, mean':>16}{'most':>8}{'anonymous':>11}{'data':>8}   MB")
     for tenth in range(_TENTHS):
         part = samples[len(samples) * tenth // _TENTHS : len(samples) * (tenth + 1) // _TENTHS]
@@ -230,17 +229,17 @@ def show_course(samples: list[Sample]) -> None:
             print(f"{f'{tenth + 1}0 %':>16}{figures[0]:>16}{figures[1]:>8}{figures[2]:>11}{figures[3]:>8}")
 
 
-def compare(output: Path, foretold: dict[str, int], peak: int) -> None:
+def compare(output: Path, predicted: dict[str, int], peak: int) -> None:
     events = (message.event for message in read_log(log_file(output)).messages)
     read = sum(event.num_bytes for event in events if isinstance(event, SourceRead))
     written = json.loads((output / "model.safetensors.index.json").read_text())["metadata"]["total_size"]
-    print(f"{'MB':>16}{'foretold':>12}{'measured':>12}")
+    print(f"{'MB':>16}{'predicted':>12}{'measured':>12}")
     for label, key, found in (
         ("peak of memory", "peak_host_bytes", peak),
         ("read", "read_bytes", read),
         ("written", "written_bytes", written),
     ):
-        print(f"{label:>16}{foretold[key] / 1e6:12.1f}{found / 1e6:12.1f}{foretold[key] / found - 1:+9.1%}")
+        print(f"{label:>16}{predicted[key] / 1e6:12.1f}{found / 1e6:12.1f}{predicted[key] / found - 1:+9.1%}")
 
 
 if __name__ == "__main__":

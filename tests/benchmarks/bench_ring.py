@@ -1,14 +1,14 @@
-"""One worker against several, on the same model, tokens and machine, one thread each; and what the simulator foretold.
+"""Compares one worker with several, on the same model, tokens and machine, one thread each, and with the simulator's prediction.
 
     python tests/benchmarks/bench_ring.py --calibration TEXT                      # random Llama, hidden 1024, 8 layers
     python tests/benchmarks/bench_ring.py --calibration TEXT --backend ray --num-workers 2
 
-Nothing is installed. The single worker and the ring take turns. The figures:
+The single worker and the ring take turns. The figures:
 
-- run: from the first message to the last, so without imports and the start of processes, which are the same however large the model.
-- ring: the same without embedding and merging, from the first step of any worker to the last; what the simulator speaks of.
-- utilisation: share of the ring's time in which a worker forwards, searches or rounds; the mean over the workers.
-- simulated: the makespan for the median step times of the single worker's layers.
+- run: from the first message to the last; without imports and process starts, which do not depend on the model's size.
+- ring: from the first step of any worker to the last, without embedding and merging; this is what the simulator predicts.
+- utilisation: share of the ring's time in which a worker forwards, searches or rounds; mean over the workers.
+- simulated: makespan for the median step times of the single worker's layers.
 
 Run it on an idle machine with at least as many cores as workers, and OMP_WAIT_POLICY=passive.
 """
@@ -33,12 +33,12 @@ from awqdist.run.schedule import Schedule
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Of one run. seconds_of_run: all of it; ring_s: without embedding and merging."""
+    """Figures of one run. run_s: the whole run; ring_s: without embedding and merging."""
 
-    seconds_of_run: float
+    run_s: float
     ring_s: float
     utilisation: float
-    foretold_s: float  # the ring of `num_workers` simulated from this run's layers
+    predicted_s: float  # simulated from this run's layers, for a ring of `num_workers`
 
 
 def main() -> int:
@@ -93,12 +93,12 @@ def measure(options: argparse.Namespace, output: Path) -> Measured:
     num_chunks = -(-options.num_samples // max(1, options.chunk_tokens // options.seq_len))
     times = measured_times(records, started.num_tokens, num_chunks)
     schedule = Schedule(0, started.num_layers, options.num_workers, num_chunks)
-    ring_s = seconds_of_ring(drawn)
+    ring_s = ring_seconds(drawn)
     busy = statistics.fmean(lane.busy_seconds for lane in drawn.lanes)
     return Measured(drawn.wall_seconds, ring_s, busy / ring_s, simulate(schedule, times).makespan_s)
 
 
-def seconds_of_ring(drawn: Timeline) -> float:
+def ring_seconds(drawn: Timeline) -> float:
     spans = [span for lane in drawn.lanes for span in lane.spans]
     return max(span.end for span in spans) - min(span.start for span in spans)
 
@@ -116,11 +116,11 @@ def show(options: argparse.Namespace, single: list[Measured], several: list[Meas
         f"{options.num_layers} layers, {options.num_samples} x {options.seq_len} tokens, {options.backend}, one thread each"
     )
     print(f"{'':22}{'1 worker':>10}{f'{options.num_workers} workers':>12}{'ratio':>8}")
-    for label, field in (("run, s", "seconds_of_run"), ("ring, s", "ring_s"), ("utilisation", "utilisation")):
+    for label, field in (("run, s", "run_s"), ("ring, s", "ring_s"), ("utilisation", "utilisation")):
         one, many = median(single, field), median(several, field)
         print(f"{label:22}{one:10.2f}{many:12.2f}{f'{one / many:.2f}x' if field != 'utilisation' else '':>8}")
-    foretold, measured = median(single, "foretold_s"), median(several, "ring_s")
-    print(f"{'simulated, s':22}{'':10}{foretold:12.2f}{f'{foretold / measured - 1:+.1%}':>8}")
+    predicted, measured = median(single, "predicted_s"), median(several, "ring_s")
+    print(f"{'simulated, s':22}{'':10}{predicted:12.2f}{f'{predicted / measured - 1:+.1%}':>8}")
 
 
 if __name__ == "__main__":
