@@ -1,7 +1,7 @@
 """The arithmetic of one layer, counted: floating-point operations of its matrix products, values that pass through elementwise operations,
 and operations that are started. From shapes alone; what is counted follows the code of quant/ and run/ step by step.
 
-Letters as in DESIGN: T calibration tokens, O out-features, I in-features. Tokens are taken to spread evenly over experts.
+Letters: T calibration tokens, O out-features, I in-features. Tokens are taken to spread evenly over experts.
 """
 
 from __future__ import annotations

@@ -189,7 +189,7 @@ def test_scales_are_normalised_around_one(smallest: float) -> None:
 
 
 def test_linears_of_one_mapping_are_rounded_each_under_its_own_scheme() -> None:
-    """PEERS.md, defect 8: one scheme for all balance layers."""
+    """Other tools take one scheme for all balance layers."""
     eight_bit = WeightScheme(8, symmetric=True, group_size=-1)
     x, source = activations(64, NUM_INPUTS), torch.arange(NUM_INPUTS)
     for schemes in [(ASYMMETRIC_4, eight_bit), (eight_bit, ASYMMETRIC_4)]:
@@ -225,7 +225,7 @@ def overflowing(num_outputs: int) -> tuple[list[BalanceWeight], Tensor]:
 
 @pytest.mark.parametrize("num_outputs", [16, 600], ids=["all rows", "screened"])
 def test_candidates_that_overflow_are_skipped_and_counted(num_outputs: int) -> None:
-    """PEERS.md, defect 10: one NaN and all else is skipped."""
+    """In other tools one NaN makes the search skip everything else."""
     balance, x = overflowing(num_outputs)
     candidates = slow_search(balance, x, torch.arange(NUM_INPUTS), PLAIN, torch.float16)
     num_bad = sum(not math.isfinite(c.error) for c in candidates)
@@ -239,7 +239,7 @@ def test_candidates_that_overflow_are_skipped_and_counted(num_outputs: int) -> N
 
 
 def test_candidates_nearer_than_bfloat16_resolves_are_told_apart() -> None:
-    """PEERS.md, defect 7: losses summed in bfloat16."""
+    """Other tools sum losses in bfloat16."""
     told_apart = 0
     for seed in range(4):
         balance, x = linears(400, seed=seed), activations(64, NUM_INPUTS, seed, outlier=2)
