@@ -20,10 +20,10 @@ from awqdist.errors import CalibrationError, CheckpointError
 from awqdist.layer.records import RunSummary
 from awqdist.model import families
 from awqdist.model.skeleton import load_tokenizer
-from awqdist.plan.estimate import chunk_budget
 from awqdist.recipe import AWQMapping, MappingPattern, Recipe, load_recipe
 from awqdist.run.events import Listen
 from awqdist.run.job import Job, prepare
+from awqdist.run.memory import chunk_budget
 from awqdist.run.output import check_output
 from awqdist.settings import Placement, RunSettings
 

@@ -13,7 +13,7 @@ from support.tiny_models import GROUP_SIZE, tiny_checkpoint, tiny_text
 from awqdist import RunSettings, load_recipe, quantize
 from awqdist.checkpoint.index import read_index
 from awqdist.layer.records import RunSummary
-from awqdist.plan.estimate import estimate
+from awqdist.plan.memory import estimate
 from awqdist.quant.moments import Moments
 from awqdist.run.job import prepare
 

@@ -101,7 +101,7 @@ def plan(
     **values: Any,
 ) -> None:
     """Predicts what a run reads, holds and writes, and how long it takes. Reads no tensors."""
-    from awqdist.plan.planning import load_machines, show_plan
+    from awqdist.plan.show import load_machines, show_plan
     from awqdist.plan.simulation import SimulationOptions
 
     settings = settings_of(RunSettings, values, model=Path(model), output=Path("."))

@@ -19,6 +19,7 @@ from awqdist.errors import RecipeError
 from awqdist.model.experts import FusedParameter, fuse_experts, made_experts
 from awqdist.model.forward import LayerCall, forward_layer, with_buffers
 from awqdist.model.structure import LayerStructure
+from awqdist.quant.precision import read_value
 from awqdist.quant.smooth import balance_linear, per_source, smooth_linear, smooth_norm
 from awqdist.recipe import MappingPattern, matches
 
@@ -266,7 +267,7 @@ def change_of_output(
     hidden = hidden.float()
     first, second = (_output(layer, side, hidden, call, experts) for side in (before, after))
     contribution = (first - hidden).norm()
-    return float((second - first).norm() / contribution.clamp(min=1e-20))
+    return read_value((second - first).norm() / contribution.clamp(min=1e-20), 0.0)
 
 
 def _output(

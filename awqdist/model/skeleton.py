@@ -74,6 +74,11 @@ class Skeleton:
         start = f"{self.prefix}.{layer}."
         return tuple(fused.within(start) for fused in self.fused if fused.name.startswith(start))
 
+    def layer_float32(self, layer: int) -> frozenset[str]:
+        """Returns the names within decoder layer `layer` of what is computed in float32 whatever the dtype."""
+        start = f"{self.prefix}.{layer}."
+        return frozenset(name.removeprefix(start) for name in self.float32 if name.startswith(start))
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Returns the shapes of all parameters and buffers that a checkpoint may hold, by their unfused names."""
         shapes = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}

@@ -12,9 +12,10 @@ from rich.table import Table
 
 from awqdist.checkpoint.hub import resolve_config
 from awqdist.layer.plan import LayerPlan
+from awqdist.plan.config import prepare_to_plan
 from awqdist.recipe import Recipe, load_recipe
 from awqdist.run.device import choose_device
-from awqdist.run.job import Job, foresee
+from awqdist.run.job import Job
 from awqdist.run.layer_plans import Plan
 from awqdist.run.mapping_patterns import mapping_patterns
 from awqdist.settings import RunSettings
@@ -24,7 +25,7 @@ from awqdist.units import pattern_of, show_layers
 def show_mappings(model: str, recipe: str, *, as_json: bool, as_recipe: bool) -> None:
     """Shows the resolved mappings of every layer; with `as_recipe` as a recipe that gives the same ones whatever the registry holds."""
     built, settings = load_recipe(recipe), RunSettings(resolve_config(model), Path("."))
-    job = foresee(built, settings, choose_device(settings.device))
+    job = prepare_to_plan(built, settings, choose_device(settings.device))
     if as_recipe:
         print(_with_mappings(built, job.plan).to_yaml(), end="")
     elif as_json:

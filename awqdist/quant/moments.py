@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from awqdist.quant.lending import HOST, HostMemory, Lend
-from awqdist.quant.precision import has_fast_bfloat16, low_precision_if_exact
+from awqdist.quant.precision import has_data, has_fast_bfloat16, low_precision_if_exact
 
 PRIOR_TOKENS = 32.0
 SKETCH_ROWS = 256
@@ -162,8 +162,9 @@ class Moments:
             self._sum_abs += rows.float().abs().sum(0)
             self._keep(rows[: self._most_rows - self._num_kept])
             return
-        self._sample.append(rows[-first_token % self._stride :: self._stride].float())
-        for part in rows.split(rows.shape[0] if rows.is_cuda else _CACHED_ROWS):
+        self._sample.append(rows[-first_token % self._stride :: self._stride].to(torch.float32, copy=True))
+        whole = rows.is_cuda or not has_data(rows)
+        for part in rows.split(rows.shape[0] if whole else _CACHED_ROWS):
             self._add_part(part, first_token)
             first_token += part.shape[0]
 

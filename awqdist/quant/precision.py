@@ -10,18 +10,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+
+
+def has_data(tensor: Tensor) -> bool:
+    """Returns whether a tensor has values; those that a layer is measured on have none (`layer/meter.py`)."""
+    return getattr(tensor, "has_data", True)
 
 
 def read_value(tensor: Tensor, assumed: float) -> float:
-    """Returns the value of a tensor with one element, or `assumed` if it has no data, as when a layer is measured on fake tensors."""
-    return assumed if tensor.is_meta or isinstance(tensor, FakeTensor) else tensor.item()
+    """Returns the value of a tensor with one element, or `assumed` if it has no data, as when a layer is measured."""
+    return tensor.item() if has_data(tensor) else assumed
 
 
 def read_values(tensor: Tensor, assumed: float) -> list[float]:
     """Returns the values of a tensor (n,) as `read_value` does."""
-    is_empty = tensor.is_meta or isinstance(tensor, FakeTensor)
-    return [assumed] * tensor.shape[0] if is_empty else tensor.tolist()
+    values: list[float] = tensor.tolist() if has_data(tensor) else [assumed] * tensor.shape[0]
+    return values
 
 
 @cache

@@ -14,9 +14,9 @@ from torch import Tensor
 from awqdist.checkpoint.writer import LazyTensor, lazy_tensor
 from awqdist.offload.files import sweep
 from awqdist.offload.store import Store, open_store
-from awqdist.plan.estimate import chunk_budget
 from awqdist.run.job import Job
 from awqdist.run.log import STATE_FOLDER
+from awqdist.run.memory import chunk_budget
 from awqdist.run.snapshots import chunk_name
 
 _OFFLOAD_FOLDER = "offload"

@@ -20,7 +20,6 @@ from awqdist.errors import AwqdistError, CheckpointError, OutputError
 from awqdist.export.formats import Format, output_format
 from awqdist.layer.records import LayerRecord
 from awqdist.model.skeleton import Skeleton, build_skeleton, read_config
-from awqdist.plan.bare_config import index_of_config
 from awqdist.recipe import Recipe
 from awqdist.run.device import choose_device, compute_dtype
 from awqdist.run.journal import read_journal
@@ -67,38 +66,25 @@ class Job:
 def prepare(recipe: Recipe, settings: RunSettings) -> Job:
     """Opens the source and plans the run. Raises AwqdistError for whatever is wrong with either; reads headers only."""
     device = choose_device(settings.device)
-    _check_budget(settings, device)
+    check_budget(settings, device)
     output_format(settings.format).check(recipe)
     index = read_source(settings.model)
     skeleton = build_skeleton(_with_dtype(read_config(settings.model), index), index.entries)
     _check_shapes(skeleton, index)
     skeleton, index = _without_aliases(skeleton, index)
-    return _planned(skeleton, index, recipe, settings, device)
+    return planned(skeleton, index, recipe, settings, device)
 
 
-def foresee(recipe: Recipe, settings: RunSettings, device: torch.device) -> Job:
-    """A job to plan with, not to run: `settings.model` may be a config.json alone, and `device` need not be there.
-
-    Raises AwqdistError as `prepare` does.
-    """
-    _check_budget(settings, device)
-    if settings.model.is_dir():
-        prepared = prepare(recipe, replace(settings, device="cpu", gpu_memory=None))
-        return replace(prepared, settings=settings, device=device)
-    output_format(settings.format).check(recipe)
-    config = read_config(settings.model)
-    index = index_of_config(settings.model, config)
-    return _planned(build_skeleton(config, index.entries), index, recipe, settings, device)
-
-
-def _check_budget(settings: RunSettings, device: torch.device) -> None:
+def check_budget(settings: RunSettings, device: torch.device) -> None:
+    """Raises AwqdistError for a --gpu-memory that no GPU is there to keep."""
     if settings.gpu_memory is not None and device.type == "cpu":
         raise AwqdistError("--gpu-memory is given, but the layers are worked on by the CPU; give --cpu-memory instead")
 
 
-def _planned(
+def planned(
     skeleton: Skeleton, index: CheckpointIndex, recipe: Recipe, settings: RunSettings, device: torch.device
 ) -> Job:
+    """Plans all layers of an opened source. Raises RecipeError or ModelError for what cannot work."""
     layout = output_format(settings.format)
     plan = make_plan(skeleton, index, recipe)
     layout.check_linears({q.disk_name: q.shape for task in plan.tasks for q in task.quantized})

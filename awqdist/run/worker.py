@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,26 +18,19 @@ from pathlib import Path
 from socket import gethostname
 from typing import Generic, Protocol, TypeVar
 
-import torch
 from torch import Tensor
 
 from awqdist.checkpoint.writer import LazyTensor
-from awqdist.errors import NumericalError
 from awqdist.layer.calibrate import Calibration
-from awqdist.layer.plan import LayerPlan
-from awqdist.layer.quantize import TRIAL_TOKENS, LayerResult, Method, Trial, quantize_layer
+from awqdist.layer.quantize import TRIAL_TOKENS, Method, Trial
 from awqdist.layer.residency import Bench, release_host_memory
-from awqdist.model.experts import FusedParameter, fuse_experts, made_experts
+from awqdist.layer.work import LayerWork
 from awqdist.model.forward import (
     LayerCall,
-    forward_layer,
     head_inputs,
     record_calls,
-    with_buffers,
     without_embeddings,
 )
-from awqdist.plan.estimate_layer import estimate_layer
-from awqdist.quant.lending import LentTensors
 from awqdist.run.chunks import Chunks, open_chunk_store, store_budget
 from awqdist.run.device import compute_dtype, peak_memory_bytes, worker_status
 from awqdist.run.events import (
@@ -63,6 +56,7 @@ from awqdist.run.layer_io import (
 )
 from awqdist.run.log import STATE_FOLDER
 from awqdist.run.logit_weighting import output_order
+from awqdist.run.memory import residency_of
 from awqdist.run.schedule import Schedule, Step
 from awqdist.run.snapshots import load_snapshot, save_snapshot
 
@@ -280,17 +274,12 @@ def _status_told(job: Job, emit: Emit) -> Iterator[None]:
 
 @dataclass(slots=True)
 class _Layer:
-    """The current layer. parameters: in the checkpoint's dtype, on the device or offloaded; working: those it is run with, without
-    offloaded experts."""
+    """The current layer. source: checksums of what it was made from; check: what the function check runs."""
 
-    task: LayerPlan
     watch: Stopwatch
-    on: Bench
-    parameters: LentTensors
     source: SourceChecksums
-    working: dict[str, Tensor]
-    calibration: Calibration | None  # None: the layer is only forwarded
-    trial: Trial | None = None
+    work: LayerWork
+    check: Trial | None = None
 
 
 class LayerSteps:
@@ -337,61 +326,45 @@ class LayerSteps:
         self._emit(StageStarted(task.index, "forward"))
         with loaded.watch.piece("forward"):
             check_named(loaded.parameters, task.tensors, task.label)
-            on = Bench(job.device, self._dtype, estimate_layer(job, task).residency)
-            parameters = _placed(loaded.parameters, task.experts, on)
-            working = self._final if task.kind == "head" else self._working(task, parameters, on)
-        calibration = None if forward_only else self._calibration(task, on)
-        self._layer = _Layer(task, loaded.watch, on, parameters, loaded.source, working, calibration)
+            on = Bench(job.device, self._dtype, residency_of(job, task))
+            module = job.skeleton.layers[task.index] if task.kind == "decoder" else None
+            num_tokens = sum(tokens.numel() for tokens in self._token_chunks)
+            calibration = None if forward_only else Calibration(task, module, job.recipe, num_tokens, on)
+            float32 = job.skeleton.layer_float32(task.index)
+            work = LayerWork(task, module, loaded.parameters, on, calibration, float32)
+        self._layer = _Layer(loaded.watch, loaded.source, work)
 
     def forward(self, index: int, chunk: Tensor) -> Tensor:
         """Runs the layer on chunk number `index`, (B, L, H). Returns its output on the CPU, in the checkpoint's dtype."""
         layer, job = self._under_way(), self._job
         before = layer.watch.seconds["forward"] if index else 0.0  # the first chunk answers for `begin` as well
         with layer.watch.piece("forward"):
-            hidden = chunk.to(job.device, self._dtype)
-            watches = layer.calibration.watches() if layer.calibration else {}
-            if layer.task.kind == "head":
-                tokens = self._token_chunks[index].to(job.device)
-                watches[layer.task.sites[0].path](head_inputs(job.skeleton, layer.working, tokens, hidden))
-                output = hidden
+            number = layer.work.plan.index
+            if layer.work.plan.kind == "head":
+                tokens, hidden = self._token_chunks[index].to(job.device), chunk.to(job.device, self._dtype)
+                layer.work.observe(head_inputs(job.skeleton, self._final, tokens, hidden))
+                output = chunk
             else:
-                module, call = job.skeleton.layers[layer.task.index], self._calls[index][layer.task.index]
-                if layer.trial is None:
+                if layer.check is None:
                     first = chunk[:1, :TRIAL_TOKENS].to(job.device)
-                    layer.trial = Trial(module, first, self._trial_calls[layer.task.index])
-                routed = layer.calibration.expert_watches() if layer.calibration else {}
-                call = call.cast(job.device, self._dtype)
-                with self._complete(layer) as working:
-                    output = forward_layer(module, working, hidden, call, watches, routed)
-            output = output.to("cpu", job.skeleton.dtype)
+                    layer.check = Trial(job.skeleton.layers[number], first, self._trial_calls[number])
+                output = layer.work.forward(chunk, self._calls[index][number])
         seconds, num_tokens = layer.watch.seconds["forward"] - before, chunk[..., 0].numel()
-        self._emit(ChunkForwarded(layer.task.index, index, len(self._token_chunks), num_tokens, seconds))
+        self._emit(ChunkForwarded(number, index, len(self._token_chunks), num_tokens, seconds))
         return output
 
     def search(self) -> SearchedLayer:
         """Quantizes the layer after all chunks. Raises NumericalError if an input is not finite."""
         layer = self._under_way()
-        assert layer.calibration is not None, "a layer that was only forwarded has no statistics"
-        moments = layer.calibration.moments
-        for site, found in moments.items():
-            if not found.is_finite():
-                raise NumericalError(
-                    f"{layer.task.label}: the input of {site.path} is not finite on the calibration text; check the weights, or"
-                    " convert the model to a wider dtype; the layers before it are kept"
-                )
-        if layer.task.experts:
-            with self._complete(layer) as working:
-                layer.calibration.finish(self._job.skeleton.layers[layer.task.index], working)
-        layer.working = {}
-        release_host_memory()
-        result = quantize_layer(layer.task, layer.parameters, moments, self._method, layer.trial, layer.watch.stage)
+        plan = layer.work.plan
+        result = layer.work.quantize(self._method, layer.check, layer.watch.stage)
         for mapping in result.mappings:
-            self._emit(MappingSearched(layer.task.index, mapping))
+            self._emit(MappingSearched(plan.index, mapping))
         with layer.watch.stage("round"):
-            tensors = self._packed(layer.task, result)
+            tensors = layer.work.packed(result, self._method)
         self._layer = None
         peak = peak_memory_bytes(self._job.device)
-        return SearchedLayer(layer.task, layer.watch, tensors, result, layer.source, peak)
+        return SearchedLayer(plan, layer.watch, tensors, result, layer.source, peak)
 
     def leave(self) -> int:
         """Drops a layer that was only forwarded, and returns the checksum of its weights."""
@@ -399,51 +372,6 @@ class LayerSteps:
         self._layer = None
         return checksum
 
-    def _packed(self, task: LayerPlan, result: LayerResult) -> dict[str, Tensor]:
-        tensors = {task.tensors[name]: tensor for name, tensor in result.parameters.items()}
-        for path, weight in result.weights.items():
-            for kind, tensor in self._job.format.pack(weight.to(self._job.device)).items():
-                tensors[f"{task.disk_module(path)}.{kind}"] = tensor
-        return {name: tensor.cpu() for name, tensor in tensors.items()}
-
-    def _calibration(self, task: LayerPlan, on: Bench) -> Calibration:
-        num_tokens = sum(tokens.numel() for tokens in self._token_chunks)
-        module = self._job.skeleton.layers[task.index] if task.kind == "decoder" else None
-        return Calibration(task, module, self._job.recipe, num_tokens, on)
-
-    def _working(self, task: LayerPlan, parameters: LentTensors, on: Bench) -> dict[str, Tensor]:
-        """Returns parameters in the dtype of the computation, with fused experts and buffers, without offloaded experts."""
-        skeleton, prefix = self._job.skeleton, f"{self._job.skeleton.prefix}.{task.index}."
-        converted = {
-            name: parameters[name].to(torch.float32 if prefix + name in skeleton.float32 else self._dtype)
-            for name in parameters
-            if parameters.lend_of(name) is None
-        }
-        fused = fuse_experts(() if on.residency.experts else task.experts, converted)
-        return with_buffers(skeleton.layers[task.index], fused, self._job.device)
-
-    @contextmanager
-    def _complete(self, layer: _Layer) -> Iterator[dict[str, Tensor]]:
-        """Gives the parameters to run the layer with. Offloaded experts are copied to the device when tokens reach them."""
-        if not layer.on.residency.experts:
-            yield layer.working
-            return
-
-        def make(fused: FusedParameter, expert: int) -> Tensor:
-            parts = [layer.parameters[f"{path}.weight"] for path in fused.parts[expert]]
-            return torch.cat(parts).to(self._dtype)  # (R, I)
-
-        with made_experts(layer.task.experts, make, self._job.device) as stand_ins:
-            yield {**layer.working, **stand_ins}
-
     def _under_way(self) -> _Layer:
         assert self._layer is not None, "begin() comes first"
         return self._layer
-
-
-def _placed(loaded: Mapping[str, Tensor], experts: Sequence[FusedParameter], on: Bench) -> LentTensors:
-    """Moves the tensors of a layer to the device, but for experts that are to stay in host memory."""
-    of_experts = {f"{path}.weight" for fused in experts for parts in fused.parts for path in parts}
-    resting = of_experts if on.residency.experts else set()
-    placed = {name: tensor if name in resting else tensor.to(on.device) for name, tensor in loaded.items()}
-    return LentTensors(placed, resting, on.lend)

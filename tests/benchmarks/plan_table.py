@@ -13,11 +13,11 @@ from pathlib import Path
 
 import torch
 
-from awqdist.plan.estimate import deal, estimate
+from awqdist.plan.config import prepare_to_plan
 from awqdist.plan.machine import MachineProfile
-from awqdist.plan.predict import predict
+from awqdist.plan.memory import assign, estimate
+from awqdist.plan.time import predict
 from awqdist.recipe import load_recipe
-from awqdist.run.job import foresee
 from awqdist.run.schedule import Schedule
 from awqdist.settings import RunSettings
 
@@ -40,13 +40,13 @@ def row(name: str) -> str:
     """The line of one model: the most of any worker, and the time of the run."""
     machine = MachineProfile.load(CONFIGS / "machines" / "h200.json")
     settings = RunSettings(CONFIGS / "models" / f"{MODELS[name]}.json", Path("output"))
-    job = foresee(load_recipe("default"), settings, torch.device("cuda"))
+    job = prepare_to_plan(load_recipe("default"), settings, torch.device("cuda"))
     expected = estimate(job)
     host, disk, network, times = [], [], [], []
     for num_workers in WORKERS:
         num_chunks = -(-settings.num_samples // (settings.chunk_tokens // settings.sequence_length))
         schedule = Schedule(0, len(expected.layers), num_workers, num_chunks)
-        workers = deal(job, expected, schedule)
+        workers = assign(job, expected, schedule)
         host.append(max(worker.host_bytes for worker in workers))
         disk.append(max(worker.disk_bytes for worker in workers) / 1e9)
         network.append(max(worker.sent_bytes for worker in workers) / 1e9)

@@ -15,7 +15,7 @@ from support.tiny_llama import NUM_LAYERS, RECIPE, Tiny
 from torch import Tensor
 
 from awqdist.checkpoint.index import CheckpointIndex
-from awqdist.plan.estimate import deal, estimate
+from awqdist.plan.memory import assign, estimate
 from awqdist.recipe import load_recipe
 from awqdist.run.events import Event, SourceRead
 from awqdist.run.job import prepare
@@ -94,4 +94,4 @@ def test_a_worker_of_a_ring_reads_its_layers_once_and_what_is_in_no_layer_once(
     times = Counter(name for name in job.index.entries if name not in outside)
     times += Counter([*outside, "lm_head.weight"] * NUM_WORKERS)
     assert counted.num_bytes == {name: entry.num_bytes * times[name] for name, entry in job.index.entries.items()}
-    assert dict(told) == {dealt.worker: dealt.read_bytes for dealt in deal(job, estimate(job), schedule)}
+    assert dict(told) == {dealt.worker: dealt.read_bytes for dealt in assign(job, estimate(job), schedule)}

@@ -16,7 +16,7 @@ from support.command_line import awqdist
 from support.tiny_llama import RECIPE, TEXT, Tiny, write_llama, write_tokenizer
 
 from awqdist.errors import OffloadError
-from awqdist.plan.estimate import Estimate, estimate
+from awqdist.plan.memory import Estimate, estimate
 from awqdist.recipe import load_recipe
 from awqdist.run.job import prepare
 from awqdist.settings import RunSettings

@@ -21,7 +21,7 @@ from support.tiny_models import families, moe_families, tiny_checkpoint
 
 from awqdist.checkpoint.sources import read_source
 from awqdist.model.skeleton import read_config
-from awqdist.plan.bare_config import index_of_config
+from awqdist.plan.config import index_of_config
 
 MODELS = Path(__file__).parents[2] / "configs" / "models"
 TYPICAL = ("llama", "gemma3-vision", "gpt-neox", "phi3", "mixtral", "deepseek-v3", "minimax-m2", "afmoe")

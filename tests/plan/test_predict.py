@@ -14,10 +14,10 @@ from support.command_line import awqdist
 from support.tiny_llama import NUM_LAYERS, Tiny
 from support.tiny_models import tiny_checkpoint
 
-from awqdist.plan.estimate import estimate
 from awqdist.plan.machine import MachineProfile
-from awqdist.plan.predict import RunForecast, predict
+from awqdist.plan.memory import estimate
 from awqdist.plan.simulate import simulate
+from awqdist.plan.time import RunForecast, predict
 from awqdist.recipe import load_recipe
 from awqdist.run.job import prepare
 from awqdist.run.schedule import Schedule
@@ -54,7 +54,7 @@ def told(
 
 def test_a_forward_pass_takes_two_operations_for_each_weight_and_token(tiny: Tiny) -> None:
     weights = 64 * 64 * 2 + 32 * 64 * 2 + 3 * 128 * 64
-    pairs = 16 * 64 * 64 / 2  # of a query and a key that it may see
+    pairs = 16 * 64 * 64  # of queries and keys: those behind a token are counted, though they are not computed
     expected = 2 * TOKENS * weights + pairs * 64 * (2 + 2)
     assert told(tiny.model, tiny.recipe).flops["forward"] == NUM_LAYERS * expected
 
@@ -63,12 +63,12 @@ def test_of_experts_only_those_that_a_token_is_sent_to_are_counted(tmp_path: Pat
     few, many = (told(tiny_checkpoint("mixtral", tmp_path / str(n), num_local_experts=n), tiny.recipe) for n in (4, 8))
     router = 2 * TOKENS * 64 * 4 * len(few.layers)
     assert many.flops["forward"] == pytest.approx(few.flops["forward"] + router)
-    assert many.flops["round"] > 1.5 * few.flops["round"]
+    assert many.flops["round"] > 1.3 * few.flops["round"]
 
 
 def test_gram_matrices_are_counted_up_to_the_end_of_the_diagonals_block(tiny: Tiny) -> None:
     widths = (64, 64, 64, 128)  # of the inputs of q, o, gate and down
-    expected = sum(TOKENS * width * (width + 256) for width in widths)
+    expected = sum(2 * TOKENS * width * width for width in widths)  # all are narrower than a block
     assert told(tiny.model, tiny.recipe).flops["statistics"] == NUM_LAYERS * expected
 
 
@@ -138,6 +138,7 @@ def test_a_profile_of_a_gpu_plans_for_one_that_is_not_here(tiny: Tiny, tmp_path:
     assert "does not fit" not in awqdist(*command, "--device", "cpu").stdout
 
 
+@pytest.mark.slow
 def test_the_readmes_table_says_what_plan_says() -> None:
     """One row of it; `tests/benchmarks/plan_table.py` writes all."""
     assert f"\n{row('Llama-3.1-405B')}\n" in (CONFIGS.parent / "awqdist" / "plan" / "README.md").read_text()

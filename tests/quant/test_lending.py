@@ -24,14 +24,15 @@ from awqdist.backends.local import NoTransport
 from awqdist.errors import OffloadError
 from awqdist.layer import residency
 from awqdist.layer.residency import LEVELS, Residency
-from awqdist.plan import estimate_layer
-from awqdist.plan.estimate import estimate
+from awqdist.plan.memory import estimate
 from awqdist.quant.lending import HostMemory
 from awqdist.quant.moments import Moments
 from awqdist.quant.search import BATCH_BYTES
 from awqdist.recipe import load_recipe
+from awqdist.run import worker
 from awqdist.run.events import Event
 from awqdist.run.job import Job, prepare
+from awqdist.run.memory import layer_cost, layer_memory
 from awqdist.run.schedule import Schedule
 from awqdist.run.worker import Assignment, run_worker
 from awqdist.settings import RunSettings
@@ -147,23 +148,29 @@ def device(monkeypatch: pytest.MonkeyPatch) -> CountingDevice:
 def test_a_layer_that_is_lent_is_written_in_the_same_bytes(
     level: Residency, folder: Path, expected: dict[str, bytes], device: CountingDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(estimate_layer, "LEVELS", (level,))
+    monkeypatch.setattr(worker, "residency_of", lambda job, plan: level)
     assert quantized(prepared(folder, "deepseek-v3", str(level), None)) == expected
     assert device.times > 0
     assert device.bytes_alive == 0
 
 
 def test_experts_come_to_the_device_a_few_at_a_time_when_the_budget_says_so(
-    folder: Path, expected: dict[str, bytes], device: CountingDevice, monkeypatch: pytest.MonkeyPatch
+    folder: Path, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(BATCH_BYTES, "cpu", 1)  # experts are searched one by one, as if they were large
-    whole = estimate(prepared(folder, "deepseek-v3", "no budget", None)).layers[1]
-    job = prepared(folder, "deepseek-v3", "a budget", whole.device_bytes * 17 // 20)
-    layer = estimate(job).layers[1]
+    monkeypatch.setitem(BATCH_BYTES, "cuda", 1)
+    job = prepared(folder, "deepseek-v3", "a budget", None)
+    on_gpu = replace(job, device=torch.device("cuda"))
+    whole = estimate(on_gpu).layers[1]
+    budget = layer_cost(on_gpu, job.plan.layers[1], Residency(experts=True)).device_bytes
+    layer = layer_memory(replace(on_gpu, settings=replace(job.settings, gpu_memory=budget)), job.plan.layers[1])
     assert layer.residency.experts
-    assert layer.device_bytes < whole.device_bytes
-    assert layer.resting_bytes > 0
+    assert layer.device_bytes <= budget < whole.device_bytes
+    assert layer.host_bytes >= layer.loaded_bytes
 
+    device = CountingDevice()
+    monkeypatch.setattr(residency, "lent", device)
+    monkeypatch.setattr(worker, "residency_of", lambda job, plan: layer.residency)
     assert quantized(job) == expected
 
     sizes = [entry.num_bytes for name, entry in job.index.entries.items() if "layers.1.mlp.experts." in name]

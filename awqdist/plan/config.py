@@ -1,4 +1,4 @@
-"""The index of a checkpoint that is not there: from its config.json alone, for `awqdist plan`. Nothing can be read through it."""
+"""Plans for a model of which only config.json is there: the index of the checkpoint that it describes."""
 
 from __future__ import annotations
 
@@ -14,8 +14,33 @@ from transformers import PretrainedConfig
 from awqdist.checkpoint.experts import FusedExperts, fused_experts, split_experts
 from awqdist.checkpoint.index import DTYPE_NAMES, CheckpointIndex, Packing, TensorEntry
 from awqdist.checkpoint.sources import FORMATS, MXFP4_BLOCK, Quantization, declared_quantization
+from awqdist.export.formats import output_format
 from awqdist.model.names import DiskTensor, disk_layout
-from awqdist.model.skeleton import build_model
+from awqdist.model.skeleton import build_model, build_skeleton, read_config
+from awqdist.recipe import Recipe
+from awqdist.run.job import Job, check_budget, planned, prepare
+from awqdist.settings import RunSettings
+
+
+def prepare_to_plan(recipe: Recipe, settings: RunSettings, device: torch.device) -> Job:
+    """Prepares a job to plan with, not to run.
+
+    Args:
+        recipe: What is done to the weights.
+        settings: `model` may be a folder or a config.json alone.
+        device: What is planned for; it need not be there.
+
+    Raises:
+        AwqdistError: Whatever `prepare` raises.
+    """
+    check_budget(settings, device)
+    if settings.model.is_dir():
+        prepared = prepare(recipe, replace(settings, device="cpu", gpu_memory=None))
+        return replace(prepared, settings=settings, device=device)
+    output_format(settings.format).check(recipe)
+    config = read_config(settings.model)
+    index = index_of_config(settings.model, config)
+    return planned(build_skeleton(config, index.entries), index, recipe, settings, device)
 
 
 def index_of_config(file: Path, config: PretrainedConfig) -> CheckpointIndex:

@@ -1,7 +1,7 @@
-"""How long a run takes on a machine of which only a profile is known: each layer's work over the machine's rates.
+"""Forecasts how long a run takes on a machine of which only a profile is known.
 
-An operation on values takes as long as it moves them or as it takes to be started, whichever is longer; matrix products come on top.
-The constants are what such products reach of the profile's rate, which is that of large square ones.
+Every kernel that a layer starts is known from measuring it on tensors without data (`layer/measure.py`). It takes as long as
+its product, as the bytes that it moves, or as starting it takes, whichever is longest.
 """
 
 from __future__ import annotations
@@ -11,23 +11,19 @@ from dataclasses import asdict, dataclass, replace
 from math import prod
 from typing import Any
 
+from awqdist.layer.measure import STAGES, Cost
+from awqdist.layer.meter import Kernel
 from awqdist.layer.plan import LayerPlan
-from awqdist.plan.estimate_layer import LayerEstimate, chunk_tokens, compute_bytes, token_bytes
 from awqdist.plan.machine import MachineProfile
 from awqdist.plan.simulate import Simulation, StepTimes, simulate
-from awqdist.plan.work import LayerWork
-from awqdist.plan.work_units import STAGES, Product, Work
 from awqdist.run.job import Job
+from awqdist.run.memory import LayerMemory, chunk_tokens, layer_cost, token_bytes
 from awqdist.run.schedule import Schedule
 
-_REACHED: dict[Product, float] = {
-    "layer": 0.85,
-    "attention": 0.15,
-    "statistics": 0.8,
-    "exact": 0.75,
-    "rough": 0.7,
-    "factor": 0.7,
-}
+# what a kind of product reaches of the profile's rate, which is that of large square ones
+_REACHED = {"attention": 0.15, "factor": 0.7}
+_PRODUCTS_REACH = 0.8
+_FACTOR_COLUMNS = 3000  # at so many columns a factorisation reaches half the rate of a product
 _BESIDE = 0.5  # of the disk's rates, of threads that read and write beside one that computes
 _FILE_S = 0.002  # to make one file durable
 
@@ -74,7 +70,7 @@ class RunForecast:
 
 
 def predict(
-    job: Job, layers: Sequence[LayerEstimate], profile: MachineProfile, schedule: Schedule, workers_per_machine: int = 1
+    job: Job, layers: Sequence[LayerMemory], profile: MachineProfile, schedule: Schedule, workers_per_machine: int = 1
 ) -> RunForecast:
     """The forecast of a run of `schedule` on machines that are all as `profile` says. layers: the estimates of all tasks.
 
@@ -103,39 +99,37 @@ def predict(
 
 
 def _layer_forecast(
-    job: Job, task: LayerPlan, layer: LayerEstimate, profile: MachineProfile, sharing: int
+    job: Job, task: LayerPlan, layer: LayerMemory, profile: MachineProfile, sharing: int
 ) -> LayerForecast:
-    work = LayerWork(job, task).stages
-    seconds: dict[str, float] = {stage: _seconds(work[stage], profile, job) for stage in STAGES}
-    chunks = 2 * job.settings.num_samples * job.settings.sequence_length * token_bytes(job)  # to the device and back
+    cost = layer_cost(job, task, layer.residency)
+    seconds = {stage: _seconds(cost, stage, profile, job.skeleton.dtype.itemsize) for stage in STAGES}
     seconds["forward"] += layer.loaded_bytes / profile.host_memory_bytes_per_s  # looked through for what is not finite
-    if profile.host_to_device_bytes_per_s:
-        seconds["forward"] += (layer.loaded_bytes + chunks) / profile.host_to_device_bytes_per_s
-        seconds["round"] += layer.written_bytes / profile.host_to_device_bytes_per_s
     packed = sum(prod(e.shape) for e in map(job.index.entries.__getitem__, task.tensors.values()) if e.packing)
     read_s = layer.read_bytes * (sharing / profile.read_bytes_per_s + 1 / profile.checksum_bytes_per_s)
     seconds["read"] = (read_s + packed / profile.dequantized_per_s) / _BESIDE
     write_s = layer.written_bytes * (sharing / profile.write_bytes_per_s + 1 / profile.hash_bytes_per_s)
     seconds["write"] = _FILE_S + write_s
-    return LayerForecast(task.index, seconds, {stage: work[stage].total_flops for stage in STAGES})
+    return LayerForecast(task.index, seconds, {stage: float(flops) for stage, flops in cost.flops.items()})
 
 
-def _seconds(work: Work, profile: MachineProfile, job: Job) -> float:
-    products = sum(flops / _rate(product, profile, job) for product, flops in work.flops.items())
-    return products + 4 * work.values / profile.memory_bytes_per_s + work.operations * profile.operation_s
+def _seconds(cost: Cost, stage: str, profile: MachineProfile, itemsize: int) -> float:
+    """Returns the seconds of all kernels of a stage; itemsize: of the dtype that attention is computed in."""
+    return sum(
+        count * max(_product_s(kernel, profile, itemsize), _move_s(kernel, profile), profile.operation_s)
+        for kernel, count in cost.kernels[stage].items()
+    )
 
 
-def _rate(product: Product, profile: MachineProfile, job: Job) -> float:
-    """Operations per second of a kind of matrix product."""
+def _product_s(kernel: Kernel, profile: MachineProfile, itemsize: int) -> float:
     rates = profile.matmul_flops_per_s
-    wide, narrow = rates["float32"], rates["bfloat16"]
-    layer = wide if compute_bytes(job) == 4 else narrow
-    found = {
-        "layer": layer,
-        "attention": layer,
-        "statistics": rates.get("tfloat32", wide),
-        "exact": wide,
-        "rough": max(wide, narrow),
-        "factor": wide,
-    }
-    return _REACHED[product] * found[product]
+    dtype = {"attention": "bfloat16" if itemsize < 4 else "float32", "factor": "float32", "float16": "bfloat16"}
+    rate = rates.get(dtype.get(kernel.kind, kernel.kind), rates["float32"]) * _REACHED.get(kernel.kind, _PRODUCTS_REACH)
+    if kernel.kind == "factor":
+        columns = (3 * kernel.flops) ** (1 / 3)
+        rate *= columns / (columns + _FACTOR_COLUMNS) if columns else 1.0
+    return kernel.flops / rate
+
+
+def _move_s(kernel: Kernel, profile: MachineProfile) -> float:
+    is_copy = kernel.kind == "copy" and profile.host_to_device_bytes_per_s
+    return kernel.num_bytes / (profile.host_to_device_bytes_per_s if is_copy else profile.memory_bytes_per_s)  # type: ignore[operator]

@@ -12,14 +12,15 @@ from rich.console import Console
 from rich.table import Table
 
 from awqdist.checkpoint.hub import resolve_config
-from awqdist.plan.estimate import Estimate, Placement, WorkerEstimate, deal, estimate, placement
+from awqdist.plan.config import prepare_to_plan
 from awqdist.plan.machine import MachineProfile
 from awqdist.plan.mappings import mapping_table, plan_json, print_left_out
-from awqdist.plan.predict import RunForecast, predict
+from awqdist.plan.memory import Estimate, Placement, WorkerEstimate, assign, estimate, placement
 from awqdist.plan.simulation import SimulationOptions, forecast, print_forecast, schedule_of
+from awqdist.plan.time import RunForecast, predict
 from awqdist.recipe import load_recipe
 from awqdist.run.device import choose_device
-from awqdist.run.job import Job, foresee
+from awqdist.run.job import Job
 from awqdist.run.layer_plans import Plan
 from awqdist.settings import RunSettings
 from awqdist.units import show_bytes, show_layers, show_percent, show_seconds
@@ -57,10 +58,10 @@ def show_plan(
     """Shows the plan and the estimate of a run, or what a simulation of it tells."""
     options.check(has_times=machines.profile is not None)
     settings = replace(settings, model=resolve_config(str(settings.model)))
-    job = foresee(load_recipe(recipe), settings, machines.device(settings.device))
+    job = prepare_to_plan(load_recipe(recipe), settings, machines.device(settings.device))
     expected = estimate(job)
     schedule = schedule_of(settings, len(job.plan.tasks), options.num_workers)
-    workers = deal(job, expected, schedule)
+    workers = assign(job, expected, schedule)
     told = None
     if machines.profile is not None:
         told = predict(job, expected.layers, machines.profile, schedule, machines.workers_per_machine)
