@@ -474,4 +474,4 @@ def test_every_byte_is_read_once_by_who_needs_it_and_plan_knows(model: Path, tmp
     written = sum(file.stat().st_size for file in (tmp_path / "output").glob("*.safetensors"))
     assert estimate["written_bytes"] == pytest.approx(written, rel=0.1)  # of headers the plan knows nothing
     page = (tmp_path / "output" / "report.html").read_text()
-    assert re.search(r"KiB by worker 0, [0-9.]+ KiB to copy what is in no layer", page)
+    assert re.search(r"KiB by worker 0, [0-9.]+ KiB by the leader, to copy what is in no layer", page)
