@@ -13,8 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from awqdist.cli.progress import LONG_SILENCE_S, Kind, display, renderer, resolve, silence
-from awqdist.cli.run_state import RunState
+from awqdist.cli.progress import LONG_SILENCE_S, Kind, RunState, display, renderer, resolve, silence
 from awqdist.errors import OutputError
 from awqdist.run.events import Message, RunFailed, RunFinished
 from awqdist.run.log import follow as follow_log

@@ -15,8 +15,7 @@ from pydantic import TypeAdapter
 from rich.console import Console
 from support.ring_messages import EPOCH, GIB, layer_record, mapping_record, ring
 
-from awqdist.cli.progress import display, renderer
-from awqdist.cli.run_state import RunState
+from awqdist.cli.progress import RunState, display, renderer
 from awqdist.layer.records import LayerRecord
 from awqdist.run import events
 from awqdist.run.events import Message
