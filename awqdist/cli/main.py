@@ -167,7 +167,7 @@ def doctor(
     as_json: options.Json = False,
 ) -> None:
     """Checks the environment and measures its throughput. Exit status 1 if a check fails."""
-    from awqdist.cli.doctor import examine
+    from awqdist.doctor.health import examine
 
     examine(folder, build=build_nvme, profile=profile, ray_address=ray_address, as_json=as_json)
 

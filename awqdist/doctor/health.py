@@ -1,9 +1,13 @@
-"""Checks whether a machine and a folder have what a run needs; each check says what was found and what to do about it."""
+"""Checks whether a machine and a folder have what a run needs; each check says what was found and what to do about it.
+
+`examine` is the command `awqdist doctor`, which also prints the rates that `profile` measures.
+"""
 
 from __future__ import annotations
 
 import ctypes.util
 import fcntl
+import json
 import os
 import platform
 import resource
@@ -15,22 +19,30 @@ import tempfile
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Literal
 
 import torch
+from rich.console import Console
+from rich.markup import escape
 from torch import distributed
 
+from awqdist.doctor.profile import measure_machine
 from awqdist.errors import AwqdistError, OffloadError
 from awqdist.offload.nvme import BUILD_COMMAND, build_operator, why_unavailable
+from awqdist.plan.machine import MachineProfile
+from awqdist.run.device import choose_device
 
 _LEAST_LOCKED_BYTES = 1 << 28  # DeepNVMe locks a buffer for reading and one for writing
 _LITTLE_BYTES = 10 * 10**9
 _HARDLY_ANY_BYTES = 10**8
 _NUM_RENAMES = 200
 _PATIENCE_S = 20.0
+_COLORS = {"ok": "green", "warn": "yellow", "fail": "red"}
+_print = partial(Console().print, soft_wrap=True, highlight=False)
 _HOLD = "import fcntl,os,sys,time; d=os.open(sys.argv[1],os.O_RDWR); fcntl.flock(d,fcntl.LOCK_EX); print(1,flush=True); time.sleep(60)"
 
 
@@ -42,6 +54,63 @@ class Check:
     state: Literal["ok", "warn", "fail"]
     found: str
     remedy: str = ""
+
+
+def examine(folder: Path, *, build: bool, profile: Path | None, ray_address: str | None, as_json: bool = False) -> None:
+    """Prints every check and the rates of the machine (`awqdist doctor`).
+
+    Args:
+        folder: OUTPUT, or a folder on the disk in question.
+        build: compile DeepNVMe's operator first.
+        profile: file for the measured rates.
+        ray_address: of the cluster to join.
+        as_json: print JSON instead of lines.
+
+    Raises:
+        AwqdistError: the rates cannot be measured in `folder`.
+        SystemExit: status 1 if any check failed.
+    """
+    checks: list[Check] = []
+
+    def show(*found: Check) -> None:
+        checks.extend(found)
+        for check in found if not as_json else ():
+            remedy = f" → {check.remedy}" if check.remedy else ""
+            color = _COLORS[check.state]
+            _print(f"[{color}]{check.state:4}[/{color}] {check.name}: {escape(check.found + remedy)}")
+
+    if build:
+        show(build_nvme(lambda line: None if as_json else _print(f"     {escape(line)}")))
+    show(*check_machine())
+    show(*check_folder(folder))
+    show(check_ray(ray_address))
+    rates = None
+    if all(check.state != "fail" for check in checks if check.name in ("folder", "free space")):
+        place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
+        try:
+            rates = measure_machine(place, choose_device("auto"))
+        except OSError as error:
+            raise AwqdistError(f"cannot measure in {place}: {error.strerror or error}; give another folder") from error
+        if profile is not None:
+            rates.save(profile.absolute())
+    if as_json:
+        print(json.dumps({"checks": [asdict(check) for check in checks], "profile": rates and asdict(rates)}, indent=2))
+    elif rates is not None:
+        _print_rates(rates, profile)
+    if any(check.state == "fail" for check in checks):
+        raise SystemExit(1)
+
+
+def _print_rates(rates: MachineProfile, profile: Path | None) -> None:
+    products = ", ".join(f"{name} {rate / 1e12:.2f}" for name, rate in rates.matmul_flops_per_s.items())
+    copies = rates.host_to_device_bytes_per_s
+    to_device = f", to the GPU {copies / 1e9:.1f} GB/s" if copies else ""
+    _print(
+        f"     disk: read {rates.read_bytes_per_s / 1e9:.2f} GB/s, write {rates.write_bytes_per_s / 1e9:.2f} GB/s{to_device};"
+        f" matmul on {rates.device}, TFLOP/s: {products}"
+    )
+    if profile is not None:
+        _print(f"     written to {escape(str(profile))}")
 
 
 def check_machine() -> list[Check]:
