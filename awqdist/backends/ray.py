@@ -34,8 +34,7 @@ from awqdist.layer.records import RunSummary
 from awqdist.run.events import ChunkForwarded, Event, LayerFinished, Listen, Message, Warned, WorkerLost, WorkerStatus
 from awqdist.run.job import Job
 from awqdist.run.leader import Leader
-from awqdist.run.output import check_free
-from awqdist.run.shared_folder import check_answers, offer_token, remove_token
+from awqdist.run.output import check_answers, check_free, offer_token, remove_token
 from awqdist.run.worker import Assignment
 from awqdist.settings import Placement
 

@@ -25,7 +25,7 @@ from awqdist.recipe import MappingPattern, Recipe
 from awqdist.run.chunks import open_chunk_store, store_budget
 from awqdist.run.events import Event, Message
 from awqdist.run.job import Job, fingerprint, prepare, with_threads
-from awqdist.run.shared_folder import answer_token
+from awqdist.run.output import answer_token
 from awqdist.run.worker import Assignment, RingBroken, run_worker
 from awqdist.settings import RunSettings
 

@@ -28,8 +28,7 @@ from awqdist.run.device import choose_device, launcher_value
 from awqdist.run.events import Event, Listen, Message
 from awqdist.run.job import Job, fingerprint, prepare, token_chunks, with_threads
 from awqdist.run.leader import Leader
-from awqdist.run.output import check_free
-from awqdist.run.shared_folder import answer_token, check_answers, offer_token
+from awqdist.run.output import answer_token, check_answers, check_free, offer_token
 from awqdist.run.worker import Assignment, RingBroken, run_worker
 from awqdist.settings import RunSettings
 

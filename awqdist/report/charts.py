@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Any
 
-from awqdist.layer.records import STAGES, RunSummary, SiteRecord
+from awqdist.layer.records import FEW_TOKENS, STAGES, BlockTokens, RunSummary, SiteRecord, tokens_of_experts
 from awqdist.report import tables
-from awqdist.run.expert_tokens import FEW_TOKENS, BlockTokens, tokens_of_experts
 from awqdist.units import pattern_of
 
 _ONE_PASS = "read", "forward", "write"

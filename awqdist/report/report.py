@@ -13,12 +13,11 @@ from importlib.resources import files
 from pathlib import Path
 
 from awqdist import units
-from awqdist.layer.records import RunSummary
+from awqdist.layer.records import FEW_TOKENS, RunSummary, tokens_of_experts
 from awqdist.report import tables
 from awqdist.report.charts import charts_of
 from awqdist.report.trace import chrome_trace, worker_times
 from awqdist.run.events import Message
-from awqdist.run.expert_tokens import FEW_TOKENS, tokens_of_experts
 from awqdist.run.log import STATE_FOLDER, last_run, log_file, read_log
 
 TRACE_FILE = f"{STATE_FOLDER}/trace.json"

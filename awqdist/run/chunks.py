@@ -1,25 +1,30 @@
-"""The chunks of a worker: inputs of its layers.
+"""The inputs of layers, in chunks: those that a worker holds, and snapshots on disk from which a run resumes.
 
-Chunks stay in memory up to the budget and spill to disk; chunks received from or sent to another worker are not stored.
+Chunks stay in memory up to the budget and spill to disk; chunks received from or sent to another worker are not stored. A resumed
+run begins at the newest undamaged snapshot, or at the embeddings.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from torch import Tensor
 
-from awqdist.checkpoint.writer import LazyTensor, lazy_tensor
+from awqdist.checkpoint.index import read_header
+from awqdist.checkpoint.reader import read_tensor
+from awqdist.checkpoint.writer import LazyTensor, lazy_tensor, stream_safetensors
 from awqdist.offload.files import sweep
 from awqdist.offload.store import Store, open_store
+from awqdist.run.events import SnapshotSaved
 from awqdist.run.job import Job
+from awqdist.run.journal import Journal, file_hash
 from awqdist.run.log import STATE_FOLDER
 from awqdist.run.memory import chunk_budget
-from awqdist.run.snapshots import chunk_name
 
 _OFFLOAD_FOLDER = "offload"
+_NUM_SNAPSHOTS = 2  # that are kept
 
 
 def offload_folder(job: Job) -> Path:
@@ -104,3 +109,42 @@ class Chunks:
 
 def _key(layer: int, index: int) -> str:
     return f"layer-{layer:05d}-chunk-{index:06d}"
+
+
+def chunk_name(index: int) -> str:
+    """Returns the name of a chunk within a snapshot."""
+    return f"chunk-{index:06d}"
+
+
+def save_snapshot(folder: Path, layer: int, chunks: Sequence[LazyTensor]) -> SnapshotSaved:
+    """Writes the inputs of `layer`, chunks of (B, L, H) in order, to the state folder, one in memory at a time."""
+    written = stream_safetensors(folder / f"boundary-{layer:05d}.safetensors", chunks)
+    return SnapshotSaved(layer, written.name, written.sha256)
+
+
+def load_snapshot(folder: Path, record: SnapshotSaved) -> Iterator[Tensor]:
+    """Yields the chunks of a snapshot, (B, L, H) each, in order."""
+    for entry in sorted(read_header(folder / record.file), key=lambda e: e.name):
+        yield read_tensor(entry)
+
+
+def newest_usable(journal: Journal, last_layer: int) -> SnapshotSaved | None:
+    """Returns the newest undamaged snapshot at or before `last_layer`, or None."""
+    for record in sorted(journal.entries.snapshots, key=lambda r: r.layer, reverse=True):
+        file = journal.folder / record.file
+        if record.layer <= last_layer and file.is_file() and file_hash(file) == record.sha256:
+            return record
+    return None
+
+
+def remove_old_snapshots(journal: Journal, first_unfinished: int) -> None:
+    """Keeps the newest two snapshots from which a run could resume now, and all that lie behind the first unfinished layer."""
+    usable = sorted((r for r in journal.entries.snapshots if r.layer <= first_unfinished), key=lambda r: r.layer)
+    for old in usable[:-_NUM_SNAPSHOTS]:
+        (journal.folder / old.file).unlink(missing_ok=True)
+
+
+def remove_snapshots(folder: Path) -> None:
+    """Removes every snapshot of a finished run."""
+    for file in folder.glob("boundary-*.safetensors*"):
+        file.unlink()

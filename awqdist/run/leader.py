@@ -8,13 +8,12 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from dataclasses import replace
 from types import TracebackType
 
 from torch import Tensor
 
 from awqdist.layer.records import RunSummary
-from awqdist.run.chunks import sweep_offload
+from awqdist.run.chunks import newest_usable, remove_old_snapshots, sweep_offload
 from awqdist.run.events import (
     Event,
     LayerFinished,
@@ -27,14 +26,12 @@ from awqdist.run.events import (
     SourceRead,
     Warned,
 )
+from awqdist.run.finish import finish_output, warnings_of
 from awqdist.run.job import Job, check_sources, fingerprint, token_chunks
 from awqdist.run.journal import open_journal
 from awqdist.run.log import bytes_read, seconds_of_runs
-from awqdist.run.merge import merge
 from awqdist.run.output import check_output
 from awqdist.run.schedule import Schedule
-from awqdist.run.snapshots import newest_usable, remove_old_snapshots
-from awqdist.run.summary import summarize
 from awqdist.run.worker import Assignment
 
 
@@ -132,18 +129,28 @@ class Leader:
     def finish(self) -> RunSummary:
         """Completes the output and returns the summary. Raises OutputError if a layer is not finished."""
         start = time.perf_counter()
-        copied: list[int] = []
-        output_bytes = merge(self._job, self._journal, self.tell, copied.append)
-        self.tell(SourceRead(None, sum(copied)))
+        job, records = self._job, self._journal.entries.layers
+        output_bytes = finish_output(job, self._journal, self.tell)
         end = time.perf_counter()
-        seconds = {"merge": end - start, "total": self._earlier_s + end - self._begun}
-        entries = self._journal.entries
-        summary = replace(
-            summarize(self._job, entries, self._samples, seconds, output_bytes, self._num_workers),
+        layers = tuple(records[layer] for layer in sorted(records))
+        summary = RunSummary(
+            model=str(job.settings.model),
+            output=str(job.settings.output),
+            architecture=job.plan.architecture,
+            device=str(job.device),
+            recipe=job.recipe.to_yaml(),
+            num_calibration_samples=self._samples.shape[0],
+            sequence_length=self._samples.shape[1],
+            num_workers=self._num_workers,
+            layers=layers,
+            seconds={"merge": end - start, "total": self._earlier_s + end - self._begun},
+            source_bytes=job.index.stored_bytes,
+            output_bytes=output_bytes,
+            ignored=job.plan.ignored,
+            warnings=warnings_of(job, layers),
             bytes_read=dict(self._bytes_read),
         )
-        output = str(self._job.settings.output)
-        self.tell(RunFinished(output, seconds["total"], summary.floor_seconds, output_bytes))
+        self.tell(RunFinished(summary.output, summary.seconds["total"], summary.floor_seconds, output_bytes))
         return summary
 
     def _unfinished(self) -> list[int]:

@@ -1,7 +1,8 @@
-"""The output folder: whether a run may use it, the lock on it, and what `--overwrite` removes.
+"""The output folder: whether a run may use it, the lock on it, what `--overwrite` removes, and whether all workers see it.
 
 All refusals come before anything is written. A folder with an index holds a finished model. A folder with the state folder and no
-index holds an unfinished run. Any other folder that is not empty is never touched.
+index holds an unfinished run. Any other folder that is not empty is never touched. Before workers start, the leader writes a
+token into the folder; each worker reads it and answers.
 """
 
 from __future__ import annotations
@@ -10,7 +11,12 @@ import fcntl
 import json
 import os
 import shutil
+import time
+import uuid
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from socket import gethostname
 
 from awqdist.checkpoint.index import INDEX_FILE, SINGLE_FILE
 from awqdist.checkpoint.writer import output_error
@@ -18,7 +24,8 @@ from awqdist.errors import OutputError
 from awqdist.run.log import STATE_FOLDER
 from awqdist.settings import RunSettings
 
-LOCK_FILE = "lock"
+_LOCK_FILE = "lock"
+_PATIENCE_S = 10.0  # network file systems show new files late
 _RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set for what `ray job submit` runs
 _COMPANIONS = (
     "config.json",
@@ -76,7 +83,7 @@ def lock_output(output: Path) -> int:
     folder = output / STATE_FOLDER
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
+        lock = os.open(folder / _LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
         raise output_error(folder, error) from error
     try:
@@ -87,7 +94,7 @@ def lock_output(output: Path) -> int:
             raise OutputError(
                 f"{output} is in use by another running awqdist; wait for it or choose another folder"
             ) from None
-        raise output_error(folder / LOCK_FILE, error) from error
+        raise output_error(folder / _LOCK_FILE, error) from error
     return lock
 
 
@@ -115,7 +122,7 @@ def remove_model(output: Path) -> None:
         for file in sorted((output / STATE_FOLDER).iterdir()):
             if file.is_dir():  # an offload folder that a killed run left behind
                 shutil.rmtree(file)
-            elif file.name != LOCK_FILE:
+            elif file.name != _LOCK_FILE:
                 file.unlink()
     except OSError as error:
         raise output_error(output, error) from error
@@ -128,3 +135,62 @@ def _indexed_files(output: Path) -> list[str]:
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return []
     return sorted(name for name in names if isinstance(name, str) and name == Path(name).name and "*" not in name)
+
+
+def offer_token(output: Path) -> str:
+    """Writes a random token, as the leader, and returns it. Raises OutputError."""
+    token = uuid.uuid4().hex
+    _write_token(_token_file(output, token))
+    return token
+
+
+def answer_token(output: Path, token: str, worker: int) -> None:
+    """Waits for the token, as a worker, and writes an answer. Raises OutputError if the folder is not the leader's."""
+    if not _appears(_token_file(output, token), time.monotonic() + _PATIENCE_S):
+        raise OutputError(
+            f"files written by the leader are not visible to worker {worker} on {gethostname()} in {output}; the"
+            " output folder must lie on a file system that all workers share, at the same path"
+        )
+    _write_token(_token_file(output, token, worker))
+
+
+def check_answers(output: Path, token: str, workers: Sequence[int]) -> None:
+    """Waits for all answers, as the leader, and removes them and the token. Raises OutputError if one is missing."""
+    deadline = time.monotonic() + _PATIENCE_S
+    deaf = [worker for worker in workers if not _appears(_token_file(output, token, worker), deadline)]
+    remove_token(output, token)
+    if deaf:
+        raise OutputError(
+            f"files written by worker {deaf[0]} are not visible to the leader in {output}; the output"
+            " folder must lie on a file system that all workers share, at the same path"
+        )
+
+
+def remove_token(output: Path, token: str = "") -> None:
+    """Removes a token with its answers; without `token`, also those that a killed leader left behind."""
+    for file in (output / STATE_FOLDER).glob(f"token-{token}*"):
+        file.unlink(missing_ok=True)
+
+
+def _token_file(output: Path, token: str, worker: int | None = None) -> Path:
+    return output / STATE_FOLDER / f"token-{token}{'' if worker is None else f'-{worker}'}"
+
+
+def _write_token(file: Path) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("")
+    except OSError as error:
+        raise output_error(file, error) from error
+
+
+def _appears(file: Path, deadline: float) -> bool:
+    """Waits for the file until the deadline, looking once at least; returns whether it is there."""
+    while True:
+        with suppress(OSError):  # no right to look, or a network file system's stale handle
+            if file.exists():
+                return True
+            any(file.parent.iterdir())  # makes a network file system look again
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)

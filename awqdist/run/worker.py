@@ -31,7 +31,7 @@ from awqdist.model.forward import (
     record_calls,
     without_embeddings,
 )
-from awqdist.run.chunks import Chunks, open_chunk_store, store_budget
+from awqdist.run.chunks import Chunks, load_snapshot, open_chunk_store, save_snapshot, store_budget
 from awqdist.run.device import compute_dtype, peak_memory_bytes, worker_status
 from awqdist.run.events import (
     ChunkForwarded,
@@ -58,7 +58,6 @@ from awqdist.run.log import STATE_FOLDER
 from awqdist.run.logit_weighting import output_order
 from awqdist.run.memory import residency_of
 from awqdist.run.schedule import Schedule, Step
-from awqdist.run.snapshots import load_snapshot, save_snapshot
 
 _STATUS_EVERY_S = 2.0
 T = TypeVar("T")

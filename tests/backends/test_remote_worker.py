@@ -21,12 +21,12 @@ from awqdist.backends.remote_worker import RemoteWorker, WorkerInfo, WorkerSpec,
 from awqdist.errors import AwqdistError, CheckpointError, OutputError
 from awqdist.model.families import register_mappings, registered_mappings
 from awqdist.recipe import MappingPattern, load_recipe
-from awqdist.run import shared_folder
+from awqdist.run import output as output_folder
 from awqdist.run.events import ChunkForwarded, Event, LayerFinished, Message, StageStarted
 from awqdist.run.job import Job, fingerprint, prepare
 from awqdist.run.leader import Leader
+from awqdist.run.output import check_answers, offer_token
 from awqdist.run.schedule import Schedule
-from awqdist.run.shared_folder import check_answers, offer_token
 from awqdist.run.worker import Assignment, RingBroken
 from awqdist.settings import RunSettings
 
@@ -309,7 +309,7 @@ def test_a_worker_introduces_itself_with_its_answer_and_what_decides_the_bytes(t
 def test_a_worker_that_sees_another_output_does_not_introduce_itself(
     tiny: Tiny, output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shared_folder, "_PATIENCE_S", 0.1)
+    monkeypatch.setattr(output_folder, "_PATIENCE_S", 0.1)
     worker = Worker(1, worker_spec(job_of(tiny, tmp_path / "other"), ALLOCATION))
     with pytest.raises(OutputError, match=r"not visible to worker 1 on "):
         worker.introduce(offer_token(output))

@@ -21,6 +21,7 @@ from torch import Tensor
 from awqdist.checkpoint.writer import lazy_tensor, write_safetensors
 from awqdist.errors import AwqdistError, OutputError
 from awqdist.recipe import load_recipe
+from awqdist.run.chunks import chunk_name, load_snapshot, save_snapshot
 from awqdist.run.events import (
     Event,
     LayerFinished,
@@ -36,7 +37,6 @@ from awqdist.run.job import Job, prepare
 from awqdist.run.journal import read_journal
 from awqdist.run.leader import Leader
 from awqdist.run.log import encode, log_file, read_log, seconds_of_runs
-from awqdist.run.snapshots import chunk_name, load_snapshot, save_snapshot
 from awqdist.run.worker import Assignment
 from awqdist.settings import RunSettings
 

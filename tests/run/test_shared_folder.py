@@ -14,15 +14,15 @@ import pytest
 from support.command_line import contents
 
 from awqdist.errors import OutputError
-from awqdist.run import shared_folder
-from awqdist.run.shared_folder import answer_token, check_answers, offer_token, remove_token
+from awqdist.run import output as output_folder
+from awqdist.run.output import answer_token, check_answers, offer_token, remove_token
 
 PATIENCE_S = 0.3
 
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared_folder, "_PATIENCE_S", PATIENCE_S)
+    monkeypatch.setattr(output_folder, "_PATIENCE_S", PATIENCE_S)
 
 
 def state_files(output: Path) -> list[str]:
@@ -72,7 +72,7 @@ def test_the_answer_of_one_worker_is_not_taken_for_that_of_another(tmp_path: Pat
 
 
 def test_token_and_answers_may_show_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared_folder, "_PATIENCE_S", 10.0)
+    monkeypatch.setattr(output_folder, "_PATIENCE_S", 10.0)
     token = offer_token(tmp_path / "leader's")
     (tmp_path / "seen").mkdir()
 
