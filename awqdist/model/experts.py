@@ -99,16 +99,13 @@ class WatchedExperts(TorchFunctionMode):
         if func in _PRODUCTS:
             weight = args[1] if len(args) > 1 else (kwargs or {}).get("weight")
             if isinstance(weight, Tensor) and (told := self._watched.get(_storage(weight))):
-                self._tell(told[1], told[0], args[0], weight)
+                parameter, watch = told
+                if weight.ndim == parameter.ndim:
+                    for expert, own in enumerate(args[0]):  # (n, I), zeros where a token is not routed to the expert
+                        watch(expert, own[own.any(-1)])
+                else:
+                    watch((weight.storage_offset() - parameter.storage_offset()) // parameter.stride(0), args[0])
         return func(*args, **(kwargs or {}))
-
-    @staticmethod
-    def _tell(watch: ExpertWatch, parameter: Tensor, rows: Tensor, weight: Tensor) -> None:
-        if weight.ndim == parameter.ndim:
-            for expert, own in enumerate(rows):  # rows: (E, n, I), of zeros where a token is not routed to the expert
-                watch(expert, own[own.any(-1)])
-        else:
-            watch((weight.storage_offset() - parameter.storage_offset()) // parameter.stride(0), rows)
 
 
 def run_all_experts(
@@ -132,17 +129,14 @@ def run_all_experts(
     inner = {fused.name: (parameters[fused.name], watch) for fused in experts if fused.is_inner}
     num_experts = len(experts[0].parts)
     routing = torch.arange(num_experts, device=rows.device).expand(rows.shape[0], -1)  # (m, E)
-    if takes_rows_by_expert(module):
+    if (
+        len(signature(module.forward).parameters) == 1
+    ):  # it is given the rows of one expert after another, without routing
         arguments: tuple[Tensor, ...] = (rows.repeat(num_experts, 1),)  # (E·m, H)
     else:
         arguments = rows, routing, torch.ones_like(routing, dtype=rows.dtype)
     with WatchedExperts(inner), torch.no_grad():
         functional_call(module, own, arguments)
-
-
-def takes_rows_by_expert(experts: nn.Module) -> bool:
-    """Returns whether a module is given the rows of one expert after another, instead of rows and their routing."""
-    return len(signature(experts.forward).parameters) == 1
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from inspect import signature
 from threading import Lock
@@ -25,11 +26,8 @@ from awqdist.model.skeleton import Skeleton
 
 Parameters = Mapping[str, Tensor]
 Watch = Callable[[Tensor], None]
-_KERNEL_PACKAGES = (
-    "causal_conv1d",
-    "fla",
-    "mamba_ssm",
-)  # transformers uses them wherever they are installed; GPUs only
+# transformers uses them wherever they are installed; GPUs only
+_KERNEL_PACKAGES = ("causal_conv1d", "fla", "mamba_ssm")
 _kernels_lock = Lock()
 _num_without_kernels = 0
 _is_exporting = torch.compiler.is_exporting
@@ -146,7 +144,8 @@ def forward_layer(
             watched = {name: (parameters[name], watch) for name, watch in expert_watches.items()}
             stack.enter_context(WatchedExperts(watched))
         for path, watch in (watches or {}).items():
-            stack.callback(layer.get_submodule(path).register_forward_pre_hook(_passing_input(watch)).remove)
+            hook = partial(lambda watch, module, args: watch(args[0]), watch)
+            stack.callback(layer.get_submodule(path).register_forward_pre_hook(hook).remove)
         output = functional_call(layer, dict(parameters), (hidden, *call.args), call.kwargs)
     states: Tensor = output[0] if isinstance(output, tuple) else output
     return states
@@ -156,10 +155,6 @@ def with_buffers(module: nn.Module, parameters: Parameters, device: torch.device
     """Returns `parameters` and the module's own buffers, which no checkpoint holds, on `device`."""
     buffers = {name: buffer.to(device) for name, buffer in module.named_buffers() if buffer.device.type != "meta"}
     return {**buffers, **parameters}
-
-
-def _passing_input(watch: Watch) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-    return lambda module, args: watch(args[0])
 
 
 def without_embeddings(skeleton: Skeleton, outside: Parameters) -> dict[str, Tensor]:

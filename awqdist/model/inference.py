@@ -11,7 +11,7 @@ send elsewhere than before change the output, so that these are proved to be com
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,8 +26,6 @@ from awqdist.model.mapping import HeadShape, ResolvedMapping, connect, preserves
 from awqdist.model.skeleton import Skeleton
 from awqdist.model.structure import LayerStructure, trial_calls
 
-Group = tuple[ResolvedMapping, ...]  # one mapping, or the same of every expert
-
 
 def infer_mappings(skeleton: Skeleton, structure: LayerStructure, layer: int) -> tuple[ResolvedMapping, ...]:
     """Returns the mappings of decoder layer `layer`.
@@ -37,15 +35,15 @@ def infer_mappings(skeleton: Skeleton, structure: LayerStructure, layer: int) ->
     """
     config = skeleton.model.config.get_text_config(decoder=True)
     module, heads = skeleton.layers[layer], HeadShape.of(config)
+    fused = skeleton.layer_experts(layer)
     experts = tuple(
-        _OneForAll(f.name, f.parts[:1], f.part_shape, f.layout, f.bias, num_experts=len(f.parts))
-        for f in skeleton.layer_experts(layer)
+        _OneForAll(f.name, f.parts[:1], f.part_shape, f.layout, f.bias, num_experts=len(f.parts)) for f in fused
     )
     parameters = with_buffers(module, _random_parameters(module, experts), torch.device("cpu"))
     call = trial_calls(skeleton)[layer]
     hidden = torch.randn(1, 8, config.hidden_size, generator=torch.Generator().manual_seed(1))
     found: list[ResolvedMapping] = []
-    for group in _candidates(structure, heads):
+    for group in _candidates(structure, heads, fused):
         tried = replace(group[0], balance=tuple(p for p in group[0].balance if f"{p}.weight" in parameters))
         taken = any(group[0].balance == mapping.balance for mapping in found)
         if not taken and preserves_function(module, parameters, [tried], hidden, call, experts):
@@ -58,46 +56,37 @@ def infer_mappings(skeleton: Skeleton, structure: LayerStructure, layer: int) ->
     return tuple(found)
 
 
-def _candidates(structure: LayerStructure, heads: HeadShape) -> list[Group]:
-    """Returns what is tried for every site: the norm in front of it, or the linears before it, the nearest first.
+def _candidates(
+    structure: LayerStructure, heads: HeadShape, experts: tuple[FusedParameter, ...]
+) -> Iterator[tuple[ResolvedMapping, ...]]:
+    """Yields what is tried for every site: the norm in front of it, or the linears before it, the nearest first.
 
-    What is computed within an expert may come from that expert only.
+    What is computed within an expert may come from that expert only; a mapping of expert 0 comes with the same of all others.
     """
-    candidates: list[Group] = []
-    order = list(structure.linears)
-    routed = {path: part for part in structure.routed for path in part.linears}
-    for site in structure.sites:
-        inner = routed.get(site[0])
-        if site[0] in structure.site_norms:
-            smooths = [structure.site_norms[site[0]]]
-        elif inner is None:
-            before = reversed(order[: order.index(site[0])])
-            smooths = [path for path in before if path not in site and path not in routed]
-        else:
-            before = reversed(order[: order.index(site[0])])
-            smooths = [p for p in before if p in routed and routed[p].expert == inner.expert == 0]
-        outcomes = [connect(structure, smooth, site, heads) for smooth in smooths]
-        mappings = [outcome for outcome in outcomes if isinstance(outcome, ResolvedMapping)]
-        candidates += [_of_every_expert(structure, m) if m.smooth in routed else (m,) for m in mappings]
-    return candidates
-
-
-def _of_every_expert(structure: LayerStructure, mapping: ResolvedMapping) -> Group:
-    """Returns a mapping within expert 0, and the same within the others."""
-    parts = {(part.fused, part.expert): part.linears for part in structure.routed}
-    place = {path: (part.fused, i) for part in structure.routed for i, path in enumerate(part.linears)}
+    place = {path: (f, e, i) for f in experts for e, part in enumerate(f.parts) for i, path in enumerate(part)}
 
     def counterpart(path: str, expert: int) -> str:
-        fused, i = place[path]
-        return parts[fused, expert][i]
+        fused, _, number = place[path]
+        return fused.parts[expert][number]
 
-    num_experts = 1 + max(part.expert for part in structure.routed if part.fused == place[mapping.smooth][0])
-    return tuple(
-        replace(
-            mapping, smooth=counterpart(mapping.smooth, e), balance=tuple(counterpart(p, e) for p in mapping.balance)
-        )
-        for e in range(num_experts)
-    )
+    order = list(structure.linears)
+    for site in structure.sites:
+        if site[0] in structure.site_norms:
+            smooths = [structure.site_norms[site[0]]]
+        else:
+            before = order[: order.index(site[0])][::-1]
+            if site[0] in place:
+                smooths = [path for path in before if path in place and place[path][1] == place[site[0]][1] == 0]
+            else:
+                smooths = [path for path in before if path not in site and path not in place]
+        for mapping in (connect(structure, smooth, site, heads) for smooth in smooths):
+            if isinstance(mapping, ResolvedMapping):
+                smooth, balance = mapping.smooth, mapping.balance
+                every = range(len(place[smooth][0].parts)) if smooth in place else ()
+                yield tuple(
+                    replace(mapping, smooth=counterpart(smooth, e), balance=tuple(counterpart(p, e) for p in balance))
+                    for e in every
+                ) or (mapping,)
 
 
 class _ScaledCopies(torch.Tensor):

@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from numbers import Number
 from typing import Any
 
@@ -106,94 +107,111 @@ def trial_calls(skeleton: Skeleton) -> list[LayerCall]:
     return record_calls(skeleton, with_buffers(skeleton.decoder, zeros, torch.device("cpu")), token_ids)[1]
 
 
-@dataclass(slots=True)
-class _Sightings:
-    """What a run on the meta device shows: which linears read a tensor, and which norm made it."""
-
-    readers: dict[Identity, list[str]] = field(default_factory=dict)  # tensor -> linears that read it
-    produced: dict[Identity, str] = field(default_factory=dict)  # tensor -> norm that made it
-    alive: list[Tensor] = field(default_factory=list)  # storages stay distinct only while they live
-
-    def read(self, tensor: Tensor, paths: Iterable[str]) -> None:
-        self.alive.append(tensor)
-        self.readers.setdefault(_identity(tensor), []).extend(paths)
-
-    def input_of(self, path: str, given: Tensor) -> Tensor:
-        """Returns what a module of experts reads: the tensor given, or if no linear reads that, what those beside it read."""
-        parent = f"{path.rpartition('.')[0]}."
-        beside = [key for key, readers in self.readers.items() if any(reader.startswith(parent) for reader in readers)]
-        if _identity(given) in self.readers or not beside:
-            return given
-        return next(tensor for tensor in self.alive if _identity(tensor) == beside[-1])
-
-    def made(self, tensor: Tensor, path: str) -> None:
-        self.alive.append(tensor)
-        self.produced[_identity(tensor)] = path
-
-
-def _trace(
-    layer: nn.Module, call: LayerCall, hidden_size: int, experts: tuple[FusedParameter, ...] = ()
-) -> LayerStructure:
-    seen = _Sightings()
+def _trace(layer: nn.Module, call: LayerCall, hidden_size: int, experts: tuple[FusedParameter, ...]) -> LayerStructure:
     norms = dict(_norms_of(layer))
     shapes = {path: fused.part_shape for fused in experts for part in fused.parts for path in part}
-    trail = _ResidualTrail()
+    seen = _Trace()
     with ExitStack() as stack:
         for path, module in layer.named_modules():
             if isinstance(module, nn.Linear) or (experts and _is_router(module)):
                 shapes[path] = _weight(module).shape[0], _weight(module).shape[1]
-                stack.callback(module.register_forward_pre_hook(_reading(seen, path)).remove)
-                stack.callback(module.register_forward_hook(trail.starts(path)).remove)
+                stack.callback(module.register_forward_pre_hook(partial(seen.linear_reads, path)).remove)
+                stack.callback(module.register_forward_hook(partial(seen.linears_write, [path])).remove)
             elif path in norms:
-                stack.callback(module.register_forward_hook(_making(seen, path)).remove)
+                stack.callback(module.register_forward_hook(partial(seen.norm_makes, path)).remove)
         for path in {fused.module for fused in experts}:
             module = layer.get_submodule(path)
             own = [fused for fused in experts if fused.module == path]
-            module.forward = _passed_over(seen, own)
+            module.forward = partial(seen.pass_over_experts, own)
             summed = [linear for fused in own if fused.is_inner for part in fused.parts for linear in part]
-            stack.callback(module.register_forward_hook(trail.starts(*summed)).remove)
+            stack.callback(module.register_forward_hook(partial(seen.linears_write, summed)).remove)
             stack.callback(delattr, module, "forward")
-        stack.enter_context(trail)
+        stack.enter_context(seen)
         output = _run_on_meta(layer, call, hidden_size)
-    sites = tuple(tuple(site) for site in seen.readers.values())
+    sites = tuple(tuple(readers) for _, readers in seen.read.values())
     routed = tuple(RoutedLinears(part, f.name, e) for f in experts for e, part in enumerate(f.parts))
     return LayerStructure(
         linears={path: shapes[path] for site in sites for path in site},
         sites=sites,
-        site_norms={site[0]: seen.produced[key] for key, site in seen.readers.items() if key in seen.produced},
+        site_norms={site[0]: seen.norm[key] for key, site in zip(seen.read, sites, strict=True) if key in seen.norm},
         norms={path: _has_unit_offset(norm) for path, norm in norms.items()},
         norm_widths={path: _weight(norm).shape[0] for path, norm in norms.items()},
         routed=routed,
         gates=_gates(sites, shapes, experts),
-        writers=trail.writers(output),
+        writers=seen.writers_of(output),
         inner=_inner_sites(layer, sites),
     )
 
 
-def _reading(seen: _Sightings, path: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-    return lambda module, args: seen.read(args[0], [path])
+class _Trace(TorchFunctionMode):
+    """Notes which linears read a tensor and which norm made it, while a layer runs on the meta device.
 
+    It follows the outputs of linears through sums, views and products with a number.
+    """
 
-def _making(seen: _Sightings, path: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
-    return lambda module, args, output: seen.made(output, path)
+    def __init__(self) -> None:
+        super().__init__()
+        self.read: dict[Identity, tuple[Tensor, list[str]]] = {}  # tensors that linears read, and those linears
+        self.norm: dict[Identity, str] = {}  # by the tensor that it made
+        self._writers: dict[Identity, frozenset[str]] = {}  # by a tensor, the linears whose outputs are its terms
+        self._alive: list[Tensor] = []  # storages stay distinct only while they live
 
+    def linear_reads(self, path: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Runs before a linear's forward."""
+        self._is_read(args[0], [path])
 
-def _passed_over(seen: _Sightings, experts: list[FusedParameter]) -> Callable[..., Tensor]:
-    """Returns a forward for a module of experts that computes nothing."""
+    def norm_makes(self, path: str, module: nn.Module, args: Any, output: Tensor) -> None:
+        """Runs after a norm's forward."""
+        self._alive.append(output)
+        self.norm[_identity(output)] = path
 
-    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        source = seen.input_of(experts[0].module, hidden_states)
-        if source.shape[-1] != hidden_states.shape[-1]:
+    def linears_write(self, paths: list[str], module: nn.Module, args: Any, output: Any) -> None:
+        """Runs after the forward of a linear, or of a module that sums up the linears of those paths.
+
+        A module that returns several tensors, as routers do, writes nothing.
+        """
+        if isinstance(output, Tensor):
+            self._mark(output, frozenset(paths))
+
+    def pass_over_experts(self, experts: list[FusedParameter], hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Stands in for the forward of a module of experts, and computes nothing.
+
+        The module reads the tensor given, or if no linear reads that, what those beside it read.
+        """
+        path = experts[0].module
+        parent = f"{path.rpartition('.')[0]}."
+        beside = [tensor for tensor, readers in self.read.values() if any(r.startswith(parent) for r in readers)]
+        source = hidden if _identity(hidden) in self.read or not beside else beside[-1]
+        if source.shape[-1] != hidden.shape[-1]:
             raise ModelError(
-                f"the experts of {experts[0].module} read a projection of their own of {hidden_states.shape[-1]} channels"
+                f"the experts of {path} read a projection of their own of {hidden.shape[-1]} channels"
                 " (moe_latent_size), which is not supported yet"
             )
         for fused in experts:
             for part in fused.parts:
-                seen.read(torch.empty(1, device="meta") if fused.is_inner else source, part)
-        return torch.empty_like(hidden_states)
+                self._is_read(torch.empty(1, device="meta") if fused.is_inner else source, part)
+        return torch.empty_like(hidden)
 
-    return forward
+    def writers_of(self, output: Tensor) -> frozenset[str]:
+        """Returns the linears whose outputs are terms of `output`."""
+        return self._writers.get(_identity(output), frozenset())
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            scaled = func in _PRODUCTS and any(isinstance(value, Number) for value in args[:2])
+            followed = args[:2] if func in _SUMS or scaled else args[:1] if func in _VIEWS else ()
+            terms = (self.writers_of(term) for term in followed if isinstance(term, Tensor))
+            self._mark(result, frozenset().union(*terms))
+        return result
+
+    def _is_read(self, tensor: Tensor, paths: Iterable[str]) -> None:
+        self.read.setdefault(_identity(tensor), (tensor, []))[1].extend(paths)
+
+    def _mark(self, tensor: Tensor, paths: frozenset[str]) -> None:
+        if paths:
+            self._alive.append(tensor)
+            self._writers[_identity(tensor)] = paths
 
 
 def _is_router(module: nn.Module) -> bool:
@@ -247,40 +265,6 @@ def _weight(module: nn.Module) -> Tensor:
     weight = module.weight
     assert isinstance(weight, Tensor)
     return weight
-
-
-class _ResidualTrail(TorchFunctionMode):
-    """Follows the outputs of linears through sums, views and products with a number, while it is entered."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._writers: dict[Identity, frozenset[str]] = {}
-        self._alive: list[Tensor] = []  # storages stay distinct only while they live
-
-    def starts(self, *paths: str) -> Callable[[nn.Module, Any, Any], None]:
-        """Returns a forward hook for a linear, or for a module that sums up the linears of those paths.
-
-        A module that returns several tensors, as routers do, writes nothing.
-        """
-        return lambda module, args, output: self._mark(output, frozenset(paths if isinstance(output, Tensor) else ()))
-
-    def writers(self, output: Tensor) -> frozenset[str]:
-        """Returns the linears whose outputs are terms of `output`."""
-        return self._writers.get(_identity(output), frozenset())
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor):
-            scaled = func in _PRODUCTS and any(isinstance(value, Number) for value in args[:2])
-            followed = args[:2] if func in _SUMS or scaled else args[:1] if func in _VIEWS else ()
-            terms = (self.writers(term) for term in followed if isinstance(term, Tensor))
-            self._mark(result, frozenset().union(*terms))
-        return result
-
-    def _mark(self, tensor: Tensor, paths: frozenset[str]) -> None:
-        if paths:
-            self._alive.append(tensor)
-            self._writers[_identity(tensor)] = paths
 
 
 def _identity(tensor: Tensor) -> Identity:

@@ -9,12 +9,19 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from awqdist.recipe.matching import check_patterns_match, matches
-from awqdist.recipe.recipe import MappingPattern, Recipe, Rounding, SchemeGroup, Smoothing, WeightScheme
+from awqdist.recipe.recipe import (
+    MappingPattern,
+    Recipe,
+    Rounding,
+    SchemeGroup,
+    Smoothing,
+    WeightScheme,
+    check_patterns_match,
+    matches,
+)
 
 if TYPE_CHECKING:
-    from awqdist.recipe.build import build_recipe
-    from awqdist.recipe.load import RecipeSource, load_recipe, preset_names
+    from awqdist.recipe.load import RecipeSource, build_recipe, load_recipe, preset_names
     from awqdist.recipe.modifiers import AWQMapping, AWQModifier, GPTQModifier, Modifier, QuantizationModifier
 
 __all__ = [
@@ -41,5 +48,5 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    file = {"build_recipe": "build", "RecipeSource": "load", "load_recipe": "load", "preset_names": "load"}
-    return getattr(import_module(f"{__name__}.{file.get(name, 'modifiers')}"), name)
+    file = "load" if name in ("RecipeSource", "build_recipe", "load_recipe", "preset_names") else "modifiers"
+    return getattr(import_module(f"{__name__}.{file}"), name)

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from awqdist.errors import RecipeError
-from awqdist.recipe.matching import suggestion
+from awqdist.recipe.recipe import suggestion
 
 
 def first_mistake(error: ValidationError, where: str) -> str:
