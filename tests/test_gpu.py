@@ -80,10 +80,12 @@ def test_offloaded_activations_come_back_through_page_locked_memory_as_they_were
 def test_a_layer_that_has_no_room_on_the_gpu_is_written_in_the_same_bytes(tmp_path: Path) -> None:
     model = tiny_checkpoint("deepseek-v3", tmp_path / "model", torch.bfloat16)
     run(model, tmp_path / "whole", "cuda")
-    settings = RunSettings(model, tmp_path / "lent", device="cuda", num_samples=8, sequence_length=32, chunk_tokens=64)
+    settings = RunSettings(
+        model, tmp_path / "offloaded", device="cuda", num_samples=8, sequence_length=32, chunk_tokens=64
+    )
     layer = estimate(prepare(load_recipe(RECIPE), settings)).layers[1]
     settings = replace(settings, gpu_memory=layer.device_bytes * 17 // 20)
-    assert estimate(prepare(load_recipe(RECIPE), settings)).layers[1].residency.experts
+    assert estimate(prepare(load_recipe(RECIPE), settings)).layers[1].on_host.experts
     quantize(load_recipe(RECIPE), settings, [tiny_text()])
     for file in (tmp_path / "whole").glob("*.safetensors"):
-        assert file.read_bytes() == (tmp_path / "lent" / file.name).read_bytes()
+        assert file.read_bytes() == (tmp_path / "offloaded" / file.name).read_bytes()

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from awqdist.errors import ModelError
 from awqdist.layer.mlp_refit import RefitModule, RefitMoments, RowSample, refitted_sites
 from awqdist.layer.plan import LayerPlan, Site
-from awqdist.layer.residency import Bench
 from awqdist.model.experts import ExpertWatch, run_all_experts
 from awqdist.model.forward import Watch
 from awqdist.quant.moments import Moments, max_rows
+from awqdist.quant.offload import LayerDevice
 from awqdist.recipe import Recipe
 
 SAMPLED_ROWS = 256  # of a block's tokens, sent through all of its experts
@@ -36,8 +36,10 @@ class Calibration:
         on: Where and how the layer is run.
     """
 
-    def __init__(self, plan: LayerPlan, module: nn.Module | None, recipe: Recipe, num_tokens: int, on: Bench) -> None:
-        matrices, of_experts = on.residency.for_matrices(on.lend), on.residency.for_experts(on.lend)
+    def __init__(
+        self, plan: LayerPlan, module: nn.Module | None, recipe: Recipe, num_tokens: int, on: LayerDevice
+    ) -> None:
+        matrices, of_experts = on.memory_of_matrices(), on.memory_of_experts()
         self._plan, fitted = plan, recipe.needs_gram
         num_sampled = SAMPLED_ROWS if fitted else _FEW_ROWS
         self._refitted: list[RefitMoments] = []

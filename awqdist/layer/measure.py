@@ -21,9 +21,9 @@ from awqdist.layer.calibrate import Calibration
 from awqdist.layer.meter import Kernels, Meter
 from awqdist.layer.plan import LayerPlan
 from awqdist.layer.quantize import TRIAL_TOKENS, Method, Trial
-from awqdist.layer.residency import Bench
 from awqdist.layer.work import LayerWork
 from awqdist.model.forward import LayerCall
+from awqdist.quant.offload import LayerDevice
 
 STAGES = ("forward", "statistics", "search", "check", "round")
 
@@ -61,7 +61,7 @@ class MeasuredLayer:
     plan: LayerPlan
     module: nn.Module | None
     tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
-    on: Bench
+    on: LayerDevice
     make_method: Callable[[], Method]
     record: Callable[[Tensor], tuple[Tensor, LayerCall]]
     sequences: Sequence[int]

@@ -16,8 +16,8 @@ from torch.func import functional_call
 
 from awqdist.layer.plan import LayerPlan, Site
 from awqdist.model.forward import with_buffers
-from awqdist.quant.lending import HOST, HostMemory
 from awqdist.quant.moments import Moments
+from awqdist.quant.offload import HOST, HostMemory
 from awqdist.quant.precision import low_precision_if_exact
 from awqdist.recipe import Recipe
 
@@ -46,12 +46,12 @@ def refitted_sites(plan: LayerPlan, recipe: Recipe, num_tokens: int) -> list[Sit
 class RowSample:
     """Keeps every k-th row of a stream, independent of chunk boundaries: at most `num_kept` of `num_rows`.
 
-    home: the device to keep them on; None for where they come from.
+    kept_on: the device to keep them on; None for where they come from.
     """
 
-    def __init__(self, num_kept: int, num_rows: int, home: torch.device | None = None) -> None:
+    def __init__(self, num_kept: int, num_rows: int, kept_on: torch.device | None = None) -> None:
         self._step = max(1, -(-num_rows // num_kept))
-        self._home = home
+        self._kept_on = kept_on
         self._num_seen = 0
         self._rows: list[Tensor] = []
 
@@ -60,7 +60,7 @@ class RowSample:
         flat = activations.detach().reshape(-1, activations.shape[-1])
         kept = flat[-self._num_seen % self._step :: self._step]
         self._num_seen += flat.shape[0]
-        self._rows.append(kept.to(self._home or kept.device, copy=True))
+        self._rows.append(kept.to(self._kept_on or kept.device, copy=True))
 
     def take(self) -> Tensor:
         """Returns the rows (m, H) and forgets them."""

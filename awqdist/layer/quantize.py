@@ -21,8 +21,8 @@ from awqdist.model.mapping import TOLERANCE, ResolvedMapping, SmoothedParameters
 from awqdist.quant.candidates import ScaleChoice
 from awqdist.quant.gptq import OutputOrder
 from awqdist.quant.grid import QuantizedWeight
-from awqdist.quant.lending import LentTensors
 from awqdist.quant.moments import Moments
+from awqdist.quant.offload import OffloadedTensors
 from awqdist.quant.search import BalanceWeight, Problem, SearchGroup, choose_scales
 from awqdist.recipe import Recipe
 
@@ -74,7 +74,7 @@ def quantize_layer(
 
     Args:
         plan: What is done to the layer.
-        weights: Its tensors by their names in the layer, in the checkpoint's dtype, on the device or lent to it.
+        weights: Its tensors by their names in the layer, in the checkpoint's dtype, on the device, or copied to it when asked for.
         moments: Of every site's input; they are used up.
         method: How every layer is quantized.
         check: What the function check runs; None for lm_head, which nothing is smoothed in.
@@ -86,7 +86,7 @@ def quantize_layer(
     Raises:
         NumericalError: Smoothing would change the layer's function, or no candidate of a search gives a finite error.
     """
-    tensors = weights if isinstance(weights, LentTensors) else LentTensors(weights)
+    tensors = weights if isinstance(weights, OffloadedTensors) else OffloadedTensors(weights)
     with tell("search"):
         choices = _search(plan, tensors, moments, method)
         smoothed = SmoothedParameters(tensors)
@@ -97,15 +97,15 @@ def quantize_layer(
     with tell("check"):
         smoothing_error = _check_function(plan, tensors, smoothed, choices, check)
     with tell("round"):
-        grid_dtypes = {q.path: method.layout.grid_dtype(tensors.resting[q.weight].dtype) for q in plan.quantized}
-        homes = {q.path: tensors.resting[q.weight].device for q in plan.quantized}
-        layer = SmoothedLayer(smoothed, moments, scales, grid_dtypes, homes)
+        grid_dtypes = {q.path: method.layout.grid_dtype(tensors.kept[q.weight].dtype) for q in plan.quantized}
+        code_devices = {q.path: tensors.kept[q.weight].device for q in plan.quantized}
+        layer = SmoothedLayer(smoothed, moments, scales, grid_dtypes, code_devices)
         quantized, linears = round_layer(plan, layer, method.recipe, method.outputs)
     return LayerResult(
         weights=quantized,
         parameters={
             name: smoothed[name].to(tensor.device, tensor.dtype)
-            for name, tensor in tensors.resting.items()
+            for name, tensor in tensors.kept.items()
             if name.removesuffix(".weight") not in quantized
         },
         mappings=tuple(_mapping_record(plan, mapping, choices[mapping]) for mapping in plan.mappings),
@@ -116,7 +116,7 @@ def quantize_layer(
 
 
 def _search(
-    plan: LayerPlan, parameters: LentTensors, moments: Mapping[Site, Moments], method: Method
+    plan: LayerPlan, parameters: OffloadedTensors, moments: Mapping[Site, Moments], method: Method
 ) -> dict[ResolvedMapping, ScaleChoice]:
     """The choice of every mapping; those within experts of one kind are made together."""
     found: dict[ResolvedMapping, ScaleChoice] = {}
@@ -147,7 +147,7 @@ def _searched_together(plan: LayerPlan) -> list[list[ResolvedMapping]]:
 def _problem(
     plan: LayerPlan,
     mapping: ResolvedMapping,
-    parameters: LentTensors,
+    parameters: OffloadedTensors,
     moments: Mapping[Site, Moments],
     method: Method,
 ) -> Problem:
@@ -155,11 +155,11 @@ def _problem(
     groups = []
     for site in plan.sites_of(mapping):
         balance = [
-            BalanceWeight(parameters.resting[linear.weight], linear.scheme, parameters.lend_of(linear.weight))
+            BalanceWeight(parameters.kept[linear.weight], linear.scheme, parameters.to_device(linear.weight))
             for linear in site.linears
         ]
         groups.append(SearchGroup(balance, moments[site], method.recipe.rounding))
-    first = parameters.resting[f"{mapping.balance[0]}.weight"]
+    first = parameters.kept[f"{mapping.balance[0]}.weight"]
     mean_abs, num_inputs = groups[0].moments.mean_abs, first.shape[1]
     return Problem(
         groups=groups,

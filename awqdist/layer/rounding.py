@@ -16,7 +16,6 @@ from torch import Tensor
 from awqdist.layer.mlp_refit import RefitMoments
 from awqdist.layer.plan import LayerPlan, Linear, Site
 from awqdist.layer.records import LinearRecord
-from awqdist.layer.residency import release_host_memory
 from awqdist.quant.factor import refit_correction
 from awqdist.quant.gptq import OutputOrder, gptq, num_side_by_side
 from awqdist.quant.grid import (
@@ -30,6 +29,7 @@ from awqdist.quant.grid import (
     rounding_difference,
 )
 from awqdist.quant.moments import Moments, quadratic_form, rough_quadratic_form
+from awqdist.quant.offload import release_host_memory
 from awqdist.quant.precision import read_value, read_values
 from awqdist.quant.search import sampled_rows
 from awqdist.recipe import Recipe
@@ -42,14 +42,14 @@ class SmoothedLayer:
     """A layer after smoothing.
 
     parameters: by name; moments: by site; by the paths of linears: scales, (I,), what their inputs are divided by (none for 1),
-    grid_dtypes, of the group scales to store, and homes, the devices that the codes are moved to.
+    grid_dtypes, of the group scales to store, and code_devices, the devices that the codes are moved to.
     """
 
     parameters: Mapping[str, Tensor]
     moments: Mapping[Site, Moments]
     scales: Mapping[str, Tensor]
     grid_dtypes: Mapping[str, torch.dtype]
-    homes: Mapping[str, torch.device]
+    code_devices: Mapping[str, torch.device]
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +132,7 @@ class _Rounder:
             for linear, errors in zip(problem.linears, _output_errors(problem, result), strict=True):
                 rows = slice(first, first + linear.shape[0])
                 first = rows.stop
-                self.weights[linear.path] = result.rows(rows).to(self._layer.homes[linear.path])
+                self.weights[linear.path] = result.rows(rows).to(self._layer.code_devices[linear.path])
                 self.records.append(_record(linear, problem, errors))
 
     def _rounded(self, batch: Sequence[Site]) -> Iterator[tuple[GridProblem, QuantizedWeight]]:

@@ -15,10 +15,9 @@ from awqdist.errors import NumericalError
 from awqdist.layer.calibrate import Calibration
 from awqdist.layer.plan import LayerPlan
 from awqdist.layer.quantize import LayerResult, Method, Tell, Trial, quantize_layer
-from awqdist.layer.residency import Bench, release_host_memory
 from awqdist.model.experts import FusedParameter, fuse_experts, made_experts
 from awqdist.model.forward import LayerCall, forward_layer, with_buffers
-from awqdist.quant.lending import LentTensors
+from awqdist.quant.offload import LayerDevice, OffloadedTensors, release_host_memory
 
 
 class LayerWork:
@@ -38,23 +37,23 @@ class LayerWork:
         plan: LayerPlan,
         module: nn.Module | None,
         weights: Mapping[str, Tensor],
-        on: Bench,
+        on: LayerDevice,
         calibration: Calibration | None,
         float32: frozenset[str] = frozenset(),
     ) -> None:
         self.plan, self._module, self._on, self._calibration = plan, module, on, calibration
         of_experts = {f"{path}.weight" for fused in plan.experts for parts in fused.parts for path in parts}
-        on_host = of_experts if on.residency.experts else set()
-        placed = {name: tensor if name in on_host else tensor.to(on.device) for name, tensor in weights.items()}
-        self._weights = LentTensors(placed, on_host, on.lend)
+        offloaded = of_experts if on.on_host.experts else set()
+        placed = {name: tensor if name in offloaded else tensor.to(on.device) for name, tensor in weights.items()}
+        self._weights = OffloadedTensors(placed, offloaded, on.to_device)
         self._working: dict[str, Tensor] = {}  # what the layer is run with, without experts in host memory
         if module is not None:
             converted = {
                 name: tensor.to(torch.float32 if name in float32 else on.dtype)
                 for name, tensor in placed.items()
-                if name not in on_host
+                if name not in offloaded
             }
-            fused = fuse_experts(() if on.residency.experts else plan.experts, converted)
+            fused = fuse_experts(() if on.on_host.experts else plan.experts, converted)
             self._working = with_buffers(module, fused, on.device)
 
     def forward(self, chunk: Tensor, call: LayerCall) -> Tensor:
@@ -105,7 +104,7 @@ class LayerWork:
     @contextmanager
     def _complete(self) -> Iterator[dict[str, Tensor]]:
         """Gives what the layer is run with. Experts in host memory come to the device when tokens come to them."""
-        if not self._on.residency.experts:
+        if not self._on.on_host.experts:
             yield self._working
             return
 

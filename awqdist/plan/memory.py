@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from awqdist.layer.residency import Residency
+from awqdist.quant.offload import OnHost
 from awqdist.run.job import Job
 from awqdist.run.memory import (
     LayerMemory,
@@ -157,11 +157,11 @@ def placement(job: Job, expected: Estimate) -> tuple[Placement, ...]:
 
 def _on_host(layers: Sequence[LayerMemory]) -> list[Placement]:
     """Returns what of the layer at work lies in host memory, since the device has no room for it."""
-    moved = [layer for layer in layers if layer.residency != Residency()]
+    moved = [layer for layer in layers if layer.on_host != OnHost()]
     if not moved:
         return []
     most = max(moved, key=lambda layer: layer.host_bytes)
-    return [Placement(f"of the layer at work: {most.residency}", "host", most.host_bytes)]
+    return [Placement(f"of the layer at work: {most.on_host}", "host", most.host_bytes)]
 
 
 def _most(layers: Sequence[LayerMemory], name: str) -> int:

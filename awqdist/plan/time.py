@@ -101,7 +101,7 @@ def predict(
 def _layer_forecast(
     job: Job, task: LayerPlan, layer: LayerMemory, profile: MachineProfile, sharing: int
 ) -> LayerForecast:
-    cost = layer_cost(job, task, layer.residency)
+    cost = layer_cost(job, task, layer.on_host)
     seconds = {stage: _seconds(cost, stage, profile, job.skeleton.dtype.itemsize) for stage in STAGES}
     seconds["forward"] += layer.loaded_bytes / profile.host_memory_bytes_per_s  # looked through for what is not finite
     packed = sum(prod(e.shape) for e in map(job.index.entries.__getitem__, task.tensors.values()) if e.packing)

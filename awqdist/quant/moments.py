@@ -16,7 +16,7 @@ An expert may be sent few tokens. Its moments are blended with a prior: with n r
 as if k average tokens had been sent to it beside its own. An expert that was sent nothing is fitted to the prior alone, one that was sent
 thousands of rows is fitted to them, and no matrix in between is singular. Its rows are kept up to a cap; of more, the first stand for all.
 
-Gram matrices that do not fit the device are kept in host memory. One tile at a time is lent to the device for each sum and each error.
+Gram matrices that do not fit the device are kept in host memory. One tile at a time is copied to the device for each sum and each error.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from awqdist.quant.lending import HOST, HostMemory, Lend
+from awqdist.quant.offload import HOST, HostMemory, ToDevice
 from awqdist.quant.precision import has_data, has_fast_bfloat16, low_precision_if_exact
 
 PRIOR_TOKENS = 32.0
@@ -46,14 +46,14 @@ class Gram:
     """Gives errors under Gram matrices (I, I), one for each of B problems; they may be in host memory. In bfloat16 they only rank."""
 
     matrices: Sequence[Tensor]
-    lend: Lend | None = None
+    to_device: ToDevice | None = None
 
     def errors(self, difference: Tensor) -> Tensor:
         """Returns d·G·dᵀ of every row d of difference (B, r, I) float32, as (B, r) float64."""
         pairs = list(zip(difference, self.matrices, strict=True))
         return torch.stack(
             [
-                _rough_form(d, gram) if gram.dtype == torch.bfloat16 else quadratic_form(d, gram, self.lend)
+                _rough_form(d, gram) if gram.dtype == torch.bfloat16 else quadratic_form(d, gram, self.to_device)
                 for d, gram in pairs
             ]
         )
@@ -64,14 +64,18 @@ class Rows:
     """Gives errors from the rows X of one input, kept in parts (n, I) float32."""
 
     parts: Sequence[Tensor]
-    lend: Lend | None = None
+    to_device: ToDevice | None = None
 
     def errors(self, difference: Tensor) -> Tensor:
         """Returns ‖X·dᵀ‖² of every row d of difference (1, r, I) float32, as (1, r) float64."""
         (only,) = difference
         total = torch.zeros(only.shape[0], dtype=torch.float64, device=only.device)
         for rows in self.parts:
-            total += ((rows if self.lend is None else self.lend(rows)) @ only.T).square_().sum(0, dtype=torch.float64)
+            total += (
+                ((rows if self.to_device is None else self.to_device(rows)) @ only.T)
+                .square_()
+                .sum(0, dtype=torch.float64)
+            )
         return total.unsqueeze(0)
 
 
@@ -130,7 +134,7 @@ class Moments:
     ) -> None:
         self.num_inputs = num_inputs
         self.num_tokens = 0
-        self._host, self._home = host, device if host is None else HOST
+        self._host, self._kept_on = host, device if host is None else HOST
         self._dtype = torch.float32  # of the activations
         self._sum_abs = torch.zeros(num_inputs, dtype=torch.float32, device=device)
         self._prior, self._most_rows, self._num_kept = prior, most_rows, 0
@@ -146,7 +150,7 @@ class Moments:
             return
         sketched = is_sketched(num_inputs, num_tokens, exact=exact)
         if num_tokens >= num_inputs and not sketched:
-            self._gram = torch.zeros(num_inputs, num_inputs, device=self._home)
+            self._gram = torch.zeros(num_inputs, num_inputs, device=self._kept_on)
         if sketched or (self._gram is not None and num_inputs >= 2 * SKETCH_ROWS):
             self._sketch = torch.zeros(SKETCH_ROWS, num_inputs, device=device)
             self._signs = _signs(num_tokens, device)
@@ -179,7 +183,7 @@ class Moments:
         wide = rows.to(torch.float32, copy=keeps_rows)  # what is kept is ours: the layer may go on to overwrite its own
         self._sum_abs += wide.abs().sum(0)
         if keeps_rows:
-            self._rows.append(wide.to(self._home))
+            self._rows.append(wide.to(self._kept_on))
         if self._sketch is not None and self._signs is not None:
             _add_to_sketch(self._sketch, self._signs, wide, first_token)
         if self._gram is not None:
@@ -211,12 +215,12 @@ class Moments:
         if self._prior is not None:
             return self._blended(self._prior)
         gram = self._kept_gram()
-        return self._lent(gram) if self._host is None or self._host.whole_matrices else gram
+        return self._to_device(gram) if self._host is None or self._host.whole_matrices else gram
 
     def _blended(self, prior: Moments) -> Tensor:
-        gram = prior._lent(prior._kept_gram()) * (PRIOR_TOKENS / max(prior.num_tokens, 1))
+        gram = prior._to_device(prior._kept_gram()) * (PRIOR_TOKENS / max(prior.num_tokens, 1))
         if self._rows:
-            rows = self._lent(torch.cat(self._rows))
+            rows = self._to_device(torch.cat(self._rows))
             wide = rows.float()
             with low_precision_if_exact(rows.dtype):
                 gram.addmm_(wide.T, wide, alpha=self.num_tokens / self._num_kept)
@@ -227,9 +231,9 @@ class Moments:
         if self._gram is not None:
             self._mirror(self._gram)
             return self._gram
-        gram = torch.zeros(self.num_inputs, self.num_inputs, device=self._home)
+        gram = torch.zeros(self.num_inputs, self.num_inputs, device=self._kept_on)
         for rows in self._kept_rows():
-            self._add_product(gram, self._lent(rows))
+            self._add_product(gram, self._to_device(rows))
         self._mirror(gram)
         return gram
 
@@ -244,11 +248,11 @@ class Moments:
         with low_precision_if_exact(self._dtype):
             for start in range(0, self.num_inputs, _BLOCK):
                 tile = gram[start:, start : start + _BLOCK]
-                lent = self._lent(tile)
-                lent.addmm_(rows[:, start:].T, rows[:, start : start + _BLOCK])
-                if lent is not tile:
-                    tile.copy_(lent)
-                del lent  # before the next one comes
+                moved = self._to_device(tile)
+                moved.addmm_(rows[:, start:].T, rows[:, start : start + _BLOCK])
+                if moved is not tile:
+                    tile.copy_(moved)
+                del moved  # before the next one comes
 
     def _mirror(self, gram: Tensor) -> None:
         """Fills in the blocks above the diagonal."""
@@ -257,8 +261,8 @@ class Moments:
             gram[start:stop, stop:] = gram[stop:, start:stop].T
         self._symmetric = True
 
-    def _lent(self, tensor: Tensor) -> Tensor:
-        return tensor if self._host is None else self._host.lend(tensor)
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        return tensor if self._host is None else self._host.to_device(tensor)
 
     def take_smoothed_gram(self, scales: Tensor) -> Tensor:
         """Returns the Gram matrix of the input divided by scales (I,), as (I, I) float32 where `gram` gives it.
@@ -286,11 +290,11 @@ class Moments:
                 self._rough = self._sketch.bfloat16() if is_fast else self._sketch
             return Sketch(self._rough)
         if self._gram is None:
-            return Rows(self._rows, self._lent)
+            return Rows(self._rows, self._to_device)
         if not rough or not is_fast:
-            return Gram([self._gram], self._lent)
+            return Gram([self._gram], self._to_device)
         if self._rough is None:
-            self._rough = self._lent(self._kept_gram()).bfloat16()
+            self._rough = self._to_device(self._kept_gram()).bfloat16()
         return Gram([self._rough])
 
     def expert_sketch(self) -> Tensor:
@@ -352,19 +356,19 @@ def num_held_rows(num_inputs: int, num_tokens: int, *, exact: bool) -> int:
     return min(num_inputs, num_tokens) if exact else min(num_inputs, num_tokens, SKETCH_ROWS)
 
 
-def quadratic_form(difference: Tensor, gram: Tensor, lend: Lend | None = None) -> Tensor:
+def quadratic_form(difference: Tensor, gram: Tensor, to_device: ToDevice | None = None) -> Tensor:
     """Returns d·G·dᵀ of every row d of difference (O, I) float32, as (O,) float64. G's symmetry saves nearly half of the product.
 
     Args:
         difference: (O, I) float32.
         gram: (I, I) float32, of which the blocks above the diagonal are not read; it may be on another device.
-        lend: Brings tiles of `gram` to the device of `difference`; None: by a plain copy.
+        to_device: Brings tiles of `gram` to the device of `difference`; None: by a plain copy.
     """
     total = torch.zeros(difference.shape[0], dtype=torch.float64, device=difference.device)
     for start in range(0, gram.shape[0], _BLOCK):
         stop = min(start + _BLOCK, gram.shape[0])
         tile = gram[start:stop, :stop]  # (block, stop)
-        tile = tile.to(difference.device) if lend is None else lend(tile)
+        tile = tile.to(difference.device) if to_device is None else to_device(tile)
         columns = difference[:, start:stop]
         if start:  # a block below the diagonal stands for itself and for its mirror image
             projected = difference[:, :start] @ tile[:, :start].T  # (O, block)

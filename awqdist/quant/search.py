@@ -27,8 +27,8 @@ from torch import Tensor
 from awqdist.quant.candidates import Candidate, ScaleChoice, candidates, sums_and_peaks
 from awqdist.quant.factor import reversed_cholesky, rounding_order
 from awqdist.quant.grid import grouped, rounding_difference
-from awqdist.quant.lending import Lend
 from awqdist.quant.moments import Diagonal, Form, Moments, form_of
+from awqdist.quant.offload import ToDevice
 from awqdist.recipe import Rounding, Smoothing, WeightScheme
 
 BATCH_BYTES = {"cpu": 1 << 23, "cuda": 1 << 28}  # of the float32 weights of a batch of experts
@@ -47,16 +47,18 @@ _BLOCK_ELEMENTS = {
 
 @dataclass(frozen=True, slots=True)
 class BalanceWeight:
-    """A linear that reads the smoothed tensor. weight: (O, I) float; scheme: None where the recipe leaves it unquantized; lend: given if
-    the weight is in host memory."""
+    """A linear that reads the smoothed tensor.
+
+    weight: (O, I) float; scheme: None where the recipe leaves it unquantized; to_device: given if the weight is in host memory.
+    """
 
     weight: Tensor
     scheme: WeightScheme | None
-    lend: Lend | None = None
+    to_device: ToDevice | None = None
 
     def at_hand(self) -> Tensor:
         """Returns the weight on the device of the moments."""
-        return self.weight if self.lend is None else self.lend(self.weight)
+        return self.weight if self.to_device is None else self.to_device(self.weight)
 
 
 @dataclass(frozen=True)

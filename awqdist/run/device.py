@@ -9,7 +9,7 @@ import sys
 import torch
 
 from awqdist.errors import AwqdistError
-from awqdist.layer.residency import resident_bytes
+from awqdist.quant.offload import resident_bytes
 from awqdist.quant.precision import has_fast_bfloat16
 from awqdist.run.events import WorkerStatus
 

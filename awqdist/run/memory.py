@@ -15,9 +15,9 @@ from awqdist.errors import OffloadError
 from awqdist.layer.measure import Cost, MeasuredLayer, measure
 from awqdist.layer.plan import LayerPlan
 from awqdist.layer.quantize import Method
-from awqdist.layer.residency import LEVELS, Bench, Residency
 from awqdist.model.forward import LayerCall, record_calls, with_buffers
 from awqdist.quant.gptq import OutputOrder
+from awqdist.quant.offload import OFFLOAD_LEVELS, LayerDevice, OnHost
 from awqdist.run.device import compute_dtype
 from awqdist.run.job import Job
 
@@ -32,7 +32,7 @@ class LayerMemory:
     """What one layer reads, holds and writes, in bytes.
 
     loaded_bytes: its tensors in memory, more than read_bytes where the source is quantized; device_bytes and host_bytes: the
-    most that is held of each while it is worked on (on a CPU device_bytes is all there is); residency: what lies in host memory
+    most that is held of each while it is worked on (on a CPU device_bytes is all there is); on_host: what lies in host memory
     for want of room on the device.
     """
 
@@ -42,31 +42,31 @@ class LayerMemory:
     written_bytes: int
     device_bytes: int
     host_bytes: int
-    residency: Residency
+    on_host: OnHost
 
 
 def layer_memory(job: Job, plan: LayerPlan) -> LayerMemory:
     """Measures one layer, with as much in host memory as --gpu-memory asks for."""
-    residency, cost = _fitting(job, plan)
+    on_host, cost = _fitting(job, plan)
     read_bytes = sum(job.index.entries[disk].stored_bytes for disk in plan.tensors.values())
     return LayerMemory(
-        plan.index, read_bytes, cost.loaded_bytes, cost.written_bytes, cost.device_bytes, cost.host_bytes, residency
+        plan.index, read_bytes, cost.loaded_bytes, cost.written_bytes, cost.device_bytes, cost.host_bytes, on_host
     )
 
 
-def residency_of(job: Job, plan: LayerPlan) -> Residency:
+def on_host_of(job: Job, plan: LayerPlan) -> OnHost:
     """Returns what of a layer lies in host memory while it is worked on: nothing, unless --gpu-memory is too small for all."""
-    return Residency() if job.settings.gpu_memory is None else _fitting(job, plan)[0]
+    return OnHost() if job.settings.gpu_memory is None else _fitting(job, plan)[0]
 
 
-def _fitting(job: Job, plan: LayerPlan) -> tuple[Residency, Cost]:
+def _fitting(job: Job, plan: LayerPlan) -> tuple[OnHost, Cost]:
     budget = job.settings.gpu_memory
     can_offload_experts = bool(plan.experts) and all(fused.is_sliced for fused in plan.experts)
-    for residency in (level for level in LEVELS if can_offload_experts or not level.experts):
-        cost = layer_cost(job, plan, residency)
+    for on_host in (level for level in OFFLOAD_LEVELS if can_offload_experts or not level.experts):
+        cost = layer_cost(job, plan, on_host)
         if budget is None or cost.device_bytes <= budget:
             break
-    return residency, cost
+    return on_host, cost
 
 
 def layer_memories(job: Job) -> tuple[LayerMemory, ...]:
@@ -161,18 +161,18 @@ def token_bytes(job: Job) -> int:
     return hidden_size * job.skeleton.dtype.itemsize
 
 
-def layer_cost(job: Job, plan: LayerPlan, residency: Residency = LEVELS[0]) -> Cost:
+def layer_cost(job: Job, plan: LayerPlan, on_host: OnHost = OFFLOAD_LEVELS[0]) -> Cost:
     """Measures one layer of a run; layers that are alike once. Nothing is computed, and the device need not be there."""
     dtypes = tuple(job.index.entries[disk].dtype for disk in plan.tensors.values())
     settings = replace(job.settings, gpu_memory=None, cpu_memory=None)
-    kind = (plan.linears, plan.sites, plan.mappings, plan.experts, dtypes, residency, job.device, settings, job.recipe)
+    kind = (plan.linears, plan.sites, plan.mappings, plan.experts, dtypes, on_host, job.device, settings, job.recipe)
     known = _known.setdefault(job.skeleton.model, {})
     if repr(kind) not in known:
-        known[repr(kind)] = _measured(job, plan, residency)
+        known[repr(kind)] = _measured(job, plan, on_host)
     return known[repr(kind)]
 
 
-def _measured(job: Job, plan: LayerPlan, residency: Residency) -> Cost:
+def _measured(job: Job, plan: LayerPlan, on_host: OnHost) -> Cost:
     settings, skeleton = job.settings, job.skeleton
     device = torch.device("cuda", 0) if job.device.type == "cuda" else job.device  # one with a number need not be there
     dtype = compute_dtype(job.device, skeleton.dtype)
@@ -201,7 +201,7 @@ def _measured(job: Job, plan: LayerPlan, residency: Residency) -> Cost:
             plan=plan,
             module=skeleton.layers[plan.index] if plan.kind == "decoder" else None,
             tensors={name: (tuple(entry.shape), DTYPES[entry.dtype]) for name, entry in entries.items()},
-            on=Bench(device, dtype, residency),
+            on=LayerDevice(device, dtype, on_host),
             make_method=make_method,
             record=record,
             sequences=sequences,

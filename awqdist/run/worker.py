@@ -23,7 +23,6 @@ from torch import Tensor
 from awqdist.checkpoint.writer import LazyTensor
 from awqdist.layer.calibrate import Calibration
 from awqdist.layer.quantize import TRIAL_TOKENS, Method, Trial
-from awqdist.layer.residency import Bench, release_host_memory
 from awqdist.layer.work import LayerWork
 from awqdist.model.forward import (
     LayerCall,
@@ -31,6 +30,7 @@ from awqdist.model.forward import (
     record_calls,
     without_embeddings,
 )
+from awqdist.quant.offload import LayerDevice, release_host_memory
 from awqdist.run.chunks import Chunks, load_snapshot, open_chunk_store, save_snapshot, store_budget
 from awqdist.run.device import compute_dtype, peak_memory_bytes, worker_status
 from awqdist.run.events import (
@@ -56,7 +56,7 @@ from awqdist.run.layer_io import (
 )
 from awqdist.run.log import STATE_FOLDER
 from awqdist.run.logit_weighting import output_order
-from awqdist.run.memory import residency_of
+from awqdist.run.memory import on_host_of
 from awqdist.run.schedule import Schedule, Step
 
 _STATUS_EVERY_S = 2.0
@@ -325,7 +325,7 @@ class LayerSteps:
         self._emit(StageStarted(task.index, "forward"))
         with loaded.watch.piece("forward"):
             check_named(loaded.parameters, task.tensors, task.label)
-            on = Bench(job.device, self._dtype, residency_of(job, task))
+            on = LayerDevice(job.device, self._dtype, on_host_of(job, task))
             module = job.skeleton.layers[task.index] if task.kind == "decoder" else None
             num_tokens = sum(tokens.numel() for tokens in self._token_chunks)
             calibration = None if forward_only else Calibration(task, module, job.recipe, num_tokens, on)

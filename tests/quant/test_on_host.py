@@ -1,6 +1,6 @@
-"""Layers larger than the device: what lies in host memory is lent piece by piece, and the bytes are the same.
+"""Layers larger than the device: what lies in host memory is copied to the device piece by piece, and the bytes are the same.
 
-The device here is the CPU with a budget that is not its own: every piece that is lent is a copy, and those that are alive are counted.
+The device here is the CPU with a budget that is not its own: every piece is a copy, and those that are alive are counted.
 """
 
 from __future__ import annotations
@@ -22,11 +22,10 @@ from torch import Tensor
 
 from awqdist.backends.local import NoTransport
 from awqdist.errors import OffloadError
-from awqdist.layer import residency
-from awqdist.layer.residency import LEVELS, Residency
 from awqdist.plan.memory import estimate
-from awqdist.quant.lending import HostMemory
+from awqdist.quant import offload
 from awqdist.quant.moments import Moments
+from awqdist.quant.offload import OFFLOAD_LEVELS, HostMemory, OnHost
 from awqdist.quant.search import BATCH_BYTES
 from awqdist.recipe import load_recipe
 from awqdist.run import worker
@@ -43,7 +42,7 @@ SAMPLES = token_ids(8)
 
 
 class CountingDevice:
-    """Lends copies. bytes_alive: of those that somebody holds; most: at any time."""
+    """Makes copies. bytes_alive: of those that somebody holds; most: at any time."""
 
     def __init__(self) -> None:
         self.bytes_alive = self.most = self.times = 0
@@ -87,7 +86,7 @@ def test_statistics_in_host_memory_are_the_same_in_every_bit(num_tokens: int, dt
     assert device.bytes_alive == 0
 
 
-def test_one_matrix_at_a_time_is_lent_whole_if_there_is_room_for_it() -> None:
+def test_one_matrix_at_a_time_is_copied_whole_if_there_is_room_for_it() -> None:
     chunks = list(torch.randn(1200, WIDTH, generator=torch.Generator().manual_seed(0)).split(200))
     device = CountingDevice()
     gram = statistics_of(chunks, HostMemory(device)).take_smoothed_gram(torch.ones(WIDTH))
@@ -127,7 +126,7 @@ def quantized(job: Job) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("lending")
+    folder = tmp_path_factory.mktemp("on-host")
     tiny_checkpoint("deepseek-v3", folder / "deepseek-v3", torch.bfloat16)
     return folder
 
@@ -140,15 +139,15 @@ def expected(folder: Path) -> dict[str, bytes]:
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> CountingDevice:
     device = CountingDevice()
-    monkeypatch.setattr(residency, "lent", device)
+    monkeypatch.setattr(offload, "copied", device)
     return device
 
 
-@pytest.mark.parametrize("level", LEVELS[1:], ids=str)
-def test_a_layer_that_is_lent_is_written_in_the_same_bytes(
-    level: Residency, folder: Path, expected: dict[str, bytes], device: CountingDevice, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("level", OFFLOAD_LEVELS[1:], ids=str)
+def test_an_offloaded_layer_is_written_in_the_same_bytes(
+    level: OnHost, folder: Path, expected: dict[str, bytes], device: CountingDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker, "residency_of", lambda job, plan: level)
+    monkeypatch.setattr(worker, "on_host_of", lambda job, plan: level)
     assert quantized(prepared(folder, "deepseek-v3", str(level), None)) == expected
     assert device.times > 0
     assert device.bytes_alive == 0
@@ -162,15 +161,15 @@ def test_experts_come_to_the_device_a_few_at_a_time_when_the_budget_says_so(
     job = prepared(folder, "deepseek-v3", "a budget", None)
     on_gpu = replace(job, device=torch.device("cuda"))
     whole = estimate(on_gpu).layers[1]
-    budget = layer_cost(on_gpu, job.plan.layers[1], Residency(experts=True)).device_bytes
+    budget = layer_cost(on_gpu, job.plan.layers[1], OnHost(experts=True)).device_bytes
     layer = layer_memory(replace(on_gpu, settings=replace(job.settings, gpu_memory=budget)), job.plan.layers[1])
-    assert layer.residency.experts
+    assert layer.on_host.experts
     assert layer.device_bytes <= budget < whole.device_bytes
     assert layer.host_bytes >= layer.loaded_bytes
 
     device = CountingDevice()
-    monkeypatch.setattr(residency, "lent", device)
-    monkeypatch.setattr(worker, "residency_of", lambda job, plan: layer.residency)
+    monkeypatch.setattr(offload, "copied", device)
+    monkeypatch.setattr(worker, "on_host_of", lambda job, plan: layer.on_host)
     assert quantized(job) == expected
 
     sizes = [entry.num_bytes for name, entry in job.index.entries.items() if "layers.1.mlp.experts." in name]
