@@ -12,8 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from awqdist.backends.local import run_local
-from awqdist.backends.placement import choose_backend
+from awqdist.backends.local import choose_backend, run_local
 from awqdist.calibration.text import is_text, load_calibration
 from awqdist.checkpoint.hub import model_folder
 from awqdist.errors import CalibrationError, CheckpointError

@@ -1,4 +1,4 @@
-"""The local backend: one worker, in this process."""
+"""Chooses the backend of a run, and is the local one: one worker, in this process. Imports neither Ray nor process groups."""
 
 from __future__ import annotations
 
@@ -8,11 +8,25 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from awqdist.errors import AwqdistError
 from awqdist.layer.records import RunSummary
+from awqdist.run.device import launcher_value
 from awqdist.run.events import Event, Listen, Message
 from awqdist.run.job import Job, with_threads
 from awqdist.run.leader import Leader
 from awqdist.run.worker import run_worker
+from awqdist.settings import Placement
+
+BACKENDS = ("local", "ray", "torchrun")
+
+
+def choose_backend(placement: Placement) -> str:
+    """Returns one of BACKENDS; "auto" is torchrun if a launcher started several ranks, else local. Raises AwqdistError."""
+    if placement.backend == "auto":
+        return "torchrun" if int(launcher_value("WORLD_SIZE") or 1) > 1 else "local"
+    if placement.backend not in BACKENDS:
+        raise AwqdistError(f"unknown backend {placement.backend!r}; use auto, {', '.join(BACKENDS)}")
+    return placement.backend
 
 
 class NoTransport:

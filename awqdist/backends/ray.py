@@ -27,8 +27,14 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch import Tensor
 
-from awqdist.backends.placement import allocate
-from awqdist.backends.remote_worker import RemoteWorker, WorkerInfo, WorkerSpec, agreed_fingerprint, worker_spec
+from awqdist.backends.remote_worker import (
+    RemoteWorker,
+    WorkerInfo,
+    WorkerSpec,
+    agreed_fingerprint,
+    allocate,
+    worker_spec,
+)
 from awqdist.errors import AwqdistError
 from awqdist.layer.records import RunSummary
 from awqdist.run.events import ChunkForwarded, Event, LayerFinished, Listen, Message, Warned, WorkerLost, WorkerStatus

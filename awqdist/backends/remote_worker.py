@@ -1,5 +1,6 @@
-"""A worker that a driver controls from another process: the driver assigns layers and collects messages, a neighbour delivers chunks.
+"""Workers in other processes: what each may use of a cluster, the worker that a driver controls, and the inbox for its neighbour's chunks.
 
+The driver assigns layers and collects messages, a neighbour delivers chunks.
 A run may take several attempts: when a worker is lost, the others are stopped, keep their process, and start again with another assignment.
 Chunks that arrive late from an earlier attempt are discarded. How calls travel is the backend's business; Ray's actors are made of it.
 """
@@ -9,18 +10,18 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from math import ceil, floor
 from socket import gethostname
 
 import torch
 from torch import Tensor
 
-from awqdist.backends.inbox import Inbox
-from awqdist.backends.placement import Allocation
-from awqdist.errors import CheckpointError
+from awqdist.errors import AwqdistError, CheckpointError
 from awqdist.model.families import register_mappings, registered_mappings
+from awqdist.offload.store import MemoryStore, Store
 from awqdist.recipe import MappingPattern, Recipe
 from awqdist.run.chunks import open_chunk_store, store_budget
 from awqdist.run.events import Event, Message
@@ -32,6 +33,25 @@ from awqdist.settings import RunSettings
 Deliver = Callable[[int, int, Tensor], None]  # (layer, chunk, hidden); returns when the neighbour has it
 
 _MAX_CHUNKS_IN_FLIGHT = 2  # from one worker to the next
+
+
+@dataclass(frozen=True, slots=True)
+class Allocation:
+    """The workers of a run, each with `cpus` CPUs (less than one where several share it) and perhaps a GPU."""
+
+    num_workers: int
+    cpus: float
+    on_gpu: bool
+
+    @property
+    def threads(self) -> int:
+        """Returns how many threads each worker may use."""
+        return max(1, int(self.cpus))
+
+    @property
+    def bundle(self) -> dict[str, float]:
+        """Returns the resources that Ray reserves for one worker."""
+        return {"CPU": self.cpus, **({"GPU": 1.0} if self.on_gpu else {})}
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +72,63 @@ class WorkerSpec:
     architecture: str
     patterns: tuple[MappingPattern, ...] | None
     num_workers: int
+
+
+class Inbox:
+    """Chunks by (layer, chunk). Transport threads call `put`, the worker calls `take`."""
+
+    def __init__(self, store: Store | None = None) -> None:
+        """store: where chunks wait, closed with the inbox; None for host memory."""
+        self._store = store or MemoryStore()
+        self._arrived: set[tuple[int, int]] = set()
+        self._changed = threading.Condition()
+        self._failure: AwqdistError | None = None
+        self._closed = False
+        self.broken: str | None = None  # why no more chunks will come
+
+    def put(self, layer: int, chunk: int, hidden: Tensor) -> None:
+        """Stores an input of `layer`, (B, L, H) on the CPU; may wait for a disk. If that fails, `take` raises the error, not `put`."""
+        try:
+            if not self._closed:
+                self._store.put(_chunk_key(layer, chunk), hidden)
+        except AwqdistError as error:
+            self._failure = error
+        with self._changed:
+            self._arrived.add((layer, chunk))
+            self._changed.notify_all()
+
+    def take(self, layer: int, chunk: int) -> Tensor:
+        """Waits for a chunk and removes it. Raises RingBroken if it will not come, OffloadError if it could not be stored."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.broken is not None or (layer, chunk) in self._arrived)
+            self.check()
+            if self._failure is not None:
+                raise self._failure
+            self._arrived.remove((layer, chunk))
+        hidden = self._store.get(_chunk_key(layer, chunk))
+        self._store.drop(_chunk_key(layer, chunk))
+        self._store.prefetch(_chunk_key(layer, chunk + 1))
+        return hidden
+
+    def break_off(self, reason: str) -> None:
+        """Ends all waiting, now and later; `take` and `check` raise RingBroken with the first reason given."""
+        with self._changed:
+            self.broken = self.broken or reason
+            self._changed.notify_all()
+
+    def check(self) -> None:
+        """Raises RingBroken if `break_off` was called."""
+        if self.broken is not None:
+            raise RingBroken(self.broken)
+
+    def close(self) -> None:
+        """Discards all chunks, and those that still arrive."""
+        self._closed = True
+        self._store.close()
+
+
+def _chunk_key(layer: int, chunk: int) -> str:
+    return f"inbox-{layer:05d}-chunk-{chunk:06d}"
 
 
 class RemoteWorker:
@@ -145,6 +222,39 @@ class _Transport:
                 raise
 
         self._outbox.submit(delivered)
+
+
+def allocate(nodes: Sequence[dict[str, float]], num_workers: int | None, device: str) -> Allocation:
+    """Divides a Ray cluster among workers.
+
+    Args:
+        nodes: resources of every node ("CPU", "GPU").
+        num_workers: None for one per GPU, or one per node if there is no GPU.
+        device: "auto", "cpu" or "cuda".
+
+    Raises:
+        AwqdistError: there are too few GPUs, or no node can hold a worker.
+    """
+    on_gpu = device != "cpu" and any(node.get("GPU", 0) for node in nodes)
+    if device.startswith("cuda") and not on_gpu:
+        raise AwqdistError("the Ray cluster has no GPU; use --device cpu")
+    kind = "GPU" if on_gpu else "CPU"
+    able = [node for node in nodes if node.get(kind, 0) >= 1 and node.get("CPU", 0) >= 1]
+    if not able:
+        raise AwqdistError(
+            f"the Ray cluster has no node with a {kind} and a CPU for the worker; start one with `ray start`"
+        )
+    if on_gpu:
+        num_gpus = int(sum(node["GPU"] for node in able))
+        count = num_workers or num_gpus
+        if count > num_gpus:
+            raise AwqdistError(
+                f"{count} workers need one GPU each, the Ray cluster has {num_gpus}; use fewer --num-workers"
+            )
+        return Allocation(count, float(max(1, min(int(node["CPU"] // node["GPU"]) for node in able))), True)
+    count = num_workers or len(able)
+    share = min(node["CPU"] for node in able) / ceil(count / len(able))
+    return Allocation(count, float(int(share)) if share >= 1 else max(floor(share * 100) / 100, 0.01), False)
 
 
 def worker_spec(job: Job, allocation: Allocation) -> WorkerSpec:

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from awqdist.api import quantize
-from awqdist.backends.placement import choose_backend
+from awqdist.backends.local import choose_backend
 from awqdist.checkpoint.hub import model_folder
 from awqdist.cli.progress import Kind, renderer
 from awqdist.demo import calibration_text, demo_folder, evaluation_text

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from awqdist.backends.placement import allocate, choose_backend
+from awqdist.backends.local import choose_backend
+from awqdist.backends.remote_worker import allocate
 from awqdist.errors import AwqdistError
 from awqdist.run.device import launcher_value
 from awqdist.settings import Placement

@@ -14,10 +14,16 @@ from support.command_line import model_files
 from support.tiny_llama import NUM_LAYERS, Tiny
 from torch import Tensor
 
-from awqdist.backends.inbox import Inbox
 from awqdist.backends.local import run_local
-from awqdist.backends.placement import Allocation
-from awqdist.backends.remote_worker import RemoteWorker, WorkerInfo, WorkerSpec, agreed_fingerprint, worker_spec
+from awqdist.backends.remote_worker import (
+    Allocation,
+    Inbox,
+    RemoteWorker,
+    WorkerInfo,
+    WorkerSpec,
+    agreed_fingerprint,
+    worker_spec,
+)
 from awqdist.errors import AwqdistError, CheckpointError, OutputError
 from awqdist.model.families import register_mappings, registered_mappings
 from awqdist.recipe import MappingPattern, load_recipe
