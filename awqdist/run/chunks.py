@@ -88,7 +88,7 @@ class Chunks:
             hidden = self._store.get(key)
         else:
             self._store.put(key, hidden)
-        return hidden, lazy_tensor(chunk_name(index), hidden, self._taking(key))
+        return hidden, lazy_tensor(chunk_name(index), hidden, lambda: self._take_stored(key))
 
     def expect(self, layer: int, index: int) -> None:
         """Begins to fetch the chunk that is taken next, if it is stored here."""
@@ -97,9 +97,6 @@ class Chunks:
     def close(self) -> None:
         """Drops all chunks."""
         self._store.close()
-
-    def _taking(self, key: str) -> Callable[[], Tensor]:
-        return lambda: self._take_stored(key)
 
     def _take_stored(self, key: str) -> Tensor:
         hidden = self._store.get(key)

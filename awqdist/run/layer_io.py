@@ -1,11 +1,14 @@
-"""Reads and writes the tensors of a layer, and times its stages. Moves and hashes bytes only."""
+"""Reads and writes the tensors of a layer, and times its stages; reads once per worker what is in no layer.
+
+Layers are read and written in the background: that moves and hashes bytes only.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,9 +17,10 @@ from awqdist.checkpoint.index import TensorEntry
 from awqdist.checkpoint.reader import Reading, check_finite, read_tensors
 from awqdist.checkpoint.writer import write_safetensors
 from awqdist.layer.plan import LayerPlan
-from awqdist.layer.quantize import LayerResult
 from awqdist.layer.records import STAGES, LayerRecord
 from awqdist.model.forward import with_buffers
+from awqdist.model.structure import final_norm
+from awqdist.quant.gptq import OutputOrder, logit_weighting
 from awqdist.run.events import Emit, LayerFinished, SourceRead, StageEnded, StageStarted
 from awqdist.run.job import Job
 
@@ -50,80 +54,82 @@ class Stopwatch:
 
 
 @dataclass(frozen=True, slots=True)
-class SourceChecksums:
-    """Checksums of a layer's bytes in the source: of all of them, and of a few of each tensor."""
-
-    crc32: int
-    sample: int
-
-
-@dataclass(frozen=True, slots=True)
 class LoadedLayer:
-    """Holds a layer's tensors as they were read, in host memory, by their names in the layer."""
+    """Holds a layer's tensors as they were read, in host memory, by their names in the layer.
+
+    crc32, sample: checksums of its bytes in the source, of all of them, and of a few of each tensor.
+    """
 
     task: LayerPlan
     watch: Stopwatch
     parameters: dict[str, Tensor]
-    source: SourceChecksums
-
-
-@dataclass(frozen=True, slots=True)
-class SearchedLayer:
-    """Holds a quantized layer: its tensors in host memory, by on-disk names, and the results for its record."""
-
-    task: LayerPlan
-    watch: Stopwatch
-    tensors: dict[str, Tensor]
-    result: LayerResult
-    source: SourceChecksums
-    peak_memory_bytes: int
+    crc32: int
+    sample: int
 
 
 def read_layer(job: Job, task: LayerPlan, emit: Emit, check: Callable[[], None]) -> LoadedLayer:
     """Reads the tensors of a layer. `check` is called before each of them, and may end the reading by raising."""
     watch = Stopwatch(task.index, job.device, emit)
     with watch.stage("read"):
-        parameters, reading = read_named(job, task.tensors, check)
+        parameters, reading = _read_named(job, task.tensors, check)
     emit(SourceRead(task.index, reading.num_bytes))
-    return LoadedLayer(task, watch, parameters, SourceChecksums(reading.crc32, reading.sample_checksum()))
+    return LoadedLayer(task, watch, parameters, reading.crc32, reading.sample_checksum())
 
 
-def write_layer(job: Job, searched: SearchedLayer, emit: Emit) -> None:
-    """Writes the file of a layer durably, then emits LayerFinished. Raises OutputError."""
-    task, result, watch = searched.task, searched.result, searched.watch
+def write_layer(job: Job, record: LayerRecord, tensors: dict[str, Tensor], watch: Stopwatch, emit: Emit) -> None:
+    """Writes the file of a layer durably, then emits LayerFinished. Raises OutputError.
+
+    Args:
+        job: what is done.
+        record: the layer's record, still without its file.
+        tensors: what is written, in host memory, by on-disk names.
+        watch: times the writing.
+        emit: is told once the file is synced.
+    """
     with watch.stage("write"):
-        written = write_safetensors(job.settings.output / layer_file(task.index), searched.tensors)
-    record = LayerRecord(
-        layer=task.index,
-        file=written.name,
-        num_bytes=written.num_bytes,
-        sha256=written.sha256,
-        source_crc32=searched.source.crc32,
-        smoothing_error=result.smoothing_error,
-        mappings=result.mappings,
-        linears=result.linears,
-        sites=result.sites,
-        skipped=task.skipped,
-        seconds=watch.seconds,
-        peak_memory_bytes=searched.peak_memory_bytes,
-        source_sample=searched.source.sample,
-    )
-    emit(LayerFinished(task.index, record))
-
-
-def layer_file(layer: int) -> str:
-    """Returns the name of a layer's file in the output folder."""
-    return f"model-layer-{layer:05d}.safetensors"
+        written = write_safetensors(job.settings.output / f"model-layer-{record.layer:05d}.safetensors", tensors)
+    name, num_bytes, sha256 = written.name, written.num_bytes, written.sha256
+    record = replace(record, file=name, num_bytes=num_bytes, sha256=sha256, seconds=watch.seconds)
+    emit(LayerFinished(record.layer, record))
 
 
 def read_outside(job: Job, dtype: torch.dtype, emit: Emit) -> dict[str, Tensor]:
     """Reads the decoder's parameters and buffers that are in no layer, onto the device, in `dtype`. Raises CheckpointError."""
     names = job.skeleton.outside_names()
-    tensors, reading = read_named(job, names, lambda: None)
-    emit(SourceRead(None, reading.num_bytes))
-    check_named(tensors, names, "the tensors outside the decoder layers")
+    tensors = _read_shared(job, names, "the tensors outside the decoder layers", emit)
     parameters = {name: tensor.to(job.device, dtype) for name, tensor in tensors.items()}
     return with_buffers(job.skeleton.decoder, parameters, job.device)
+
+
+def output_order(job: Job, samples: Tensor, outside: Mapping[str, Tensor], emit: Emit) -> OutputOrder | None:
+    """Returns how GPTQ compensates over outputs that are written to the residual stream, or None where it does not.
+
+    Args:
+        job: what is quantized.
+        samples: (N, L) int64, the calibration tokens.
+        outside: parameters of the decoder that are in no layer, by name.
+        emit: is told how much was read.
+
+    Raises:
+        CheckpointError: lm_head is missing or damaged.
+    """
+    if not job.compensates_outputs:
+        return None
+    names = job.head_names()
+    if names:
+        head = next(iter(_read_shared(job, names, "lm_head", emit).values())).to(job.device)
+    else:
+        start = job.skeleton.prefix.rpartition(".")[0]
+        tied = job.skeleton.model.all_tied_weights_keys.get(job.skeleton.head_weight, "")
+        head = outside.get(tied.removeprefix(f"{start}."), torch.empty(0, 0))
+    norm, unit_offset = final_norm(job.skeleton.decoder)
+    weight = outside.get(f"{norm}.weight")
+    if weight is not None and unit_offset:
+        weight = weight.float() + 1
+    if head.shape[1] != job.skeleton.model.config.get_text_config(decoder=True).hidden_size:
+        return None  # a projection stands between the residual stream and the logits, or there are none
+    counts = torch.bincount(samples.flatten(), minlength=head.shape[0]).to(head.device)
+    return OutputOrder.from_weighting(logit_weighting(head, counts, weight))
 
 
 def check_named(tensors: dict[str, Tensor], disk_names: dict[str, str], where: str) -> None:
@@ -131,7 +137,15 @@ def check_named(tensors: dict[str, Tensor], disk_names: dict[str, str], where: s
     check_finite({disk_names[name]: tensor for name, tensor in tensors.items()}, where)
 
 
-def read_named(job: Job, names: dict[str, str], check: Callable[[], None]) -> tuple[dict[str, Tensor], Reading]:
+def _read_shared(job: Job, names: dict[str, str], where: str, emit: Emit) -> dict[str, Tensor]:
+    """Reads what every worker reads. Raises CheckpointError if it is not finite."""
+    tensors, reading = _read_named(job, names, lambda: None)
+    emit(SourceRead(None, reading.num_bytes))
+    check_named(tensors, names, where)
+    return tensors
+
+
+def _read_named(job: Job, names: dict[str, str], check: Callable[[], None]) -> tuple[dict[str, Tensor], Reading]:
     """Returns tensors in host memory by their names in the layer, and what was read. Reads in the order of the files."""
     entries = sorted((job.index.entries[disk] for disk in names.values()), key=lambda e: (e.file.name, e.start))
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from socket import gethostname
 from typing import Generic, Protocol, TypeVar
@@ -23,6 +24,7 @@ from torch import Tensor
 from awqdist.checkpoint.writer import LazyTensor
 from awqdist.layer.calibrate import Calibration
 from awqdist.layer.quantize import TRIAL_TOKENS, Method, Trial
+from awqdist.layer.records import LayerRecord
 from awqdist.layer.work import LayerWork
 from awqdist.model.forward import (
     LayerCall,
@@ -46,16 +48,14 @@ from awqdist.run.events import (
 from awqdist.run.job import Job, other_weights, token_chunks
 from awqdist.run.layer_io import (
     LoadedLayer,
-    SearchedLayer,
-    SourceChecksums,
     Stopwatch,
     check_named,
+    output_order,
     read_layer,
     read_outside,
     write_layer,
 )
 from awqdist.run.log import STATE_FOLDER
-from awqdist.run.logit_weighting import output_order
 from awqdist.run.memory import on_host_of
 from awqdist.run.schedule import Schedule, Step
 
@@ -130,7 +130,7 @@ class WorkerLoop:
         self._reader: _Background[LoadedLayer] = _Background()
         self._writer: _Background[None] = _Background()
         self._snapshot: list[LazyTensor] = []  # of the inputs of the layer under way
-        self._searched: SearchedLayer | None = None
+        self._write: Callable[[], None] | None = None  # writes the layer that was searched
         budget_bytes = store_budget(job, assignment.schedule.num_workers)
         self._chunks = Chunks(open_chunk_store(job, budget_bytes, lambda message: emit(Warned(message))))
 
@@ -169,11 +169,11 @@ class WorkerLoop:
             case "send":
                 self._transport.send(step.layer + 1, step.chunk, self._chunks.take(step.layer + 1, step.chunk))
             case "search":
-                self._searched = self._steps.search()
+                self._write = self._steps.search()
             case "write":
-                searched, self._searched = self._searched, None
-                assert searched is not None, "a layer is searched before it is written"
-                self._writer.start(lambda: write_layer(self._job, searched, self._emit))
+                write, self._write = self._write, None
+                assert write is not None, "a layer is searched before it is written"
+                self._writer.start(write)
 
     def _forward(self, layer: int, index: int) -> None:
         self._transport.check()
@@ -273,10 +273,11 @@ def _status_told(job: Job, emit: Emit) -> Iterator[None]:
 
 @dataclass(slots=True)
 class _Layer:
-    """The current layer. source: checksums of what it was made from; check: what the function check runs."""
+    """The current layer. crc32, sample: of `LoadedLayer`; check: what the function check runs."""
 
     watch: Stopwatch
-    source: SourceChecksums
+    crc32: int
+    sample: int
     work: LayerWork
     check: Trial | None = None
 
@@ -331,7 +332,7 @@ class LayerSteps:
             calibration = None if forward_only else Calibration(task, module, job.recipe, num_tokens, on)
             float32 = job.skeleton.layer_float32(task.index)
             work = LayerWork(task, module, loaded.parameters, on, calibration, float32)
-        self._layer = _Layer(loaded.watch, loaded.source, work)
+        self._layer = _Layer(loaded.watch, loaded.crc32, loaded.sample, work)
 
     def forward(self, index: int, chunk: Tensor) -> Tensor:
         """Runs the layer on chunk number `index`, (B, L, H). Returns its output on the CPU, in the checkpoint's dtype."""
@@ -352,8 +353,12 @@ class LayerSteps:
         self._emit(ChunkForwarded(number, index, len(self._token_chunks), num_tokens, seconds))
         return output
 
-    def search(self) -> SearchedLayer:
-        """Quantizes the layer after all chunks. Raises NumericalError if an input is not finite."""
+    def search(self) -> Callable[[], None]:
+        """Quantizes the layer after all chunks, and returns the function that writes it.
+
+        Raises:
+            NumericalError: an input is not finite.
+        """
         layer = self._under_way()
         plan = layer.work.plan
         result = layer.work.quantize(self._method, layer.check, layer.watch.stage)
@@ -362,12 +367,26 @@ class LayerSteps:
         with layer.watch.stage("round"):
             tensors = layer.work.packed(result, self._method)
         self._layer = None
-        peak = peak_memory_bytes(self._job.device)
-        return SearchedLayer(plan, layer.watch, tensors, result, layer.source, peak)
+        record = LayerRecord(
+            layer=plan.index,
+            file="",  # `write_layer` fills in the file and the seconds
+            num_bytes=0,
+            sha256="",
+            source_crc32=layer.crc32,
+            smoothing_error=result.smoothing_error,
+            mappings=result.mappings,
+            linears=result.linears,
+            sites=result.sites,
+            skipped=plan.skipped,
+            seconds={},
+            peak_memory_bytes=peak_memory_bytes(self._job.device),
+            source_sample=layer.sample,
+        )
+        return partial(write_layer, self._job, record, tensors, layer.watch, self._emit)
 
     def leave(self) -> int:
         """Drops a layer that was only forwarded, and returns the checksum of its weights."""
-        checksum = self._under_way().source.crc32
+        checksum = self._under_way().crc32
         self._layer = None
         return checksum
 
