@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -126,7 +125,8 @@ def open_journal(output: Path, fingerprint: dict[str, str], *, overwrite: bool =
                 if entries.fingerprint
                 else "the first among them, so all layers are"
             )
-            warnings.append(f"{file}: damaged lines {_some(log.damaged)}; {cost} made again")
+            lines = ", ".join(map(str, log.damaged[:5])) + (", …" if len(log.damaged) > 5 else "")
+            warnings.append(f"{file}: damaged lines {lines}; {cost} made again")
         if entries.layers:
             _compare(output, entries.fingerprint, fingerprint)
         elif is_old or entries.fingerprint != fingerprint:
@@ -150,16 +150,10 @@ def read_journal(output: Path) -> JournalEntries:
     file = log_file(output)
     if not file.exists():
         return _read_old(output / STATE_FOLDER / OLD_JOURNAL)
-    entries = replay(message.event for message in read_log(file).messages)
-    return entries if entries.fingerprint else JournalEntries()
-
-
-def replay(events: Iterable[Event]) -> JournalEntries:
-    """Returns the durable facts among events."""
     entries = JournalEntries()
-    for event in events:
-        entries.take(event)
-    return entries
+    for message in read_log(file).messages:
+        entries.take(message.event)
+    return entries if entries.fingerprint else JournalEntries()
 
 
 def is_whole(file: Path, num_bytes: int, sha256: str) -> bool:
@@ -179,11 +173,7 @@ def file_hash(file: Path) -> str:
 def _read_old(file: Path) -> JournalEntries:
     """Reads the journal of awqdist 0.1, as far as it is undamaged."""
     entries = JournalEntries()
-    kinds: dict[str, TypeAdapter[Event]] = {
-        "run": TypeAdapter(LogBegun),
-        "snapshot": TypeAdapter(SnapshotSaved),
-        "outside": TypeAdapter(OutsideCopied),
-    }
+    kinds: dict[str, type] = {"run": LogBegun, "snapshot": SnapshotSaved, "outside": OutsideCopied}
     with suppress(FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
         for line in file.read_bytes().splitlines():
             data = json.loads(line)
@@ -191,7 +181,7 @@ def _read_old(file: Path) -> JournalEntries:
                 record = TypeAdapter(LayerRecord).validate_python(data)
                 entries.take(LayerFinished(record.layer, record))
             else:
-                entries.take(kinds[data["kind"]].validate_python(data))
+                entries.take(TypeAdapter(kinds[data["kind"]]).validate_python(data))
     return entries
 
 
@@ -205,10 +195,6 @@ def _set_aside(file: Path) -> None:
     if file.is_file() and file.stat().st_size:
         numbers = (number for number in range(1, 1 << 20) if not file.with_name(f"log-{number}.jsonl").exists())
         file.rename(file.with_name(f"log-{next(numbers)}.jsonl"))
-
-
-def _some(numbers: tuple[int, ...]) -> str:
-    return ", ".join(map(str, numbers[:5])) + (", …" if len(numbers) > 5 else "")
 
 
 def _drop_damaged(output: Path, entries: JournalEntries) -> list[str]:

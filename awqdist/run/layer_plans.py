@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -40,8 +40,11 @@ class Plan:
 def make_plan(skeleton: Skeleton, index: CheckpointIndex, recipe: Recipe) -> Plan:
     """Plans the quantization of a checkpoint. Raises RecipeError or ModelError for what cannot work, before any tensor is read."""
     structures = trace_layers(skeleton)
-    heads = HeadShape.of(skeleton.model.config.get_text_config(decoder=True))
-    known = _patterns(skeleton, recipe)
+    config = skeleton.model.config.get_text_config(decoder=True)
+    heads = HeadShape.of(config)
+    known: tuple[MappingPattern, ...] | None = ()  # None: the mappings are inferred
+    if recipe.smoothing is not None:
+        known = recipe.smoothing.mappings or registered_mappings(skeleton.architecture, config)
     resolutions: dict[int, Resolution] = {}
     tasks = []
     for layer, structure in enumerate(structures):
@@ -56,34 +59,24 @@ def make_plan(skeleton: Skeleton, index: CheckpointIndex, recipe: Recipe) -> Pla
             resolution = resolutions[id(structure)]
         tasks.append(_decoder_layer(skeleton, layer, structure, resolution, recipe))
     head = _head(skeleton, recipe)
-    _check_recipe(recipe, skeleton, tasks)
+    in_layers = [f"{skeleton.prefix}.{task.index}.{linear.path}" for task in tasks for linear in task.linears]
+    linears = list(dict.fromkeys([*skeleton.linears(), *in_layers]))  # experts' and routers among them
+    _check_recipe(recipe, skeleton, tasks, linears)
     every = [*tasks, head] if head else tasks
     in_tasks = {name for task in every for name in task.tensors.values()}
     quantized = {linear.disk_name for task in every for linear in task.quantized}
-    linears = dict.fromkeys([*skeleton.linears(), *_linears(skeleton, tasks)])
-    ignored = tuple(name for name in linears if skeleton.disk_module(name) not in quantized)
-    ignored += _unknown_linears(skeleton, index)
+    ignored = [name for name in linears if skeleton.disk_module(name) not in quantized]
+    # a loader that knows more of the model than transformers, such as its multi-token prediction, may build linears from these
+    unknown = [name for name in skeleton.unknown if name.endswith(".weight") and len(index.entries[name].shape) == 2]
+    ignored += sorted(name.removesuffix(".weight") for name in unknown)
     return Plan(
         architecture=skeleton.architecture,
         layers=tuple(tasks),
         head=head,
         outside=tuple(name for name in index.entries if name not in in_tasks),
-        ignored=ignored,
-        inferred=recipe.smoothing is not None and known is None,
+        ignored=tuple(ignored),
+        inferred=known is None,
     )
-
-
-def _unknown_linears(skeleton: Skeleton, index: CheckpointIndex) -> tuple[str, ...]:
-    """What a loader that knows more of the model than transformers, such as its multi-token prediction, may build linears from."""
-    weights = [name for name in skeleton.unknown if name.endswith(".weight") and len(index.entries[name].shape) == 2]
-    return tuple(sorted(name.removesuffix(".weight") for name in weights))
-
-
-def _patterns(skeleton: Skeleton, recipe: Recipe) -> tuple[MappingPattern, ...] | None:
-    if recipe.smoothing is None:
-        return ()
-    config = skeleton.model.config.get_text_config(decoder=True)
-    return recipe.smoothing.mappings or registered_mappings(skeleton.architecture, config)
 
 
 def _disk_module(names: dict[str, str], path: str) -> str:
@@ -133,7 +126,9 @@ def _sites(structure: LayerStructure, linears: Mapping[str, Linear]) -> tuple[Si
     for paths in structure.sites:
         common = tuple(linears[path] for path in paths if path not in parts)
         experts = list(dict.fromkeys(parts[path] for path in paths if path in parts))
-        site = _common_site(structure, common) if common else None
+        refit_in = structure.inner.get(common[0].path) if common and common[0].scheme else None
+        to_residual = _is_written(structure, common)
+        site = Site(common, refit_in=refit_in, to_residual=to_residual) if common else None
         block = site if experts and site else block
         for routed in experts:
             own = tuple(linears[path] for path in routed.linears)
@@ -146,18 +141,8 @@ def _sites(structure: LayerStructure, linears: Mapping[str, Linear]) -> tuple[Si
     return tuple(found)
 
 
-def _common_site(structure: LayerStructure, linears: tuple[Linear, ...]) -> Site:
-    refit_in = structure.inner.get(linears[0].path) if linears[0].scheme else None
-    return Site(linears, refit_in=refit_in, to_residual=_is_written(structure, linears))
-
-
 def _is_written(structure: LayerStructure, linears: tuple[Linear, ...]) -> bool:
     return len(linears) == 1 and linears[0].path in structure.writers
-
-
-def _linears(skeleton: Skeleton, tasks: Iterable[LayerPlan]) -> Iterator[str]:
-    """All linears of the layers, experts' and routers among them, by their names in the model."""
-    return (f"{skeleton.prefix}.{task.index}.{linear.path}" for task in tasks for linear in task.linears)
 
 
 def _group(recipe: Recipe, name: str, disk: str, *, named: bool = False) -> SchemeGroup | None:
@@ -202,9 +187,8 @@ def _check_width(name: str, shape: tuple[int, int], scheme: WeightScheme) -> Non
         )
 
 
-def _check_recipe(recipe: Recipe, skeleton: Skeleton, tasks: list[LayerPlan]) -> None:
-    """Every pattern of the recipe must name something; something must be quantized."""
-    linears = list(dict.fromkeys([*skeleton.linears(), *_linears(skeleton, tasks)]))
+def _check_recipe(recipe: Recipe, skeleton: Skeleton, tasks: list[LayerPlan], linears: list[str]) -> None:
+    """Raises RecipeError if a pattern of the recipe names nothing, or nothing is quantized. linears: names in the model."""
     modules = [
         task.disk_module(p.removesuffix(".weight")) for task in tasks for p in task.tensors if p.endswith(".weight")
     ]
