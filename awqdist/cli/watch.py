@@ -15,9 +15,8 @@ from typing import Any
 
 from awqdist.cli.progress import LONG_SILENCE_S, Kind, RunState, display, renderer, resolve, silence
 from awqdist.errors import OutputError
-from awqdist.run.events import Message, RunFailed, RunFinished
-from awqdist.run.log import follow as follow_log
-from awqdist.run.log import last_run, log_file, read_log
+from awqdist.run.events import Message, RunFailed, RunFinished, last_run, log_file, read_log
+from awqdist.run.events import follow as follow_log
 from awqdist.units import strict_json
 
 POLL_S = 0.5

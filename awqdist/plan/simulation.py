@@ -23,8 +23,8 @@ from awqdist.plan.simulate import (
     sweep,
     worker_counts,
 )
+from awqdist.run.events import log_file
 from awqdist.run.journal import read_journal
-from awqdist.run.log import log_file
 from awqdist.run.schedule import Schedule
 from awqdist.settings import RunSettings
 from awqdist.units import show_percent, show_seconds

@@ -17,8 +17,7 @@ from awqdist.layer.records import FEW_TOKENS, RunSummary, tokens_of_experts
 from awqdist.report import tables
 from awqdist.report.charts import charts_of
 from awqdist.report.trace import chrome_trace, worker_times
-from awqdist.run.events import Message
-from awqdist.run.log import STATE_FOLDER, last_run, log_file, read_log
+from awqdist.run.events import STATE_FOLDER, Message, last_run, log_file, read_log
 
 TRACE_FILE = f"{STATE_FOLDER}/trace.json"
 

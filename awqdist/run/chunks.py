@@ -17,10 +17,9 @@ from awqdist.checkpoint.reader import read_tensor
 from awqdist.checkpoint.writer import LazyTensor, lazy_tensor, stream_safetensors
 from awqdist.offload.files import sweep
 from awqdist.offload.store import Store, open_store
-from awqdist.run.events import SnapshotSaved
+from awqdist.run.events import STATE_FOLDER, SnapshotSaved
 from awqdist.run.job import Job
 from awqdist.run.journal import Journal, file_hash
-from awqdist.run.log import STATE_FOLDER
 from awqdist.run.memory import chunk_budget
 
 _OFFLOAD_FOLDER = "offload"

@@ -21,8 +21,22 @@ from pydantic import TypeAdapter
 from awqdist.checkpoint.writer import output_error, write_bytes
 from awqdist.errors import OutputError
 from awqdist.layer.records import LayerRecord
-from awqdist.run.events import Event, LayerFinished, LogBegun, Message, OutsideCopied, RunFinished, SnapshotSaved
-from awqdist.run.log import STATE_FOLDER, Log, LogWriter, Thinning, encode, log_file, read_log
+from awqdist.run.events import (
+    STATE_FOLDER,
+    Event,
+    LayerFinished,
+    Log,
+    LogBegun,
+    LogWriter,
+    Message,
+    OutsideCopied,
+    RunFinished,
+    SnapshotSaved,
+    Thinning,
+    encode,
+    log_file,
+    read_log,
+)
 from awqdist.run.output import is_finished, lock_output, remove_model
 
 OLD_JOURNAL = "journal.jsonl"  # of awqdist 0.1

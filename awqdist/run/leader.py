@@ -25,11 +25,12 @@ from awqdist.run.events import (
     SnapshotSaved,
     SourceRead,
     Warned,
+    bytes_read,
+    seconds_of_runs,
 )
 from awqdist.run.finish import finish_output, warnings_of
 from awqdist.run.job import Job, check_sources, fingerprint, token_chunks
 from awqdist.run.journal import open_journal
-from awqdist.run.log import bytes_read, seconds_of_runs
 from awqdist.run.output import check_output
 from awqdist.run.schedule import Schedule
 from awqdist.run.worker import Assignment

@@ -21,7 +21,7 @@ from socket import gethostname
 from awqdist.checkpoint.index import INDEX_FILE, SINGLE_FILE
 from awqdist.checkpoint.writer import output_error
 from awqdist.errors import OutputError
-from awqdist.run.log import STATE_FOLDER
+from awqdist.run.events import STATE_FOLDER
 from awqdist.settings import RunSettings
 
 _LOCK_FILE = "lock"

@@ -24,8 +24,8 @@ from awqdist.export.formats import Format, output_format
 from awqdist.layer.records import LinearRecord
 from awqdist.quant.grid import QuantizedWeight
 from awqdist.recipe import WeightScheme
+from awqdist.run.events import STATE_FOLDER
 from awqdist.run.journal import is_whole, read_journal
-from awqdist.run.log import STATE_FOLDER
 
 _UNRELATED = 0.5  # relative weight error above which a linear cannot come from this source
 
@@ -49,6 +49,7 @@ class Verification:
 
     @property
     def ok(self) -> bool:
+        """Returns whether nothing is wrong."""
         return not self.problems and all(linear.problem is None for linear in self.linears)
 
 

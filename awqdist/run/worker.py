@@ -36,6 +36,7 @@ from awqdist.quant.offload import LayerDevice, release_host_memory
 from awqdist.run.chunks import Chunks, load_snapshot, open_chunk_store, save_snapshot, store_budget
 from awqdist.run.device import compute_dtype, peak_memory_bytes, worker_status
 from awqdist.run.events import (
+    STATE_FOLDER,
     ChunkForwarded,
     Emit,
     LayerForwarded,
@@ -55,7 +56,6 @@ from awqdist.run.layer_io import (
     read_outside,
     write_layer,
 )
-from awqdist.run.log import STATE_FOLDER
 from awqdist.run.memory import on_host_of
 from awqdist.run.schedule import Schedule, Step
 
@@ -198,16 +198,13 @@ class WorkerLoop:
 
     def _input(self, layer: int, index: int) -> Tensor:
         """Returns the chunk to be forwarded now, and begins to fetch the next one."""
-        if self._is_snapshot(layer):
+        if layer > self._assignment.schedule.first and layer % self._job.settings.snapshot_every == 0:  # a snapshot
             hidden, kept = self._chunks.take_and_keep(layer, index)
             self._snapshot.append(kept)
         else:
             hidden = self._chunks.take(layer, index)
         self._chunks.expect(layer, index + 1)
         return hidden
-
-    def _is_snapshot(self, layer: int) -> bool:
-        return layer > self._assignment.schedule.first and layer % self._job.settings.snapshot_every == 0
 
     @property
     def _state_folder(self) -> Path:

@@ -28,8 +28,7 @@ import torch
 from awqdist.checkpoint.writer import LazyTensor, lazy_tensor, stream_safetensors, write_json
 from awqdist.model.names import DiskTensor, disk_layout
 from awqdist.model.skeleton import build_model, read_config
-from awqdist.run.events import SourceRead
-from awqdist.run.log import log_file, read_log
+from awqdist.run.events import SourceRead, log_file, read_log
 from awqdist.units import parse_bytes
 
 _TENTHS = 10

@@ -26,8 +26,7 @@ from awqdist.report.intervals import Timeline, timeline
 from bench_llm_compressor import write_random_llama
 
 from awqdist.plan.simulate import measured_times, simulate
-from awqdist.run.events import LayerFinished, RunStarted
-from awqdist.run.log import last_run, log_file, read_log
+from awqdist.run.events import LayerFinished, RunStarted, last_run, log_file, read_log
 from awqdist.run.schedule import Schedule
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from awqdist.checkpoint.reader import read_tensor, read_tensors
 from awqdist.checkpoint.sources import dequantize_fp8, read_source
-from awqdist.run.log import bytes_read, log_file, read_log
+from awqdist.run.events import bytes_read, log_file, read_log
 
 RECIPE = f"""
 default_stage:

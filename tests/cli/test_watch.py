@@ -18,8 +18,7 @@ from support.ring_messages import EPOCH, ring, write_log
 
 from awqdist.cli import watch
 from awqdist.run import events as ev
-from awqdist.run.events import Message
-from awqdist.run.log import encode, follow, last_run, log_file, read_log
+from awqdist.run.events import Message, encode, follow, last_run, log_file, read_log
 
 
 def warnings(*words: str) -> list[Message]:

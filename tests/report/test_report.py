@@ -21,8 +21,7 @@ from awqdist.layer.records import LayerRecord, LinearRecord, MappingRecord, RunS
 from awqdist.report.report import TRACE_FILE, render_report, write_report
 from awqdist.report.tables import mapping_rows, skipped_rows, summary_table, worst_linears
 from awqdist.report.trace import chrome_trace
-from awqdist.run.events import Message, WorkerLost, WorkerStarted
-from awqdist.run.log import encode
+from awqdist.run.events import Message, WorkerLost, WorkerStarted, encode
 from awqdist.units import show_layers
 
 NAN = float("nan")

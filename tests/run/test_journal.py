@@ -24,11 +24,13 @@ from awqdist.run.events import (
     RunFinished,
     SnapshotSaved,
     StageStarted,
+    Thinning,
     Warned,
     WorkerStatus,
+    encode,
+    log_file,
 )
 from awqdist.run.journal import Journal, is_whole, open_journal, read_journal
-from awqdist.run.log import Thinning, encode, log_file
 
 FINGERPRINT = {"recipe": "AWQModifier: {n_grid: 20}\nignore: [lm_head]", "device": "cpu"}
 

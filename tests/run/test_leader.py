@@ -32,11 +32,14 @@ from awqdist.run.events import (
     SnapshotSaved,
     StageStarted,
     Warned,
+    encode,
+    log_file,
+    read_log,
+    seconds_of_runs,
 )
 from awqdist.run.job import Job, prepare
 from awqdist.run.journal import read_journal
 from awqdist.run.leader import Leader
-from awqdist.run.log import encode, log_file, read_log, seconds_of_runs
 from awqdist.run.worker import Assignment
 from awqdist.settings import RunSettings
 

@@ -23,8 +23,7 @@ from support.tiny_llama import NUM_LAYERS, RECIPE, Tiny
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from awqdist.run.events import LayerFinished, LogBegun, OutsideCopied, SnapshotSaved
-from awqdist.run.log import log_file, read_log
+from awqdist.run.events import LayerFinished, LogBegun, OutsideCopied, SnapshotSaved, log_file, read_log
 
 SEED = random.SystemRandom().randrange(1 << 32)  # printed by every failing test
 NUM_FILE_OPERATIONS = 57  # of a run that nothing disturbs

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from awqdist.layer.records import LayerRecord, LinearRecord, MappingRecord
 from awqdist.run import events as ev
-from awqdist.run.events import Message
-from awqdist.run.log import encode, log_file
+from awqdist.run.events import Message, encode, log_file
 
 EPOCH = 1_700_000_000.0
 GIB = 2**30
