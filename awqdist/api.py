@@ -14,7 +14,7 @@ from torch import Tensor
 
 from awqdist.backends.local import choose_backend, run_local
 from awqdist.calibration.text import is_text, load_calibration
-from awqdist.checkpoint.hub import model_folder
+from awqdist.checkpoint.sources import model_folder
 from awqdist.errors import CalibrationError, CheckpointError
 from awqdist.layer.records import RunSummary
 from awqdist.model import families

@@ -35,7 +35,7 @@ from awqdist.backends.remote_worker import (
     allocate,
     worker_spec,
 )
-from awqdist.errors import AwqdistError
+from awqdist.errors import AwqdistError, first_line
 from awqdist.layer.records import RunSummary
 from awqdist.run.events import ChunkForwarded, Event, LayerFinished, Listen, Message, Warned, WorkerLost, WorkerStatus
 from awqdist.run.job import Job
@@ -367,7 +367,6 @@ def _join(address: str | None) -> None:
             socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
         ray.init(address=address or "auto", **_QUIET)
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise AwqdistError(
-            f"no Ray cluster can be joined at {address}: {reason}; give HOST:PORT of its head, or nothing for this machine's own"
+            f"no Ray cluster can be joined at {address}: {first_line(error)}; give HOST:PORT of its head, or nothing for this machine's own"
         ) from None

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from awqdist.errors import CalibrationError
+from awqdist.errors import CalibrationError, first_line
 
 _TEXT_SUFFIXES = {".txt", ".text", ".md", ".json", ".jsonl", ".parquet", ".csv", ".gz"}
 _CHARACTERS_PER_TOKEN = (6, 16)  # tokenized for a sample; the second where the first gave too few tokens
@@ -172,9 +172,8 @@ def _hub_texts(name: str, num_samples: int) -> list[str]:
         dataset = load_dataset(identifier, config or None, split=split or "train", streaming=True)
         return [row["text"] for row in dataset.take(8 * num_samples)]
     except Exception as error:  # the hub client raises many kinds: offline, not found, gated, no such split
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CalibrationError(
-            f"calibration {name!r} is neither a local file nor a dataset that the hub can give ({reason}); "
+            f"calibration {name!r} is neither a local file nor a dataset that the hub can give ({first_line(error)}); "
             "give a text file"
         ) from None
 

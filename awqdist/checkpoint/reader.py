@@ -10,7 +10,6 @@ import os
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -19,7 +18,6 @@ from awqdist.checkpoint.index import DTYPES, TensorEntry
 from awqdist.checkpoint.sources import FORMATS
 from awqdist.errors import CheckpointError
 
-T = TypeVar("T")
 _BLOCK_BYTES = 1 << 26
 _MAX_SAMPLED_TENSORS = 64
 _SAMPLE_BYTES = 256
@@ -36,7 +34,8 @@ class Reading:
 
     def sample_checksum(self) -> int:
         """Returns what the function `sample_checksum` returns for these tensors by name, without reading again."""
-        return _checksum(self.samples[name] for name in _sampled(sorted(self.samples)))
+        names = sorted(self.samples)
+        return zlib.crc32(b"".join(self.samples[name] for name in names[_sampling(len(names))]))
 
 
 def read_tensor(entry: TensorEntry) -> Tensor:
@@ -86,9 +85,8 @@ def sample_checksum(entries: Sequence[TensorEntry]) -> int:
 
     That distinguishes two trained models of one shape, and reads almost nothing.
     """
-    return _checksum(
-        b"".join(_read_middle(part) for part in _stored_parts(entry.whole or entry)) for entry in _sampled(entries)
-    )
+    parts = (part for entry in entries[_sampling(len(entries))] for part in _stored_parts(entry.whole or entry))
+    return zlib.crc32(b"".join(_read_middle(part) for part in parts))
 
 
 def check_finite(tensors: dict[str, Tensor], where: str) -> None:
@@ -103,15 +101,8 @@ def check_finite(tensors: dict[str, Tensor], where: str) -> None:
                 )
 
 
-def _sampled(items: Sequence[T]) -> Sequence[T]:
-    return items[:: len(items) // _MAX_SAMPLED_TENSORS + 1]
-
-
-def _checksum(samples: Iterable[bytes]) -> int:
-    checksum = 0
-    for sample in samples:
-        checksum = zlib.crc32(sample, checksum)
-    return checksum
+def _sampling(num_tensors: int) -> slice:
+    return slice(None, None, num_tensors // _MAX_SAMPLED_TENSORS + 1)
 
 
 def _read_middle(entry: TensorEntry) -> bytes:

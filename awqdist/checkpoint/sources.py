@@ -1,4 +1,6 @@
-"""Reads the index of a model's folder in any source format: one entry per tensor of the model, in the model's own dtype.
+"""Finds a model's folder, and reads its index in any source format: one entry per tensor of the model, in its own dtype.
+
+A model is a folder, or a Hugging Face hub id, which is downloaded.
 
 A source format is three functions (`SourceFormat`) and a line of `FORMATS`: the reader, plan and the warnings need no more. Known are
 
@@ -13,6 +15,7 @@ A source format is three functions (`SourceFormat`) and a line of `FORMATS`: the
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
@@ -23,10 +26,11 @@ import torch
 from torch import Tensor
 
 from awqdist.checkpoint.experts import FusedExperts, expert_entries, fused_experts, split_experts
-from awqdist.checkpoint.index import CheckpointIndex, Packing, TensorEntry, read_index
-from awqdist.errors import CheckpointError
+from awqdist.checkpoint.index import CheckpointIndex, Packing, TensorEntry, holds_weights, read_index
+from awqdist.errors import CheckpointError, first_line
 from awqdist.recipe import matches
 
+_DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*"]
 MXFP4_BLOCK = 32  # values that share a scale
 _STRIP_ELEMENTS = 1 << 18  # worked on at once: they stay in the processor's cache
 _FP8_DTYPES = ("F8_E4M3", "F8_E5M2")
@@ -74,6 +78,70 @@ class SourceFormat:
     dequantize: Callable[[TensorEntry, Tensor, list[Tensor]], Tensor]
 
 
+def model_folder(model: str) -> Path:
+    """Returns the folder of a model; a hub id is downloaded, or taken from the cache.
+
+    Raises:
+        CheckpointError: there is no such folder, and the hub does not provide it.
+    """
+    place = _local(model)
+    if place is not None:
+        if not place.is_dir():
+            raise CheckpointError(f"{model} is a file; give the folder of a model")
+        return place
+    from huggingface_hub import snapshot_download
+
+    try:
+        found = Path(snapshot_download(model, allow_patterns=_DOWNLOADED))
+        if not any(found.glob("*.safetensors")):  # many models hold both, and one is enough
+            found = Path(snapshot_download(model, allow_patterns=[*_DOWNLOADED, "pytorch_model*.bin"]))
+        return found
+    except Exception as error:  # the hub client raises many kinds: offline, not found, gated, interrupted
+        raise _not_provided(model, error) from None
+
+
+def resolve_config(model: str) -> Path:
+    """Returns what `plan` needs of a model: a folder that holds weights, otherwise its config.json alone.
+
+    Args:
+        model: a folder, a config.json, or a hub id, whose config.json is downloaded or taken from the cache.
+
+    Raises:
+        CheckpointError: there is no such model.
+    """
+    place = _local(model)
+    if place is not None:
+        if place.is_dir():
+            file = place / "config.json"
+            return file if file.is_file() and not holds_weights(place) else place
+        if place.suffix != ".json":
+            raise CheckpointError(f"{model} is a file; give the folder of a model, or a config.json")
+        return place
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(model, "config.json"))
+    except Exception as error:
+        raise _not_provided(model, error) from None
+
+
+def _local(model: str) -> Path | None:
+    """Returns the path of a model on this machine, or None for a hub id. Raises CheckpointError for anything else."""
+    place = Path(model).expanduser()
+    if place.exists():
+        return place
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+        raise CheckpointError(f"model folder not found: {model}; give an existing folder or a hub id such as org/name")
+    return None
+
+
+def _not_provided(model: str, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{model} is neither a folder here nor a model that the hub gives ({first_line(error)}); check the name and the network,"
+        " or download it elsewhere and give its folder"
+    )
+
+
 def read_source(folder: Path) -> CheckpointIndex:
     """Returns the index of the model in `folder`, by headers only: weights dequantized, experts' linears apart.
 
@@ -88,10 +156,14 @@ def read_source(folder: Path) -> CheckpointIndex:
     config = config if isinstance(config, dict) else {}
     families = fused_experts(config.get("model_type"))
     quantization = _quantization(config, folder)
-    if quantization is None:
-        _check_no_scales(index)
-    else:
-        index = FORMATS[quantization.format].join(index, quantization, families)
+    if quantization is not None:
+        return split_experts(FORMATS[quantization.format].join(index, quantization, families), families)
+    for entry in index.entries.values():
+        if entry.dtype in _FP8_DTYPES:  # read as plain numbers they would be wrong
+            raise CheckpointError(
+                f"{entry.file}: tensor {entry.name} is FP8, but config.json has no quantization_config that says how it is"
+                " scaled; download config.json again"
+            )
     return split_experts(index, families)
 
 
@@ -133,16 +205,6 @@ def _quantization(config: dict[str, Any], folder: Path) -> Quantization | None:
         f"{folder} is already quantized, with {kind if method else 'an unknown method'} (quantization_config of config.json);"
         " of quantized sources only those with FP8 weights, and gpt-oss with experts in MXFP4, can be read; give the original"
     )
-
-
-def _check_no_scales(index: CheckpointIndex) -> None:
-    """Raises CheckpointError for FP8 weights that config.json does not declare: read as plain numbers they would be wrong."""
-    for entry in index.entries.values():
-        if entry.dtype in _FP8_DTYPES:
-            raise CheckpointError(
-                f"{entry.file}: tensor {entry.name} is FP8, but config.json has no quantization_config that says how it is"
-                " scaled; download config.json again"
-            )
 
 
 # --- FP8 ---

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from awqdist.api import quantize
 from awqdist.backends.local import choose_backend
-from awqdist.checkpoint.hub import model_folder
+from awqdist.checkpoint.sources import model_folder
 from awqdist.cli.progress import Kind, renderer
 from awqdist.demo import calibration_text, demo_folder, evaluation_text
 from awqdist.eval.evaluate import Evaluation, evaluate

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from awqdist.checkpoint.hub import model_folder
+from awqdist.checkpoint.sources import model_folder
 from awqdist.errors import AwqdistError, CheckpointError
 from awqdist.eval.weights import FloatWeights
 from awqdist.model.experts import fuse_experts

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from awqdist.checkpoint.hub import resolve_config
+from awqdist.checkpoint.sources import resolve_config
 from awqdist.layer.plan import LayerPlan
 from awqdist.plan.config import prepare_to_plan
 from awqdist.recipe import Recipe, load_recipe

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from awqdist.checkpoint.hub import resolve_config
+from awqdist.checkpoint.sources import resolve_config
 from awqdist.plan.config import prepare_to_plan
 from awqdist.plan.machine import MachineProfile
 from awqdist.plan.mappings import mapping_table, plan_json, print_left_out
