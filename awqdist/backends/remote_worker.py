@@ -21,7 +21,7 @@ from torch import Tensor
 
 from awqdist.errors import AwqdistError, CheckpointError
 from awqdist.model.families import register_mappings, registered_mappings
-from awqdist.offload.store import MemoryStore, Store
+from awqdist.offload.store import Store
 from awqdist.recipe import MappingPattern, Recipe
 from awqdist.run.chunks import open_chunk_store, store_budget
 from awqdist.run.events import Event, Message
@@ -79,7 +79,7 @@ class Inbox:
 
     def __init__(self, store: Store | None = None) -> None:
         """store: where chunks wait, closed with the inbox; None for host memory."""
-        self._store = store or MemoryStore()
+        self._store = store or Store()
         self._arrived: set[tuple[int, int]] = set()
         self._changed = threading.Condition()
         self._failure: AwqdistError | None = None

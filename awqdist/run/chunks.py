@@ -15,8 +15,7 @@ from torch import Tensor
 from awqdist.checkpoint.index import read_header
 from awqdist.checkpoint.reader import read_tensor
 from awqdist.checkpoint.writer import LazyTensor, lazy_tensor, stream_safetensors
-from awqdist.offload.files import sweep
-from awqdist.offload.store import Store, open_store
+from awqdist.offload.store import Store, open_store, sweep
 from awqdist.run.events import STATE_FOLDER, SnapshotSaved
 from awqdist.run.job import Job
 from awqdist.run.journal import Journal, file_hash

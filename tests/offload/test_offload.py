@@ -12,7 +12,7 @@ from support.command_line import awqdist, model_files, start
 from support.rings import Ring, ray_cluster, run
 from support.tiny_llama import Tiny
 
-from awqdist.offload.files import PlainFiles
+from awqdist.offload.store import PlainFiles
 
 LEVELS = ["cpu", "disk", pytest.param("nvme", marks=pytest.mark.nvme)]
 

@@ -17,9 +17,8 @@ from torch import Tensor
 
 from awqdist.errors import OffloadError
 from awqdist.offload import nvme
-from awqdist.offload.files import FileStore, Medium, OwnFolder, PlainFiles, sweep
 from awqdist.offload.nvme import DeepNvme
-from awqdist.offload.store import MemoryStore, Store, open_store
+from awqdist.offload.store import FileStore, Medium, OwnFolder, PlainFiles, Store, open_store, sweep
 
 KINDS = [
     "ram",
@@ -32,16 +31,16 @@ ON_DISK = ["disk", pytest.param("nvme", marks=pytest.mark.nvme)]
 BUDGET_BYTES = 5_000  # of the memory above a disk: two of `chunks` fit
 
 
-def make_store(kind: str, base: Path) -> Store:
+def make_store(kind: str, base: Path) -> Store | FileStore:
     if kind == "ram":
-        return MemoryStore()
+        return Store()
     folder = OwnFolder(base)
     files = FileStore(folder, DeepNvme(folder.path) if "nvme" in kind else PlainFiles())
-    return MemoryStore(BUDGET_BYTES, files) if "ram" in kind else files
+    return Store(BUDGET_BYTES, files) if "ram" in kind else files
 
 
 @pytest.fixture(params=KINDS)
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store | FileStore]:
     made = make_store(request.param, tmp_path)
     yield made
     made.close()
@@ -74,7 +73,7 @@ ODD = {
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_a_tensor_comes_back_equal_in_every_bit(store: Store, name: str) -> None:
+def test_a_tensor_comes_back_equal_in_every_bit(store: Store | FileStore, name: str) -> None:
     store.put("x", ODD[name])
     for _ in range(2):  # it stays
         found = store.get("x")
@@ -86,7 +85,7 @@ def test_a_tensor_comes_back_equal_in_every_bit(store: Store, name: str) -> None
         )
 
 
-def test_many_tensors_keep_apart_in_whatever_order_they_are_asked_for(store: Store) -> None:
+def test_many_tensors_keep_apart_in_whatever_order_they_are_asked_for(store: Store | FileStore) -> None:
     for number in range(12):
         store.put(f"chunk-{number}", chunk(number))
     for number in [*range(0, 12, 2), *range(11, 0, -2)]:
@@ -94,7 +93,7 @@ def test_many_tensors_keep_apart_in_whatever_order_they_are_asked_for(store: Sto
         assert store.get(f"chunk-{number}").equal(chunk(number))
 
 
-def test_bytes_are_counted_and_what_is_dropped_does_not_count(store: Store) -> None:
+def test_bytes_are_counted_and_what_is_dropped_does_not_count(store: Store | FileStore) -> None:
     assert store.num_bytes == 0
     for number in range(5):
         store.put(f"chunk-{number}", chunk(number))
@@ -106,7 +105,7 @@ def test_bytes_are_counted_and_what_is_dropped_does_not_count(store: Store) -> N
     assert store.num_bytes == 0
 
 
-def test_a_tensor_that_is_put_again_takes_the_place_of_the_first(store: Store) -> None:
+def test_a_tensor_that_is_put_again_takes_the_place_of_the_first(store: Store | FileStore) -> None:
     for number in range(4):
         store.put(f"chunk-{number}", chunk(number))
     for number in range(4):
@@ -116,7 +115,7 @@ def test_a_tensor_that_is_put_again_takes_the_place_of_the_first(store: Store) -
         assert store.get(f"chunk-{number}").equal(chunk(number + 100))
 
 
-def test_what_was_never_put_or_was_dropped_cannot_be_got(store: Store) -> None:
+def test_what_was_never_put_or_was_dropped_cannot_be_got(store: Store | FileStore) -> None:
     store.put("x", chunk(0))
     store.drop("x")
     store.drop("never there")
@@ -126,7 +125,7 @@ def test_what_was_never_put_or_was_dropped_cannot_be_got(store: Store) -> None:
             store.get(key)
 
 
-def test_a_layer_like_use_gives_every_chunk_its_turn(store: Store) -> None:
+def test_a_layer_like_use_gives_every_chunk_its_turn(store: Store | FileStore) -> None:
     """Take a chunk, put its successor, as a worker does."""
     for number in range(6):
         store.put(f"0-{number}", chunk(number))
@@ -140,7 +139,7 @@ def test_a_layer_like_use_gives_every_chunk_its_turn(store: Store) -> None:
     assert store.num_bytes == 6 * 2048
 
 
-def test_threads_may_put_and_get_at_the_same_time(store: Store) -> None:
+def test_threads_may_put_and_get_at_the_same_time(store: Store | FileStore) -> None:
     def use(first: int) -> None:
         for number in range(first, first + 20):
             store.put(f"x{number}", chunk(number))
@@ -158,7 +157,7 @@ def test_threads_may_put_and_get_at_the_same_time(store: Store) -> None:
     assert store.num_bytes == 0
 
 
-def test_a_closed_store_leaves_nothing_behind_and_takes_nothing(store: Store, tmp_path: Path) -> None:
+def test_a_closed_store_leaves_nothing_behind_and_takes_nothing(store: Store | FileStore, tmp_path: Path) -> None:
     store.put("x", chunk(0))
     store.close()
     store.put("y", chunk(1))
@@ -170,7 +169,7 @@ def test_a_closed_store_leaves_nothing_behind_and_takes_nothing(store: Store, tm
 
 
 def test_memory_takes_what_the_budget_allows_and_says_so() -> None:
-    store = MemoryStore(BUDGET_BYTES)
+    store = Store(BUDGET_BYTES)
     store.put("a", chunk(0))
     store.put("b", chunk(1))
     with pytest.raises(
@@ -186,7 +185,7 @@ def test_memory_takes_what_the_budget_allows_and_says_so() -> None:
 def test_what_does_not_fit_into_memory_goes_down_and_what_lies_there_stays(tmp_path: Path) -> None:
     """Chunks come round, so that the newest is needed least soon: of six, two of which fit, four are moved in every round."""
     medium = Counting()
-    store = MemoryStore(BUDGET_BYTES, FileStore(OwnFolder(tmp_path), medium))
+    store = Store(BUDGET_BYTES, FileStore(OwnFolder(tmp_path), medium))
     for number in range(6):
         store.put(f"0-{number}", chunk(number))
     for layer in range(5):
@@ -283,7 +282,7 @@ def files_limited_to(num_bytes: int) -> Iterator[None]:
         signal.signal(signal.SIGXFSZ, handler)
 
 
-def put_more(store: Store) -> None:
+def put_more(store: Store | FileStore) -> None:
     """What could not be written before is told at one of these."""
     for number in range(20):
         store.put(f"x{number}", chunk(number))
