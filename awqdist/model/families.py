@@ -3,7 +3,7 @@
 Patterns end in `$` and name the last part of on-disk modules. Under grouped-query attention v -> o is smoothed with one scale per key/value
 channel. A mapping that the structure of a layer contradicts is skipped with its reason.
 
-To add a family, add a line to FAMILIES; an architecture that is not here is mapped from its structure (`inference.py`).
+To add a family, add a line to FAMILIES; an architecture that is not here is mapped from its structure (`infer_mappings`).
 """
 
 from __future__ import annotations

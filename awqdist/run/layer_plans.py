@@ -11,8 +11,7 @@ from awqdist.errors import ModelError, RecipeError
 from awqdist.layer.plan import Expert, LayerPlan, Linear, Site
 from awqdist.layer.records import SkippedMapping
 from awqdist.model.families import full_precision_linears, registered_mappings
-from awqdist.model.inference import infer_mappings
-from awqdist.model.mapping import HeadShape, Resolution, resolve
+from awqdist.model.mapping import HeadShape, Resolution, infer_mappings, resolve
 from awqdist.model.skeleton import Skeleton
 from awqdist.model.structure import LayerStructure, trace_layers
 from awqdist.recipe import MappingPattern, Recipe, SchemeGroup, WeightScheme, check_patterns_match, matches

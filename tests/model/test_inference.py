@@ -26,8 +26,7 @@ from awqdist.checkpoint.sources import read_source
 from awqdist.errors import ModelError, NumericalError, RecipeError
 from awqdist.layer.records import RunSummary
 from awqdist.model.families import FAMILIES, registered_mappings
-from awqdist.model.inference import infer_mappings
-from awqdist.model.mapping import HeadShape, resolve
+from awqdist.model.mapping import HeadShape, infer_mappings, resolve
 from awqdist.model.skeleton import Skeleton, build_skeleton, read_config
 from awqdist.model.structure import trace_layers
 

@@ -20,8 +20,7 @@ from awqdist.checkpoint.sources import read_source
 from awqdist.errors import ModelError
 from awqdist.layer.plan import LayerPlan
 from awqdist.model.families import registered_mappings
-from awqdist.model.inference import infer_mappings
-from awqdist.model.mapping import ResolvedMapping
+from awqdist.model.mapping import ResolvedMapping, infer_mappings
 from awqdist.model.skeleton import build_skeleton, read_config
 from awqdist.model.structure import trace_layers
 from awqdist.recipe import load_recipe
