@@ -64,7 +64,7 @@ def run_ray(job: Job, samples: Tensor, placement: Placement, listen: Listen) -> 
     """
     check_free(job.settings.output)
     with (
-        joined_cluster(placement.ray_address),
+        _joined_cluster(placement.ray_address),
         RayActors(job, samples, placement) as actors,
         Leader(replace(job, device=torch.device(actors.device)), samples, listen, actors.fingerprint) as lead,
     ):
@@ -311,7 +311,7 @@ def _get(ref: Any) -> Any:
 
 
 @contextmanager
-def joined_cluster(address: str | None) -> Iterator[None]:
+def _joined_cluster(address: str | None) -> Iterator[None]:
     """Connects to a Ray cluster: the one at `address`, else the one of this machine, else a new one for the duration of the run.
 
     Raises:

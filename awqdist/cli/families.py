@@ -12,40 +12,31 @@ from rich.console import Console
 from rich.table import Table
 
 from awqdist.model.families import FAMILIES, Family
-from awqdist.recipe import MappingPattern
 
-COLUMNS = ("family", "classes", "smoothed", "tested with", "left as it is")
+_COLUMNS = ("family", "classes", "smoothed", "tested with", "left as it is")
 # Of norms, whose places the balance layers tell.
 _PLACES = r"(input|pre|post|pre_feedforward|post_attention|pre_mlp|self_attn|final)_"
 
 
 def show_families(*, markdown: bool) -> None:
-    """Prints the table. markdown: as text for a README."""
+    """Prints the table, one line for each family. markdown: as text for a README."""
+    rows = [_row(family) for family in FAMILIES]
     if markdown:
-        print(families_markdown())
+        lines = [_COLUMNS, tuple("---" for _ in _COLUMNS), *rows]
+        print("\n".join(f"| {' | '.join(cell or '–' for cell in line)} |" for line in lines))
         return
     table = Table(title="Supported model families", title_justify="left")
-    for column in COLUMNS:
+    for column in _COLUMNS:
         table.add_column(column, overflow="fold")
-    for family in FAMILIES:
-        table.add_row(*_row(family))
+    for row in rows:
+        table.add_row(*row)
     Console().print(table)
 
 
-def families_markdown() -> str:
-    """Returns the table with one line for each family."""
-    rows = [COLUMNS, tuple("---" for _ in COLUMNS), *map(_row, FAMILIES)]
-    return "\n".join(f"| {' | '.join(cell or '–' for cell in row)} |" for row in rows)
-
-
-def smoothed(mappings: Sequence[MappingPattern]) -> str:
-    """Returns mappings in short: `norm→qkv, v→o, norm→gate/up, up→down`."""
-    return ", ".join(f"{_short(m.smooth_layer)}→{_joined(m.balance_layers)}" for m in mappings)
-
-
 def _row(family: Family) -> tuple[str, ...]:
-    architectures = ", ".join(family.architectures)
-    return family.name, architectures, smoothed(family.mappings), ", ".join(family.tested), family.notes
+    """Returns the cells of a family, its mappings in short: `norm→qkv, v→o, norm→gate/up, up→down`."""
+    smoothed = ", ".join(f"{_short(m.smooth_layer)}→{_joined(m.balance_layers)}" for m in family.mappings)
+    return family.name, ", ".join(family.architectures), smoothed, ", ".join(family.tested), family.notes
 
 
 def _joined(patterns: Sequence[str]) -> str:

@@ -50,11 +50,6 @@ def settings_of(kind: type[Settings], values: dict[str, Any], **more: Any) -> Se
     return kind(**{name: value for name, value in values.items() if name in names}, **more)
 
 
-def option_of(kind: type, name: str) -> Any:
-    """Returns the annotation of the option for one field, for a command that takes it alone."""
-    return next(x.annotation for x in _parameters(kind) if x.name == name)
-
-
 def _parameters(kind: type) -> Iterator[inspect.Parameter]:
     hints = get_type_hints(kind, include_extras=True)
     for field in fields(kind):
@@ -76,7 +71,7 @@ def _bytes(text: str) -> int:
         raise typer.BadParameter(str(error)) from None
 
 
-RayAddress = option_of(Placement, "ray_address")
+RayAddress = next(x.annotation for x in _parameters(Placement) if x.name == "ray_address")
 Workers = Annotated[int, typer.Option(min=1, help="Number of workers.")]
 ProfileFile = Annotated[
     Path | None,

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 Kind = Literal["auto", "rich", "plain", "json"]
 
-BACKGROUND_STAGES = ("read", "write")  # they overlap the other stages of their worker
+_BACKGROUND_STAGES = ("read", "write")  # they overlap the other stages of their worker
 LONG_SILENCE_S = 60  # workers tell their status every few seconds
 
 _GAP = 2  # between columns
@@ -86,7 +86,7 @@ class WorkerState:
             case ev.WorkerLost():
                 self.status, self.background = None, {}
                 self.turn_to("lost", time, self.layer)
-            case ev.StageStarted() | ev.StageEnded() if event.stage in BACKGROUND_STAGES:
+            case ev.StageStarted() | ev.StageEnded() if event.stage in _BACKGROUND_STAGES:
                 self.background.pop(event.stage, None)
                 if isinstance(event, ev.StageStarted):
                     self.background[event.stage] = event.layer
@@ -263,7 +263,7 @@ def _line(state: RunState, message: Message) -> str | None:
             return f"{worker} started on {event.host}, {event.device}, with {len(event.layers)} layers"
         case ev.LayerFinished():
             spent = show_seconds(sum(event.record.seconds.values()))
-            eta = show_eta(state.remaining_seconds(message.time))
+            eta = _show_eta(state.remaining_seconds(message.time))
             where = f"  (layer {event.layer}, {worker})" if by else ""
             done = f"layer {state.num_done}/{state.num_layers}"
             return f"{done}  {spent}{_worst_linear(event.record)}  eta {eta}{where}"
@@ -291,7 +291,7 @@ def _worst_linear(record: LayerRecord) -> str:
     return f"  {name} error {show_number(worst.relative_error_nearest)} -> {show_number(worst.relative_error)}"
 
 
-def show_eta(seconds: float | None) -> str:
+def _show_eta(seconds: float | None) -> str:
     """Returns `75 s`, `12 min` or `1.5 h`, for times that change while one looks."""
     if seconds is None:
         return MISSING
@@ -302,7 +302,7 @@ def show_eta(seconds: float | None) -> str:
 
 def silence(seconds: float) -> str:
     """Returns what is said after so many seconds without a message."""
-    return f"no news for {show_eta(seconds)}: the run is stuck, was stopped, or cannot reach this folder"
+    return f"no news for {_show_eta(seconds)}: the run is stuck, was stopped, or cannot reach this folder"
 
 
 def display(state: RunState, now: float, width: int) -> RenderableType:
@@ -323,7 +323,7 @@ def display(state: RunState, now: float, width: int) -> RenderableType:
         return Text("waiting for the run to begin", style="dim")
     workers = f", {run.num_workers} workers ({run.backend})" if run.num_workers > 1 else ""
     bar = ProgressBar(total=max(state.num_layers, 1), completed=state.num_done, width=30)
-    ends = "finished" if state.finished else f"eta {show_eta(state.remaining_seconds(now))}"
+    ends = "finished" if state.finished else f"eta {_show_eta(state.remaining_seconds(now))}"
     lost = state.lost
     restarts = Text("" if lost is None else f"restart {lost.restart} of {lost.max_restarts}", style="red")
     count = Text(f"{state.num_done}/{state.num_layers} layers", style="bold")
@@ -368,7 +368,7 @@ def _cells(workers: list[WorkerState], now: float) -> dict[str, list[str]]:
         "stage": [
             f"forward {w.chunk}/{w.num_chunks}" if w.stage == "forward" and w.num_chunks else w.stage for w in workers
         ],
-        "for": ["" if w.stage in ("lost", "done") else show_eta(max(0.0, now - w.since)) for w in workers],
+        "for": ["" if w.stage in ("lost", "done") else _show_eta(max(0.0, now - w.since)) for w in workers],
         "background": [", ".join(f"{stage} {layer}" for stage, layer in list(w.background.items())) for w in workers],
         "tokens/s": ["" if w.tokens_per_second is None else f"{w.tokens_per_second:,.0f}" for w in workers],
         "memory": ["" if w.status is None else show_bytes(w.status.memory_bytes) for w in workers],
