@@ -29,7 +29,6 @@ from awqdist.quant.smooth import balance_linear, per_source, smooth_linear, smoo
 from awqdist.recipe import MappingPattern, matches
 
 TOLERANCE = 1e-4  # of the proof: relative, float32
-Change = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +207,7 @@ class SmoothedParameters(Mapping[str, Tensor]):
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
         self._parameters = parameters
-        self._changes: dict[str, list[Change]] = {}
+        self._changes: dict[str, list[Callable[[Tensor], Tensor]]] = {}
 
     def apply(self, mapping: ResolvedMapping, scales: Tensor) -> Tensor:
         """Smooths by scales (I,) over the inputs of the balance layers.
@@ -232,7 +231,7 @@ class SmoothedParameters(Mapping[str, Tensor]):
             self._change(f"{path}.weight", partial(balance_linear, scales=scales))
         return scales
 
-    def _change(self, name: str, change: Change) -> None:
+    def _change(self, name: str, change: Callable[[Tensor], Tensor]) -> None:
         if name in self._parameters:
             self._changes.setdefault(name, []).append(change)
 

@@ -32,15 +32,6 @@ from awqdist.model.experts import FusedParameter
 
 
 @dataclass(frozen=True, slots=True)
-class Names:
-    """The checkpoint's tensors, tied to the model."""
-
-    on_disk: dict[str, str]  # parameter or buffer by its unfused name in the model -> name on disk
-    fused: tuple[FusedParameter, ...]  # the model's 3-D parameters of experts
-    unknown: tuple[str, ...]  # on-disk names that the model lacks
-
-
-@dataclass(frozen=True, slots=True)
 class _Fusing:
     """How linears of experts become the 3-D parameter `name`."""
 
@@ -112,8 +103,14 @@ class _Renamings:
         )
 
 
-def match_names(model: PreTrainedModel, disk_names: Iterable[str]) -> Names:
+def match_names(
+    model: PreTrainedModel, disk_names: Iterable[str]
+) -> tuple[dict[str, str], tuple[FusedParameter, ...], tuple[str, ...]]:
     """Ties on-disk names to the parameters of `model` through transformers' own renamings.
+
+    Returns:
+        The on-disk names of parameters and buffers by their unfused names in the model, the model's 3-D parameters of experts, and the
+        on-disk names that the model lacks.
 
     Raises:
         ModelError: a tensor is stored in a layout other than one per parameter or per expert.
@@ -142,7 +139,7 @@ def match_names(model: PreTrainedModel, disk_names: Iterable[str]) -> Names:
         lacking = [name for name in parameter.shapes() if name not in on_disk]
         if lacking:
             raise CheckpointError(f"the checkpoint lacks the tensor for {lacking[0]} ({len(lacking)} missing in all)")
-    return Names(on_disk, fused, tuple(unknown))
+    return on_disk, fused, tuple(unknown)
 
 
 def float32_names(model: PreTrainedModel) -> frozenset[str]:

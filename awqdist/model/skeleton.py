@@ -182,16 +182,16 @@ def build_skeleton(config: PretrainedConfig, disk_names: Iterable[str]) -> Skele
         raise ModelError(f"{type(model).__name__}: no list of {num_layers} decoder layers found in its text model")
     prefix = next(name for name, module in model.named_modules() if module is found[0])
     decoder = model.get_submodule(prefix.rpartition(".")[0])  # get_decoder() of Llama-4 is the whole model
-    names = match_names(model, disk_names)
-    present = names.on_disk.keys() | {name for fused in names.fused for name in fused.names}
+    on_disk, fused, unknown = match_names(model, disk_names)
+    present = on_disk.keys() | {name for parameter in fused for name in parameter.names}
     tied = model.all_tied_weights_keys
     required = (name for name, _ in model.named_parameters(remove_duplicate=False) if name not in tied)
     missing = [name for name in required if name not in present]
     if missing:
         raise CheckpointError(f"the checkpoint lacks the tensor for {missing[0]} ({len(missing)} missing in all)")
-    if names.fused:
+    if fused:
         model.set_experts_implementation("eager")  # one product per expert, which `forward.py` can watch
-    return Skeleton(model, decoder, found[0], prefix, names.on_disk, names.unknown, names.fused, float32_names(model))
+    return Skeleton(model, decoder, found[0], prefix, on_disk, unknown, fused, float32_names(model))
 
 
 def build_model(config: PretrainedConfig) -> PreTrainedModel:
