@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,15 @@ from rich.table import Table
 from awqdist.checkpoint.sources import resolve_config
 from awqdist.layer.plan import LayerPlan
 from awqdist.plan.config import prepare_to_plan
-from awqdist.recipe import Recipe, load_recipe
+from awqdist.recipe import MappingPattern, Recipe, load_recipe
 from awqdist.run.device import choose_device
 from awqdist.run.job import Job
 from awqdist.run.layer_plans import Plan
-from awqdist.run.mapping_patterns import mapping_patterns
 from awqdist.settings import RunSettings
 from awqdist.units import pattern_of, show_layers
+
+_NUMBER = r"\d+"
+_Key = tuple[str, tuple[str, ...]]  # patterns of the smooth layer and of the balance layers within a layer
 
 
 def show_mappings(model: str, recipe: str, *, as_json: bool, as_recipe: bool) -> None:
@@ -39,7 +42,7 @@ def show_mappings(model: str, recipe: str, *, as_json: bool, as_recipe: bool) ->
 def _with_mappings(recipe: Recipe, plan: Plan) -> Recipe:
     if recipe.smoothing is None or recipe.smoothing.mappings is not None:
         return recipe
-    return replace(recipe, smoothing=replace(recipe.smoothing, mappings=mapping_patterns(plan)))
+    return replace(recipe, smoothing=replace(recipe.smoothing, mappings=_mapping_patterns(plan)))
 
 
 def mapping_table(plan: Plan) -> Table:
@@ -97,3 +100,56 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "layers": [layer(task) for task in plan.tasks],
         "ignored": list(plan.ignored),
     }
+
+
+def _mapping_patterns(plan: Plan) -> tuple[MappingPattern, ...]:
+    """Returns patterns for a recipe that resolve to the mappings of `plan` again, every layer's in its own order.
+
+    The number of an expert becomes `\\d+`, and so does that of the layer, unless another layer has modules of these names without
+    having the mapping: then the layers are listed.
+    """
+    having: dict[_Key, list[int]] = {}
+    order: list[_Key] = []
+    for task in plan.layers:
+        place = 0
+        for key in _keys(task):
+            if key not in having:
+                order.insert(place, key)
+            place = order.index(key) + 1
+            having.setdefault(key, []).append(task.index)
+    modules = {
+        task.index: {_pattern(task, n.removesuffix(".weight")) for n in task.tensors if n.endswith(".weight")}
+        for task in plan.layers
+    }
+    first = plan.layers[0]
+    path = next(name.removesuffix(".weight") for name in first.tensors if name.endswith(".weight"))
+    start = re.escape(first.disk_module(path).partition(f".{first.index}.")[0] + ".")
+    patterns = []
+    for smooth, balance in order:
+        could = [layer for layer, found in modules.items() if smooth in found and found.intersection(balance)]
+        has = having[smooth, balance]
+        number = _NUMBER if could == has else f"({'|'.join(map(str, has))})"
+        names = [f"re:{start}{number}\\.{name}$" for name in (smooth, *balance)]
+        patterns.append(MappingPattern(names[0], tuple(names[1:])))
+    return tuple(patterns)
+
+
+def _keys(task: LayerPlan) -> dict[_Key, None]:
+    """The mappings of a layer in their order, those of experts once."""
+    keys: dict[_Key, None] = {}
+    for mapping in task.mappings:
+        balance = dict.fromkeys(_pattern(task, path) for path in mapping.balance)
+        keys[_pattern(task, mapping.smooth), tuple(balance)] = None
+    return keys
+
+
+def _pattern(task: LayerPlan, path: str) -> str:
+    """A pattern of the on-disk name within the layer, which leaves open what number an expert has."""
+    name = task.disk_module(path).partition(f".{task.index}.")[2]
+    blocks = {fused.module for fused in task.experts}
+    block = next((block for block in blocks if path.startswith(f"{block}.")), None)
+    if block is None:
+        return re.escape(name)
+    expert = path.removeprefix(f"{block}.").partition(".")[0]
+    before, _, after = name.rpartition(f".{expert}.")
+    return rf"{re.escape(before)}\.{_NUMBER}\.{re.escape(after)}"
