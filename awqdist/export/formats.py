@@ -21,6 +21,7 @@ from torch import Tensor
 
 from awqdist.errors import RecipeError
 from awqdist.quant.grid import QuantizedWeight
+from awqdist.quant.precision import repeatable
 from awqdist.recipe import Recipe, WeightScheme
 
 _AUTOAWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which of eight neighbouring outputs each nibble of a word holds
@@ -94,6 +95,7 @@ class CompressedTensorsFormat:
         """Returns the checkpoint's own dtype."""
         return checkpoint
 
+    @repeatable
     def pack(self, weight: QuantizedWeight) -> dict[str, Tensor]:
         """See `Format.pack`."""
         bits = weight.scheme.num_bits
@@ -173,6 +175,7 @@ class AutoAWQFormat:
         """Returns float16, whatever the checkpoint has."""
         return torch.float16
 
+    @repeatable
     def pack(self, weight: QuantizedWeight) -> dict[str, Tensor]:
         """See `Format.pack`."""
         if weight.codes.shape[0] % 8:

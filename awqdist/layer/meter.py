@@ -11,8 +11,8 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from functools import cache, partial
 from math import prod
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_flop
 
 from awqdist.quant.gptq import SUB_BLOCK
 from awqdist.quant.moments import _cached_signs
+from awqdist.quant.precision import replayed_by
 
 _aten = torch.ops.aten
 _CPU, _META = torch.device("cpu"), torch.device("meta")
@@ -135,6 +136,34 @@ class Shape(Tensor):
         raise RuntimeError(f"{func}: a tensor without data was used outside of the meter that made it")
 
 
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """In place of a tensor that a function was given."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class _New:
+    """In place of a tensor that a function made."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+@dataclass(frozen=True, slots=True)
+class _Recorded:
+    """What a repeatable function did. rise: of memory above what was held; result: with stand-ins for tensors."""
+
+    kernels: Kernels
+    blocks: Counter[Any]
+    repeats: Counter[Any]
+    rise: Counter[str]
+    result: Any
+
+
 class Meter(TorchDispatchMode):
     """Makes all tensors `Shape`s within its context, and counts.
 
@@ -153,15 +182,20 @@ class Meter(TorchDispatchMode):
         )  # of inputs that GPTQ rounded, by stage and shape
         self._fraction = fraction_routed
         self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._recorded: dict[object, _Recorded] = {}  # calls of repeatable functions
+        self._repeats: Counter[tuple[str, object]] = Counter()  # of these, by stage
         self._results: dict[object, tuple[Any, list[tuple[Any, ...]]]] = {}  # what operations that are no views return
 
     def __enter__(self) -> Meter:
         self._lifts = torch._C._only_lift_cpu_tensors()
         torch._C._set_only_lift_cpu_tensors(True)
+        self._replaying = replayed_by(self._replay)
+        self._replaying.__enter__()
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
+        self._replaying.__exit__(None, None, None)
         super().__exit__(*error)  # type: ignore[no-untyped-call]
         _calculate_range.cache_clear()  # which may have kept tensors without data
         _cached_signs.cache_clear()
@@ -189,13 +223,72 @@ class Meter(TorchDispatchMode):
             self.memory.peak = peak | self.memory.now
 
     def total(self, stage: str) -> Kernels:
-        """Returns the kernels of a stage, those within GPTQ's blocks among them."""
-        found: Kernels = self.kernels.get(stage, Counter()).copy()
-        for (of_stage, shape), count in self._blocks.items():
-            if of_stage == stage:
-                for kernel, each in _round_block_kernels(*shape).items():
-                    found[kernel] += each * count
+        """Returns the kernels of a stage, those within GPTQ's blocks and repeated calls among them."""
+        found: Kernels = Counter()
+        self._add(found, self.kernels.get(stage, Counter()), self._blocks_of(stage), self._repeats_of(stage), 1)
         return found
+
+    def _add(self, found: Kernels, kernels: Kernels, blocks: Any, repeats: Any, times: int) -> None:
+        for kernel, count in kernels.items():
+            found[kernel] += count * times
+        for shape, count in blocks.items():
+            for kernel, each in round_block_kernels(*shape).items():
+                found[kernel] += each * count * times
+        for key, count in repeats.items():
+            recorded = self._recorded[key]
+            self._add(found, recorded.kernels, recorded.blocks, recorded.repeats, count * times)
+
+    def _blocks_of(self, stage: str) -> Counter[Any]:
+        return Counter({shape: count for (of_stage, shape), count in self._blocks.items() if of_stage == stage})
+
+    def _repeats_of(self, stage: str) -> Counter[Any]:
+        return Counter({key: count for (of_stage, key), count in self._repeats.items() if of_stage == stage})
+
+    def _replay(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Runs a repeatable function, or returns what it returned for arguments of the same shapes."""
+        given: list[Tensor] = []
+        key: object = (function, _shape_of(args, given), _shape_of(tuple(kwargs.items()), given))
+        recorded = self._recorded.get(key)
+        if recorded is None:
+            kernels, blocks, repeats = self.kernels, self._blocks, self._repeats
+            now, peak = self.memory.now.copy(), self.memory.peak
+            self.kernels, self._blocks, self._repeats = {}, Counter(), Counter()
+            self.memory.peak = now.copy()
+            try:
+                result = function(*args, **kwargs)
+            finally:
+                stage = self._stage
+                own = self.kernels.get(stage, Counter()), self._blocks_of(stage), self._repeats_of(stage)
+                self.kernels, self._blocks, self._repeats = kernels, blocks, repeats
+                rise = Counter({d: self.memory.peak[d] - now[d] for d in self.memory.peak})
+                self.memory.peak = peak | self.memory.peak
+            recorded = self._recorded[key] = _Recorded(*own, rise, _template(result, given))
+        else:
+            for device, num_bytes in recorded.rise.items():
+                self.memory.peak[device] = max(self.memory.peak[device], self.memory.now[device] + num_bytes)
+            result = self._made(recorded.result, given)
+        if self._counts:
+            self._repeats[self._stage, key] += 1
+        return result
+
+    def _made(self, template: Any, given: list[Tensor]) -> Any:
+        """Returns a new result of a repeatable function."""
+        if isinstance(template, _Given):
+            return given[template.number]
+        if isinstance(template, _New):
+            with _disable_current_modes():
+                inner = torch.empty_strided(template.shape, template.stride, dtype=template.dtype, device="meta")
+            made = Shape.of(inner, template.device)
+            self._track(made)
+            return made
+        if isinstance(template, (tuple, list)):
+            return type(template)(self._made(part, given) for part in template)
+        if isinstance(template, dict):
+            return {name: self._made(part, given) for name, part in template.items()}
+        if is_dataclass(template) and not isinstance(template, type):
+            names = [f.name for f in fields(template)]
+            return replace(template, **{name: self._made(getattr(template, name), given) for name in names})
+        return template
 
     def know(self, tensor: Tensor, make: Callable[[], Tensor]) -> None:
         """Lets an integer tensor have the values that `make` returns."""
@@ -306,6 +399,32 @@ class Meter(TorchDispatchMode):
         self.memory.now[device] -= num_bytes
 
 
+def _shape_of(value: Any, given: list[Tensor]) -> Any:
+    """Returns what a repeatable function's work depends on, as something hashable, and adds its tensors to `given`."""
+    if isinstance(value, Tensor):
+        same = next((number for number, tensor in enumerate(given) if tensor is value), len(given))
+        given.append(value)
+        return value.shape, value.stride(), value.dtype, value.device, same
+    if isinstance(value, (tuple, list)):
+        return tuple(_shape_of(part, given) for part in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return type(value), tuple(_shape_of(getattr(value, f.name), given) for f in fields(value))
+    return value
+
+
+def _template(value: Any, given: list[Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        number = next((number for number, tensor in enumerate(given) if tensor is value), None)
+        return _New(tuple(value.shape), value.stride(), value.dtype, value.device) if number is None else _Given(number)
+    if isinstance(value, (tuple, list)):
+        return type(value)(_template(part, given) for part in value)
+    if isinstance(value, dict):
+        return {name: _template(part, given) for name, part in value.items()}
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{f.name: _template(getattr(value, f.name), given) for f in fields(value)})
+    return value
+
+
 def _collect(values: Any, found: list[Tensor]) -> None:
     """Adds the tensors among nested tuples and lists to `found`."""
     for value in values:
@@ -373,7 +492,8 @@ def _factor_flops(func: Any, inputs: list[Tensor]) -> int:
     return 0
 
 
-def _round_block_kernels(num_problems: int, num_inputs: int, num_outputs: int) -> Kernels:
+@cache
+def round_block_kernels(num_problems: int, num_inputs: int, num_outputs: int) -> Kernels:
     """Returns the kernels in `quant.gptq.round_block`, which is one operator to torch."""
     values = 4 * num_problems * num_outputs  # bytes of one column of all problems
     found: Kernels = Counter()

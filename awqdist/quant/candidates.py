@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from awqdist.quant.grid import cached_elements, grouped
+from awqdist.quant.precision import repeatable
 from awqdist.recipe import Smoothing, WeightScheme
 
 
@@ -37,6 +38,7 @@ class ScaleChoice:
     num_nonfinite: int
 
 
+@repeatable
 def sums_and_peaks(weight: Tensor, scheme: WeightScheme) -> tuple[Tensor, Tensor]:
     """Sums |W| / (max |W| of its group + 1e-6) over the rows. On a CPU they are worked through in blocks that stay in the cache.
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from awqdist.errors import NumericalError
-from awqdist.quant.precision import read_value
+from awqdist.quant.precision import read_value, repeatable
 from awqdist.recipe import Rounding
 
 _INVERSE_BLOCK = 512
@@ -26,6 +26,7 @@ def rounding_order(gram: Tensor, rounding: Rounding) -> Tensor:
     return torch.arange(gram.shape[0], device=gram.device)
 
 
+@repeatable
 def reversed_cholesky(gram: Tensor, order: Tensor, dampening_frac: float) -> tuple[Tensor, float]:
     """Factorises H + λI with its inputs in reversed rounding order, raising the dampening tenfold while that fails.
 
@@ -57,6 +58,7 @@ def reversed_cholesky(gram: Tensor, order: Tensor, dampening_frac: float) -> tup
     )
 
 
+@repeatable
 def inverse_cholesky(gram: Tensor, order: Tensor, dampening_frac: float) -> tuple[Tensor, float]:
     """Returns the upper triangular U (I, I) with Uᵀ·U = (H + λI)⁻¹, rows and columns in `order`, and the dampening that was used.
 

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from awqdist.quant.factor import inverse_cholesky, reversed_cholesky, rounding_order
 from awqdist.quant.grid import Grid, QuantizedWeight
+from awqdist.quant.precision import repeatable
 from awqdist.recipe import Rounding
 
 SUB_BLOCK = 32  # inputs, within which errors are applied just in time
@@ -37,6 +38,7 @@ _NUM_OUTPUT_BLOCKS, _LEAST_OUTPUTS = 8, 32
 _TOKENS_AT_ONCE = 1 << 12
 
 
+@repeatable
 def gptq(
     targets: Sequence[Tensor],
     grams: Sequence[Tensor],

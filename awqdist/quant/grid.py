@@ -19,7 +19,7 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationStrate
 from compressed_tensors.quantization.utils import calculate_qparams
 from torch import Tensor
 
-from awqdist.quant.precision import read_value
+from awqdist.quant.precision import read_value, repeatable
 from awqdist.recipe import WeightScheme
 
 _CACHED_ELEMENTS = 1 << 17  # per CPU core
@@ -101,6 +101,7 @@ def group_range(weight: Tensor, scheme: WeightScheme) -> tuple[Tensor, Tensor]:
     return groups.amin(-1).to(weight.dtype), groups.amax(-1).to(weight.dtype)
 
 
+@repeatable
 def make_grid(low: Tensor, high: Tensor, scheme: WeightScheme) -> Grid:
     """Returns the grid over the ranges `low`, `high` (O, G). Its scale keeps their dtype."""
     weight_scale, zero_point = calculate_qparams(low, high, scheme_args(scheme))
@@ -128,6 +129,7 @@ def round_to_nearest(weight: Tensor, grid: Grid, dtype: torch.dtype | None = Non
     return grid.with_codes(codes)
 
 
+@repeatable
 def rounding_difference(weight: Tensor, scales: Tensor, scheme: WeightScheme, dtype: torch.dtype) -> Tensor:
     """Returns D = Q(W·diag(s))·diag(1/s) - W, the change of the effective weight when W is smoothed by s and rounded to nearest.
 

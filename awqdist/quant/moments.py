@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from awqdist.quant.offload import HOST, HostMemory, ToDevice
-from awqdist.quant.precision import has_data, has_fast_bfloat16, low_precision_if_exact
+from awqdist.quant.precision import has_data, has_fast_bfloat16, low_precision_if_exact, repeatable
 
 PRIOR_TOKENS = 32.0
 SKETCH_ROWS = 256
@@ -356,6 +356,7 @@ def num_held_rows(num_inputs: int, num_tokens: int, *, exact: bool) -> int:
     return min(num_inputs, num_tokens) if exact else min(num_inputs, num_tokens, SKETCH_ROWS)
 
 
+@repeatable
 def quadratic_form(difference: Tensor, gram: Tensor, to_device: ToDevice | None = None) -> Tensor:
     """Returns d·G·dᵀ of every row d of difference (O, I) float32, as (O,) float64. G's symmetry saves nearly half of the product.
 

@@ -3,13 +3,37 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import cache
-from typing import Any
+from functools import cache, wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+_replay: list[Callable[..., Any]] = []  # of the meters that are running, the innermost last
+
+
+@contextmanager
+def replayed_by(replay: Callable[..., Any]) -> Iterator[None]:
+    """Lets `replay` (function, args, kwargs) stand in for calls of functions that are `repeatable`."""
+    _replay.append(replay)
+    try:
+        yield
+    finally:
+        _replay.pop()
+
+
+def repeatable(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Marks a function of tensors that changes none of its arguments, so that a meter need run it once for arguments of one shape."""
+
+    @wraps(function)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        return _replay[-1](function, args, kwargs) if _replay else function(*args, **kwargs)
+
+    return call
 
 
 def has_data(tensor: Tensor) -> bool:
