@@ -24,7 +24,7 @@ class Linear:
     path: str
     shape: tuple[int, int]
     scheme: WeightScheme | None
-    disk_name: str = field(compare=False)
+    disk_name: str = field(compare=False, repr=False)  # layers of one kind are alike
 
     @property
     def weight(self) -> str:

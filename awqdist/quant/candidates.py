@@ -51,7 +51,7 @@ def sums_and_peaks(weight: Tensor, scheme: WeightScheme) -> tuple[Tensor, Tensor
     """
     sums = weight.new_zeros(*weight.shape[:-2], weight.shape[-1], dtype=torch.float32)
     peaks = []
-    num_rows = weight.shape[-2] if weight.is_cuda else max(1, cached_elements() // sums.numel())
+    num_rows = weight.shape[-2] if weight.is_cuda else max(1, cached_elements(weight) // sums.numel())
     for block in weight.split(num_rows, -2):
         magnitude = grouped(block.abs().float(), scheme)  # (..., rows, G, g)
         peak = magnitude.amax(-1)

@@ -19,7 +19,7 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationStrate
 from compressed_tensors.quantization.utils import calculate_qparams
 from torch import Tensor
 
-from awqdist.quant.precision import read_value, repeatable
+from awqdist.quant.precision import has_data, read_value, repeatable
 from awqdist.recipe import WeightScheme
 
 _CACHED_ELEMENTS = 1 << 17  # per CPU core
@@ -90,9 +90,13 @@ def grouped(weight: Tensor, scheme: WeightScheme) -> Tensor:
     return groups
 
 
-def cached_elements() -> int:
-    """Returns how many float32 values stay in the caches of the CPU cores while several operations go over them."""
-    return _CACHED_ELEMENTS * torch.get_num_threads()
+def cached_elements(weight: Tensor) -> int:
+    """Returns how many values of `weight` are worked through at a time, so that they stay in the caches of the CPU cores.
+
+    When a layer is measured they are a sixteenth of it at least, since counting every block of a wide linear takes minutes.
+    """
+    fitting = _CACHED_ELEMENTS * torch.get_num_threads()
+    return fitting if has_data(weight) else max(fitting, weight.numel() // 16)
 
 
 def group_range(weight: Tensor, scheme: WeightScheme) -> tuple[Tensor, Tensor]:
@@ -120,7 +124,7 @@ def round_to_nearest(weight: Tensor, grid: Grid, dtype: torch.dtype | None = Non
     dtype = dtype or weight.dtype
     scale, zero = grid.weight_scale.unsqueeze(-1), (grid.zero_point.unsqueeze(-1).to(torch.int16) - offset).to(dtype)
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
-    rows = weight.shape[0] if weight.is_cuda else max(1, cached_elements() // weight.shape[1])
+    rows = weight.shape[0] if weight.is_cuda else max(1, cached_elements(weight) // weight.shape[1])
     for start in range(0, weight.shape[0], rows):
         block = slice(start, start + rows)
         signed = grouped(weight[block].to(dtype), scheme) / scale[block]  # (rows, G, g)
@@ -148,8 +152,8 @@ def rounding_difference(weight: Tensor, scales: Tensor, scheme: WeightScheme, dt
         return rounding_difference(weight.unsqueeze(0), scales.unsqueeze(0), scheme, dtype).squeeze(0)
     difference = torch.empty_like(weight, dtype=torch.float32)
     num_problems, num_rows, width = weight.shape
-    rows = num_rows if weight.is_cuda else min(num_rows, max(1, cached_elements() // width))
-    problems = num_problems if weight.is_cuda else max(1, cached_elements() // (num_rows * width))
+    rows = num_rows if weight.is_cuda else min(num_rows, max(1, cached_elements(weight) // width))
+    problems = num_problems if weight.is_cuda else max(1, cached_elements(weight) // (num_rows * width))
     for first in range(0, num_problems, problems):
         own = scales[first : first + problems].unsqueeze(1)  # (b, 1, I)
         for start in range(0, num_rows, rows):
