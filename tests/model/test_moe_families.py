@@ -33,11 +33,11 @@ from transformers import AutoConfig
 from awqdist import oneshot
 from awqdist.eval.evaluate import evaluate
 from awqdist.eval.weights import load_dequantized
+from awqdist.layer import work
 from awqdist.layer.plan import LayerPlan
 from awqdist.layer.quantize import LayerResult, quantize_layer
 from awqdist.layer.records import RunSummary
 from awqdist.model.mapping import ResolvedMapping
-from awqdist.run import worker
 
 SAMPLES = token_ids(8)
 PROBE = token_ids(2, seed=1)
@@ -80,7 +80,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         return results[task.index]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(worker, "quantize_layer", recorded)
+        patch.setattr(work, "quantize_layer", recorded)
         summary = quantized(source, folder / "output")
     return Case(request.param, source, logits(load(source), PROBE), folder / "output", summary, results)
 
