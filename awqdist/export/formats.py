@@ -97,7 +97,7 @@ class CompressedTensorsFormat:
 
     @repeatable
     def pack(self, weight: QuantizedWeight) -> dict[str, Tensor]:
-        """See `Format.pack`."""
+        """Packs a linear as `Format.pack` says."""
         bits = weight.scheme.num_bits
         tensors = {
             "weight_packed": _pack_codes(weight.codes, bits),
@@ -109,7 +109,7 @@ class CompressedTensorsFormat:
         return tensors
 
     def unpack(self, tensors: dict[str, Tensor], scheme: WeightScheme) -> QuantizedWeight:
-        """See `Format.unpack`."""
+        """Unpacks a linear as `Format.unpack` says."""
         shape = torch.Size(tensors["weight_shape"].tolist())
         bits, weight_scale = scheme.num_bits, tensors["weight_scale"]
         codes = _unsigned(unpack_from_int32(tensors["weight_packed"], bits, shape), bits)
@@ -177,7 +177,7 @@ class AutoAWQFormat:
 
     @repeatable
     def pack(self, weight: QuantizedWeight) -> dict[str, Tensor]:
-        """See `Format.pack`."""
+        """Packs a linear as `Format.pack` says."""
         if weight.codes.shape[0] % 8:
             raise RecipeError(f"the autoawq format packs outputs in multiples of 8; a linear has {len(weight.codes)}")
         return {
@@ -187,7 +187,7 @@ class AutoAWQFormat:
         }
 
     def unpack(self, tensors: dict[str, Tensor], scheme: WeightScheme) -> QuantizedWeight:
-        """See `Format.unpack`."""
+        """Unpacks a linear as `Format.unpack` says."""
         codes, zero_point = _unpack_nibbles(tensors["qweight"]).T, _unpack_nibbles(tensors["qzeros"]).T
         return QuantizedWeight(codes.contiguous(), tensors["scales"].T.contiguous(), zero_point.contiguous(), scheme)
 

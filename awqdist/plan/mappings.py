@@ -71,7 +71,7 @@ def print_left_out(console: Console, job: Job) -> None:
         console.print(f"{job.plan.architecture} is not in the registry: inferred from its structure and verified.")
     for name in job.plan.ignored[:10]:
         console.print(
-            f"left in full precision: {name} (not targeted, ignored by the recipe, or one that decides)", soft_wrap=True
+            f"left in full precision: {name} (not targeted, ignored by the recipe, or a router/gate)", soft_wrap=True
         )
     if len(job.plan.ignored) > 10:
         console.print(f"… and {len(job.plan.ignored) - 10} more; --json lists all")
